@@ -1,0 +1,31 @@
+"""Attention masks for `flex_attention`: element rule and closed-form block rule in one object."""
+
+from mask_mods.bidirectional import bidirectional
+from mask_mods.blocks import any_key_visible, block_visibility, visible_keys
+from mask_mods.causal import causal
+from mask_mods.compose import both, either
+from mask_mods.document import document, documents_from_lengths
+from mask_mods.frames import frames
+from mask_mods.padding import padding
+from mask_mods.prefix import prefix
+from mask_mods.sink import sink
+from mask_mods.sliding_window import sliding_window
+from mask_mods.spans import SpanMask
+
+__all__ = [
+    "SpanMask",
+    "any_key_visible",
+    "bidirectional",
+    "block_visibility",
+    "both",
+    "causal",
+    "document",
+    "documents_from_lengths",
+    "either",
+    "frames",
+    "padding",
+    "prefix",
+    "sink",
+    "sliding_window",
+    "visible_keys",
+]

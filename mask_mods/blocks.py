@@ -1,0 +1,138 @@
+"""The block rule of every mask: is any, are all of a block's pairs visible, without looking at the pairs."""
+
+from functools import reduce
+from operator import or_
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mask_mods.spans import Index, MaskMod, SpanMask, check_count, larger, smaller
+
+STRIP_PAIRS = 2**26  # pairs of a plain mask_mod that are evaluated at once in eager mode
+
+
+def any_key_visible(
+    mask_mod: MaskMod, b: Tensor, h: Tensor, q_idx: Tensor, k_first: Tensor, length: int, Lk: Index
+) -> Bool[Tensor, "..."]:
+    """Is any of the keys k_first … min(k_first + length, Lk) − 1 visible to query q_idx? Elementwise, as a mask_mod is.
+
+    Closed form for a SpanMask; for a plain function, `length` calls of it. Under `dynamic=True` inside a mask_mod, an
+    `Lk` that depends on the lengths must be a 0-dim tensor.
+    """
+    if isinstance(mask_mod, SpanMask):
+        k_last = smaller(k_first + length, Lk) - 1
+        spans = mask_mod.spans(b, h, q_idx)
+        return reduce(or_, [larger(first, k_first) <= smaller(last, k_last) for first, last in spans])
+    visible = [mask_mod(b, h, q_idx, smaller(k_first + step, Lk - 1)) for step in range(length)]
+    return reduce(or_, visible) & (k_first < Lk)
+
+
+def visible_keys(mask_mod: MaskMod, B: int, H: int, Lk: int, device: torch.device | str) -> Bool[Tensor, "b h Lk"]:
+    """False for keys that no query may see, as far as the mask says (`SpanMask.keys`); b is B or 1, h is H or 1."""
+    if not isinstance(mask_mod, SpanMask) or mask_mod.keys is None:
+        return torch.ones(1, 1, Lk, dtype=torch.bool, device=device)
+    b = torch.arange(B, device=device).view(B, 1, 1)
+    h = torch.arange(H, device=device).view(1, H, 1)
+    kv_idx = torch.arange(Lk, device=device).view(1, 1, Lk)
+    visible = mask_mod.keys(b, h, kv_idx)
+    return visible.expand(torch.broadcast_shapes(visible.shape, kv_idx.shape))
+
+
+def block_visibility(
+    mask_mod: MaskMod, *, B: int, H: int, Lq: int, Lk: int, block_size: tuple[int, int], device: torch.device | str
+) -> tuple[Bool[Tensor, "b h nQ nK"], Bool[Tensor, "b h nQ nK"]]:
+    """Are (any, all) of a block's pairs inside Lq × Lk visible? b is B, or 1 where the mask ignores it; h likewise.
+
+    `block_size` is (query, key). A SpanMask costs O(Lq + nQ·nK) time and memory. A plain function is evaluated on all
+    Lq·Lk pairs, in strips that bound the memory (compiled, the pairs are fused away); it must be elementwise in
+    broadcast indices: `t[b, q_idx]`, not `t[b][q_idx]`. No host sync; traces under `fullgraph=True`.
+    """
+    q_block, k_block = block_size
+    for name, value in (("B", B), ("H", H), ("Lq", Lq), ("Lk", Lk), ("block_size", q_block), ("block_size", k_block)):
+        check_count(name, value, minimum=1)
+    nQ = -(-Lq // q_block)
+    b = torch.arange(B, device=device)
+    h = torch.arange(H, device=device)
+    # A ragged last block repeats the last query (below, the last key): a real pair twice changes neither answer.
+    q_idx = torch.arange(nQ * q_block, device=device).clamp(max=Lq - 1)
+    if isinstance(mask_mod, SpanMask):
+        spans = mask_mod.spans(b.view(B, 1, 1), h.view(1, H, 1), q_idx.view(1, 1, -1))
+        return _blocks_of_spans(spans, q_idx, Lk, block_size)
+    return _blocks_of_pairs(mask_mod, b.view(B, 1, 1, 1), h.view(1, H, 1, 1), q_idx, Lk, block_size)
+
+
+def _blocks_of_spans(spans, q_idx: Int[Tensor, " queries"], Lk: int, block_size: tuple[int, int]):
+    """Both answers by counting, for each key block, the queries of a block row that touch it and that see all of it."""
+    q_block, k_block = block_size
+    nK = -(-Lk // k_block)
+    # Zeros turn ints into tensors and give each bound its query axis.
+    zeros = torch.zeros_like(q_idx).view(1, 1, -1)
+    firsts = [(first + zeros).clamp(min=0) for first, _ in spans]
+    lasts = [(last + zeros).clamp(max=Lk - 1) for _, last in spans]
+    bounds = torch.broadcast_tensors(*firsts, *lasts)  # each [b, h, queries]
+    clipped = list(zip(bounds[: len(spans)], bounds[len(spans) :], strict=True))
+
+    touched = [(first // k_block, torch.where(first <= last, last // k_block, -1)) for first, last in clipped]
+    # The last block ends with the last key, wherever in the block that is.
+    covered = [
+        ((first + k_block - 1) // k_block, torch.where(last == Lk - 1, nK - 1, (last + 1) // k_block - 1))
+        for first, last in _merge(clipped)
+    ]
+    return _count_queries(touched, q_block, nK) > 0, _count_queries(covered, q_block, nK) == q_block
+
+
+def _merge(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The same keys as disjoint spans with gaps between them; those that others swallowed come back empty."""
+    merged = []
+    for first, last in spans:
+        # Each pass extends the span by at least one of those that overlap or touch it, so m − 1 passes reach the end.
+        for _ in range(len(spans) - 1):
+            for other_first, other_last in spans:
+                last = torch.where(other_first <= last + 1, torch.maximum(last, other_last), last)
+        merged.append((first, last))
+    # Spans of one connected stretch now share their last key: keep the one that starts first.
+    kept = []
+    for this, (first, last) in enumerate(merged):
+        swallowed = torch.zeros_like(first, dtype=torch.bool)
+        for that, (other_first, other_last) in enumerate(merged):
+            if this != that:
+                starts_before = other_first <= first if that < this else other_first < first
+                swallowed = swallowed | (starts_before & (other_last == last))
+        kept.append((first, torch.where(swallowed, -1, last)))
+    return kept
+
+
+def _count_queries(ranges: list[tuple[Tensor, Tensor]], q_block: int, nK: int) -> Int[Tensor, "b h nQ nK"]:
+    """How often key block j lies in a query's range (first, last) of blocks, summed over block rows of q_block queries.
+
+    +1 where a range starts, −1 after it ends, and a running sum along the key blocks.
+    """
+    b, h, queries = ranges[0][0].shape
+    steps = torch.zeros(b, h, queries // q_block, nK + 1, dtype=torch.int32, device=ranges[0][0].device)
+    for first, last in ranges:
+        nonempty = (first <= last).int().unflatten(-1, (-1, q_block))
+        start, stop = (x.clamp(0, nK).unflatten(-1, (-1, q_block)) for x in (first, last + 1))
+        steps = steps.scatter_add(-1, start, nonempty).scatter_add(-1, stop, -nonempty)
+    return steps.cumsum(-1, dtype=torch.int32)[..., :nK]
+
+
+def _blocks_of_pairs(mask_mod: MaskMod, b: Tensor, h: Tensor, q_idx: Tensor, Lk: int, block_size: tuple[int, int]):
+    """Both answers by brute force over the element rule, a strip of block rows at a time."""
+    q_block, k_block = block_size
+    nK = -(-Lk // k_block)
+    kv_idx = torch.arange(nK * k_block, device=q_idx.device).clamp(max=Lk - 1).view(1, 1, 1, -1)
+    strip = len(q_idx)
+    # A loop would unroll in the graph, which needs none: the compiler fuses pairs and reduction.
+    if not torch.compiler.is_compiling():
+        strip = max(1, STRIP_PAIRS // (b.numel() * h.numel() * q_block * kv_idx.numel())) * q_block
+    any_parts, all_parts = [], []
+    for rows in q_idx.split(strip):
+        visible = mask_mod(b, h, rows.view(1, 1, -1, 1), kv_idx)
+        if visible.ndim > 4:
+            raise ValueError(f"mask_mod must be elementwise in its indices, got shape {list(visible.shape)}")
+        visible = visible.expand(torch.broadcast_shapes(visible.shape, (1, 1, len(rows), nK * k_block)))
+        tiles = visible.unflatten(-1, (nK, k_block)).unflatten(-3, (-1, q_block))  # [b, h, rows, q_block, nK, k_block]
+        any_parts.append(tiles.any(-1).any(-2))
+        all_parts.append(tiles.all(-1).all(-2))
+    return torch.cat(any_parts, 2), torch.cat(all_parts, 2)

@@ -1,0 +1,55 @@
+"""Kept blocks to a FlexAttention BlockMask."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+
+def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"], Int[Tensor, "B H nQ nK"]]:
+    """How many blocks each row keeps, and their key-block indices in ascending order; int32.
+
+    Entries past the count are the row's last key block.
+    """
+    nK = kept.shape[-1]
+    place = kept.cumsum(-1)
+    # A dropped block writes to a spare slot past the end of the row.
+    slot = torch.where(kept, place - 1, nK)
+    column = torch.arange(nK, device=kept.device, dtype=torch.int32).expand_as(kept)
+    indices = torch.full((*kept.shape[:-1], nK + 1), nK - 1, device=kept.device, dtype=torch.int32)
+    return place[..., -1].int(), indices.scatter(-1, slot, column)[..., :nK].contiguous()
+
+
+def build_block_mask(
+    kept: Bool[Tensor, "B H nQ nK"],
+    whole: Bool[Tensor, "#B #H nQ nK"],
+    mask_mod,
+    *,
+    block_size: tuple[int, int],
+    seq_lengths: tuple[int, int],
+    look_up: bool = True,
+    for_backward: bool = False,
+) -> BlockMask:
+    """The BlockMask that shows exactly what `mask_mod` shows inside the `kept` blocks.
+
+    `whole` blocks (every pair visible) go to the full list, the others to the partial one. With `look_up` the mask's
+    own mask_mod looks up `kept` too, so that eager flex_attention, which ignores the lists, means the same; without
+    it only the compiled kernel is right. `for_backward` adds the query-side lists.
+    """
+    q_block, k_block = block_size
+    partial_count, partial = list_blocks(kept & ~whole)
+    full_count, full = list_blocks(kept & whole)
+
+    def kept_mask_mod(b, h, q_idx, kv_idx):
+        return kept[b, h, q_idx // q_block, kv_idx // k_block] & mask_mod(b, h, q_idx, kv_idx)
+
+    return BlockMask.from_kv_blocks(
+        partial_count,
+        partial,
+        full_count,
+        full,
+        BLOCK_SIZE=block_size,
+        mask_mod=kept_mask_mod if look_up else mask_mod,
+        seq_lengths=seq_lengths,
+        compute_q_blocks=for_backward,
+    )

@@ -1,0 +1,185 @@
+"""`rr-flex demo`: a real model's prefill, dense and with RRAttention, as a table, as JSON and as a picture."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from rr_flex.config import RRConfig
+from rr_flex.evaluation.prefill import PrefillReport, compare_prefill
+from rr_flex.models.loading import embedded_gguf, load_causal_lm, tokenize
+from rr_flex.plots import HeadMap, block_map_figure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    config: RRConfig
+    model: str | None = None  # Hugging Face name, folder or .gguf file; None: the embedded SmolLM2
+    text: Path | None = None  # None: the standard library's pydoc topics
+    length: int = 2048  # tokens of the text to prefill
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    heads: tuple[tuple[int, int], ...] = ()  # (layer, head) to draw; (): one head of each of three layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What has to be right before the long computation starts."""
+
+    name: str
+    model: torch.nn.Module
+    ids: Tensor
+
+
+def prepare(options: DemoOptions, progress: Callable[[str], None]) -> Prepared:
+    """Loads model and text; raises ValueError or OSError on what the user can mend."""
+    name = options.model or embedded_gguf().stem
+    text = default_text() if options.text is None else options.text.read_text()
+    progress(f"loading {name}")
+    model, tokenizer = load_causal_lm(options.model, device=options.device, dtype=options.dtype)
+    model_config = model.config.get_text_config()
+    longest = getattr(model_config, "max_position_embeddings", options.length)
+    if not 2 <= options.length <= longest:
+        raise ValueError(f"--length must lie in [2, {longest}] for {name}, got {options.length}")
+    for layer, head in options.heads:
+        if layer >= model_config.num_hidden_layers or head >= model_config.num_attention_heads:
+            shape = f"{model_config.num_hidden_layers} layers of {model_config.num_attention_heads} heads"
+            raise ValueError(f"--heads must lie within {shape}, got {layer}:{head}")
+    ids = tokenize(tokenizer, text, options.length).to(options.device)
+    return Prepared(name=name, model=model, ids=ids)
+
+
+def measure(options: DemoOptions, prepared: Prepared, progress: Callable[[str], None]) -> PrefillReport:
+    layers = tuple(layer for layer, _ in options.heads) or spread_layers(prepared.model.config.get_text_config())
+    return compare_prefill(prepared.model, prepared.ids, options.config, map_layers=layers, progress=progress)
+
+
+def default_text() -> str:
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def spread_layers(model_config) -> tuple[int, ...]:
+    """Three layers, in the middle of the first, second and last third of the model."""
+    n_layers = model_config.num_hidden_layers
+    return tuple(sorted({(2 * third + 1) * n_layers // 6 for third in range(3)}))
+
+
+def draw(options: DemoOptions, prepared: Prepared, report: PrefillReport, stream: BinaryIO) -> None:
+    """The block maps of `options.heads`, or of each mapped layer's head of middling density, as PNG."""
+    heads = options.heads or tuple(
+        (layer, int(report.layers[layer].density.argsort()[len(report.layers[layer].density) // 2]))
+        for layer in sorted(report.maps)
+    )
+    maps = []
+    for layer, head in heads:
+        each = {field.name: getattr(report.maps[layer], field.name)[head] for field in dataclasses.fields(HeadMap)[1:]}
+        recall = report.layers[layer].recall[head]
+        maps.append(HeadMap(title=f"layer {layer}, head {head}\nrecalled mass {recall:.1%}", **each))
+    L = prepared.ids.shape[1]
+    title = f"{prepared.name}, {L:,} tokens, {settings(options.config)}"
+    figure = block_map_figure(maps, Lq=L, Lk=L, block_size=options.config.block_sizes, title=title)
+    figure.savefig(stream, format="png", dpi=130)
+
+
+def settings(config: RRConfig) -> str:
+    """The budget, and whatever differs from the defaults."""
+    default = RRConfig()
+    changed = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(default, field.name) or field.name == budget_field(config)
+    }
+    return ", ".join(f"{'τ' if name == 'tau' else name} = {value}" for name, value in changed.items())
+
+
+def budget_field(config: RRConfig) -> str:
+    return "tau" if config.budget == "top_tau" else "threshold"
+
+
+def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> str:
+    """For people: one line a layer, means over heads, then the totals."""
+    rows = [f"{'layer':>5}  {'density':>8}  {'mass recalled':>13}  {'output error':>12}"]
+    for layer, measures in enumerate(report.layers):
+        values = measures.density.mean(), measures.recall.mean(), measures.error.mean()
+        rows.append("{:>5}  {:>8.3f}  {:>13.4f}  {:>12.4f}".format(layer, *values))
+    means = totals(report)
+    rows.append(
+        "{:>5}  {:>8.3f}  {:>13.4f}  {:>12.4f}".format("mean", means["density"], means["recall"], means["error"])
+    )
+    lm = report.language_model
+    where = (
+        f"{prepared.ids.shape[1]:,} tokens, {device_name(options.device)}, {str(options.dtype).removeprefix('torch.')}"
+    )
+    return "\n".join(
+        [
+            f"{prepared.name}, {where}, {settings(options.config)}",
+            "",
+            *rows,
+            "",
+            f"perplexity             dense {lm.perplexity:.4f}, with RR {lm.perplexity_compared:.4f} "
+            f"({lm.perplexity_compared / lm.perplexity - 1:+.2%})",
+            f"next token             the same at {lm.agreement:.2%} of positions",
+            f"KL(dense, RR)          {lm.kl:.2e} nats a token",
+            f"wall time of all {len(report.layers)} layers' attention, compilation ({report.seconds['compilation']:.0f} s) apart:",
+            *(f"  {name:<26} {seconds:8.3f} s" for name, seconds in report.seconds.items() if name != "compilation"),
+            f"peak memory            {report.peak_memory / 2**30:.2f} GiB",
+        ]
+    )
+
+
+def totals(report: PrefillReport) -> dict[str, float]:
+    """Means over layers and heads."""
+    return {
+        name: torch.stack([getattr(measures, name) for measures in report.layers]).mean().item()
+        for name in ("density", "recall", "error")
+    }
+
+
+def as_json(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> str:
+    """For machines: the same numbers, per head."""
+    layers = [
+        {
+            "layer": layer,
+            **{field.name: getattr(measures, field.name).tolist() for field in dataclasses.fields(measures)},
+        }
+        for layer, measures in enumerate(report.layers)
+    ]
+    document = {
+        "model": prepared.name,
+        "tokens": prepared.ids.shape[1],
+        "config": dataclasses.asdict(options.config),
+        "device": device_name(options.device),
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mean": totals(report),
+        "layers": layers,
+        "language_model": dataclasses.asdict(report.language_model),
+        "seconds": report.seconds,
+        "peak_memory_bytes": report.peak_memory,
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def device_name(device: str) -> str:
+    return (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    )
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """`path` holds all that `write` writes, or what it held before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            write(stream)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

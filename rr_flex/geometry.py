@@ -1,0 +1,28 @@
+"""Where tokens, strides and blocks lie: whole-number arithmetic shared by every step."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def ceil_div(length: int, size: int) -> int:
+    """Number of runs of `size` that cover `length`; the last may be short."""
+    return (length + size - 1) // size
+
+
+def sampled_index(head: Tensor, stride_index: Tensor, stride: int, last: int | Tensor) -> Tensor:
+    """Index of the query that `head` (global) takes from stride i: i·stride + (head mod stride), clamped to `last`."""
+    index = stride_index * stride + head % stride
+    return torch.minimum(index, torch.as_tensor(last, device=index.device, dtype=index.dtype))
+
+
+def diagonal_blocks(
+    nQ: int, nK: int, Lq: int, block_size: tuple[int, int], q_offset: Tensor, reach: int
+) -> Bool[Tensor, "nQ nK"]:
+    """Key blocks that a block row's diagonal crosses, and `reach` more before the first of them."""
+    q_block, k_block = block_size
+    row: Int[Tensor, "nQ 1"] = torch.arange(nQ, device=q_offset.device)[:, None]
+    column = torch.arange(nK, device=q_offset.device)
+    first = torch.div(row * q_block + q_offset, k_block, rounding_mode="floor")
+    last = torch.div(((row + 1) * q_block).clamp(max=Lq) - 1 + q_offset, k_block, rounding_mode="floor")
+    return (column >= first - reach) & (column <= last)

@@ -1,0 +1,36 @@
+"""Blocks that are kept whatever the estimate says."""
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn import functional as F
+
+from rr_flex.config import RRConfig
+from rr_flex.geometry import diagonal_blocks
+
+
+def mandatory_blocks(
+    visible: Bool[Tensor, "b h nQ nK"],
+    config: RRConfig,
+    *,
+    Lq: int,
+    q_offset: Tensor,
+    valid_keys: Bool[Tensor, "#B #H Lk"] | None = None,
+) -> Bool[Tensor, "b h nQ nK"]:
+    """Visible blocks that are the sink, lie at the diagonal, or belong to the last block rows.
+
+    The sink is the first `sink_blocks` key blocks, counted from the first block with a valid key (padding on the left
+    has no sink in it). Query i stands at position i + q_offset, a 0-dim integer tensor.
+    """
+    nQ, nK = visible.shape[2:]
+    column = torch.arange(nK, device=visible.device)
+    row = torch.arange(nQ, device=visible.device)[:, None]
+    start = column.new_zeros(1, 1, 1, 1)
+    if valid_keys is not None:
+        k_block = config.block_sizes[1]
+        padded = F.pad(valid_keys, (0, nK * k_block - valid_keys.shape[-1]))
+        start = padded.unflatten(-1, (nK, k_block)).any(-1).int().argmax(-1)[..., None, None]
+    kept = (column >= start) & (column < start + config.sink_blocks)
+    if config.local_blocks:
+        kept = kept | diagonal_blocks(nQ, nK, Lq, config.block_sizes, q_offset, config.local_blocks - 1)
+    return visible & (kept | (row >= nQ - config.dense_last_rows))

@@ -1,0 +1,68 @@
+"""Sampled queries and pooled keys to block mass: the estimate of how much attention falls on each block."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from mask_mods import any_key_visible
+from rr_flex.geometry import ceil_div, sampled_index
+
+STRIP_ELEMENTS = 1 << 25  # float32 scores held at once: 128 MiB
+
+
+def block_mass(
+    sampled: Float[Tensor, "B Hq nq E"],
+    pooled: Float[Tensor, "B Hkv nk E"],
+    *,
+    mask_mod,
+    Lq: int,
+    Lk: int,
+    strides: tuple[int, int],
+    block_size: tuple[int, int],
+    scale: float,
+    head_offset: int | Tensor = 0,
+) -> Float[Tensor, "B Hq nQ nK"]:
+    """Softmax of sampled queries over visible key strides, summed over each block's tile; float32.
+
+    A key stride is visible to a sampled query when `mask_mod` shows the query any of its tokens. A row sums to the
+    number of its sampled queries that see something. Scores are held for a strip of block rows at a time.
+    """
+    B, Hq, nq, _ = sampled.shape
+    nk = pooled.shape[2]
+    nQ, nK = ceil_div(Lq, block_size[0]), ceil_div(Lk, block_size[1])
+    queries_per_block = block_size[0] // strides[0]
+    keys_per_block = block_size[1] // strides[1]
+    rows = max(1, STRIP_ELEMENTS // (B * Hq * queries_per_block * nk))
+    batch = torch.arange(B, device=sampled.device)[:, None, None, None]
+    head = torch.arange(Hq, device=sampled.device)[:, None, None]
+    first_key = torch.arange(nk, device=sampled.device) * strides[1]
+
+    strips = []
+    for row in range(0, nQ, rows):
+        start, stop = row * queries_per_block, min((row + rows) * queries_per_block, nq)
+        stride_index = torch.arange(start, stop, device=sampled.device)[:, None]
+        q_idx = sampled_index(head + head_offset, stride_index, strides[0], Lq - 1)
+        visible = any_key_visible(mask_mod, batch, head, q_idx, first_key, strides[1], Lk)
+        scores = _scores(sampled[:, :, start:stop], pooled) * scale  # B Hq strip nk
+        share = _masked_softmax(scores, visible)
+        height = ceil_div(stop - start, queries_per_block)
+        share = F.pad(share, (0, nK * keys_per_block - nk, 0, height * queries_per_block - (stop - start)))
+        tiles = share.unflatten(3, (nK, keys_per_block)).unflatten(2, (height, queries_per_block))
+        strips.append(tiles.sum(dim=(3, 5)))
+    return torch.cat(strips, dim=2)
+
+
+def _scores(sampled: Float[Tensor, "B Hq n E"], pooled: Float[Tensor, "B Hkv nk E"]) -> Float[Tensor, "B Hq n nk"]:
+    """Dot products in float32, each key head shared by its group of query heads without repeating keys."""
+    Hq, n, Hkv = sampled.shape[1], sampled.shape[2], pooled.shape[1]
+    grouped = sampled.unflatten(1, (Hkv, Hq // Hkv)).flatten(2, 3).float()  # B Hkv group*n E
+    return (grouped @ pooled.float().mT).unflatten(2, (Hq // Hkv, n)).flatten(1, 2)
+
+
+def _masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the visible last axis; a row with nothing visible is 0; NaN and inf scores stay visible as NaN."""
+    scores = torch.where(visible, scores, -torch.inf)
+    highest = scores.amax(-1, keepdim=True)
+    weight = torch.exp(scores - torch.where(highest == -torch.inf, 0, highest))
+    return weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

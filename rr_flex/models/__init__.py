@@ -1,0 +1,1 @@
+"""Hugging Face models. Nothing here is imported by `import rr_flex`."""

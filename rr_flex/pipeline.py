@@ -1,0 +1,189 @@
+"""From q and k to the blocks worth attending to: the steps of RRAttention in their order."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from mask_mods import bidirectional, block_visibility, both, visible_keys
+from mask_mods import causal as causal_mask
+from mask_mods.spans import MaskMod
+from rr_flex.block_mask import build_block_mask
+from rr_flex.checks import check_call, check_queries_and_keys
+from rr_flex.config import RRConfig
+from rr_flex.mandatory import mandatory_blocks
+from rr_flex.mass import block_mass
+from rr_flex.sampling import key_moments, sample_queries, second_order_features
+from rr_flex.selection import select_threshold, select_top_tau
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What was chosen for one (q, k): the kept blocks, the mass that decided it, and the BlockMask."""
+
+    kept: Bool[Tensor, "B Hq nQ nK"]
+    mass: Float[Tensor, "B Hq nQ nK"]  # estimated; a row sums to its number of sampled queries
+    visible: Bool[Tensor, "b h nQ nK"]  # blocks with a visible pair; b is B or 1, h is Hq or 1
+    whole: Bool[Tensor, "b h nQ nK"]  # blocks with every pair visible
+    block_size: tuple[int, int]  # tokens: (queries, keys)
+    seq_lengths: tuple[int, int]  # tokens: (Lq, Lk)
+    mask_mod: MaskMod  # the element rule inside kept blocks
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The BlockMask of the kept blocks; it means the same in eager and in compiled flex_attention."""
+        return build_block_mask(
+            self.kept, self.whole, self.mask_mod, block_size=self.block_size, seq_lengths=self.seq_lengths
+        )
+
+    @property
+    def density(self) -> Float[Tensor, ""]:
+        """Mean over batch and heads of `density_per_head`; a 0-dim tensor."""
+        return self.density_per_head.mean()
+
+    @property
+    def density_per_head(self) -> Float[Tensor, "B Hq"]:
+        """Share of a head's visible blocks that is kept; 0 where none is visible."""
+        visible = self.visible.sum((2, 3), dtype=torch.float32)
+        return self.kept.sum((2, 3), dtype=torch.float32) / visible.clamp(min=1)
+
+    @property
+    def covered(self) -> Float[Tensor, "B Hq nQ"]:
+        """Share of each row's estimated mass that the kept blocks hold; 1 where there is no mass."""
+        total = self.mass.sum(-1)
+        return torch.where(total > 0, (self.mass * self.kept).sum(-1) / total, 1.0)
+
+    def map(self, head: int = 0, batch: int = 0, side: int = 48) -> str:
+        """One head's blocks as text, at most `side` characters a side: █ kept, ▒ kept and cut by the mask,
+        · visible but dropped; a character that stands for several blocks shows the first of these that it holds."""
+        kept = self.kept[batch, head]
+        whole = self.whole.expand_as(self.kept)[batch, head]
+        visible = self.visible.expand_as(self.kept)[batch, head]
+        step = max(1, -(-max(kept.shape) // side))
+
+        def shrink(blocks: Tensor) -> list[list[float]]:
+            return torch.nn.functional.max_pool2d(blocks.float()[None], step, ceil_mode=True)[0].tolist()
+
+        layers = zip(shrink(kept & whole), shrink(kept), shrink(visible), strict=True)
+        return "\n".join(
+            "".join("█" if f else "▒" if p else "·" if s else " " for f, p, s in zip(*rows, strict=True)).rstrip()
+            for rows in layers
+        )
+
+    def __repr__(self) -> str:
+        B, Hq, nQ, nK = self.kept.shape
+        about = f"Selection({B}×{Hq} heads, {nQ}×{nK} blocks of {self.block_size[0]}×{self.block_size[1]} tokens"
+        if self.kept.device.type == "meta":
+            return about + ")"
+        return f"{about}, density {self.density.item():.3f}), head 0:\n{self.map()}"
+
+
+def create_rr_block_mask(q: Tensor, k: Tensor, **options: Any) -> BlockMask:
+    """The BlockMask of `select_blocks(q, k, ...)`, for torch.compile(flex_attention)(q, k, v, block_mask=...).
+
+    Takes the arguments of `select_blocks` and raises what it raises.
+    """
+    return select_blocks(q, k, **options).block_mask
+
+
+def select_blocks(
+    q: Float[Tensor, "B Hq Lq D"],
+    k: Float[Tensor, "B Hkv Lk D"],
+    *,
+    config: RRConfig | None = None,
+    mask_mod: MaskMod | None = None,
+    causal: bool | None = None,
+    scale: float | None = None,
+    q_offset: int | Tensor | None = None,
+    head_offset: int | Tensor = 0,
+    **settings: Any,
+) -> Selection:
+    """The blocks of the attention map that hold most of its mass, estimated from q and k (arXiv 2602.05853).
+
+    float32, bfloat16 or float16, Hq a multiple of Hkv, D 16 to 256, any lengths; no gradient.
+    `config` or single `settings` (fields of RRConfig): strides, block sizes, budget, mandatory blocks.
+    `mask_mod`: a FlexAttention mask over indices; `causal`: True without a mask_mod, else False; both together meet.
+    `scale`: factor of the logits, 1/√D unless given.
+    `q_offset`: position of the first query among the keys, Lk − Lq unless given; moves causal mask and diagonal.
+    `head_offset`: global index of the first query head, under tensor parallelism.
+    ValueError, TypeError or NotImplementedError name the argument, the rule and the value.
+    """
+    check_queries_and_keys(q, k)
+    check_call(q, k, config=config, mask_mod=mask_mod, scale=scale, q_offset=q_offset, head_offset=head_offset)
+    config = (config or RRConfig()).with_settings(settings)
+    level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
+    with torch.no_grad():
+        return select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
+
+
+def device_arguments(q: Tensor, k: Tensor, config: RRConfig, q_offset, head_offset) -> tuple[Tensor, Tensor, Tensor]:
+    """Budget level [Hq], q_offset and head_offset as tensors on q's device: new values of them compile nothing anew."""
+    if q_offset is None:
+        q_offset = k.shape[2] - q.shape[2]
+    offsets = [
+        x.to(q.device) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=q.device)
+        for x in (q_offset, head_offset)
+    ]
+    return config.level_per_head(q.shape[1], q.device), *offsets
+
+
+def select(
+    q: Float[Tensor, "B Hq Lq D"],
+    k: Float[Tensor, "B Hkv Lk D"],
+    level: Float[Tensor, " Hq"],
+    q_offset: Tensor,
+    head_offset: Tensor,
+    config: RRConfig,
+    mask_mod: MaskMod | None,
+    causal: bool | None,
+    scale: float | None,
+) -> Selection:
+    """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True)."""
+    B, Hq, Lq, D = q.shape
+    Lk = k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    mask_mod = resolve_mask(mask_mod, causal, q_offset)
+    visible, whole = block_visibility(mask_mod, B=B, H=Hq, Lq=Lq, Lk=Lk, block_size=config.block_sizes, device=q.device)
+    valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
+
+    q_stride, k_stride = config.strides
+    sampled = sample_queries(q, q_stride, head_offset)
+    mean, variance = key_moments(k, k_stride, key_head_mask(valid_keys, Hq, k.shape[1]))
+    pooled = mean.to(k.dtype)
+    if config.order == 2:
+        sampled, pooled = second_order_features(sampled, mean, variance, scale)
+    mass = block_mass(
+        sampled,
+        pooled,
+        mask_mod=mask_mod,
+        Lq=Lq,
+        Lk=Lk,
+        strides=config.strides,
+        block_size=config.block_sizes,
+        scale=scale,
+        head_offset=head_offset,
+    )
+
+    mandatory = mandatory_blocks(visible, config, Lq=Lq, q_offset=q_offset, valid_keys=valid_keys)
+    if config.budget == "top_tau":
+        count = config.mandatory == "count"
+        kept = select_top_tau(mass, level[:, None], visible, mandatory, count_mandatory=count)
+    else:
+        kept = select_threshold(mass, level[:, None], visible, mandatory)
+    return Selection(kept, mass, visible, whole, config.block_sizes, (Lq, Lk), mask_mod)
+
+
+def resolve_mask(mask_mod: MaskMod | None, causal: bool | None, q_offset: Tensor) -> MaskMod:
+    """The one mask that holds: `mask_mod`, the causal mask, where both are asked for their intersection, or none."""
+    if mask_mod is None:
+        return bidirectional() if causal is False else causal_mask(q_offset)
+    return both(causal_mask(q_offset), mask_mod) if causal else mask_mod
+
+
+def key_head_mask(valid_keys: Bool[Tensor, "b h Lk"], Hq: int, Hkv: int) -> Bool[Tensor, "b #Hkv Lk"]:
+    """Keys valid for any query head of a group: a mask over query heads seen from the key heads."""
+    return valid_keys if valid_keys.shape[1] == 1 else valid_keys.unflatten(1, (Hkv, Hq // Hkv)).any(2)

@@ -1,0 +1,76 @@
+"""Block mass to kept blocks: the budget rules."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def select_top_tau(
+    mass: Float[Tensor, "... nK"],
+    tau: float | Float[Tensor, "..."],
+    visible: Bool[Tensor, "... nK"] | None = None,
+    mandatory: Bool[Tensor, "... nK"] | None = None,
+    *,
+    count_mandatory: bool = True,
+) -> Bool[Tensor, "... nK"]:
+    """The fewest blocks of each row whose mass reaches `tau` × the row's total: mandatory first, then the largest.
+
+    Equal masses are taken from the left. `count_mandatory=False` takes plain top-p over all visible blocks and adds
+    the mandatory ones afterwards. tau ≥ 1 keeps every visible block, and so does a row whose total is zero or not
+    finite: an estimate that says nothing drops nothing. `tau` broadcasts against mass's leading axes.
+    """
+    mass, visible, mandatory, total, told = _prepare(mass, visible, mandatory)
+    tau = torch.as_tensor(tau, dtype=mass.dtype, device=mass.device)[..., None]
+    candidates = torch.where(mandatory, 0, mass) if count_mandatory else mass
+    need = tau * total
+    if count_mandatory:
+        need = need - torch.where(mandatory, mass, 0).sum(-1, keepdim=True)
+    kept = _largest_reaching(candidates, need) | mandatory
+    return torch.where(told & (tau < 1), kept, visible)
+
+
+def select_threshold(
+    mass: Float[Tensor, "... nK"],
+    threshold: float | Float[Tensor, "..."],
+    visible: Bool[Tensor, "... nK"] | None = None,
+    mandatory: Bool[Tensor, "... nK"] | None = None,
+) -> Bool[Tensor, "... nK"]:
+    """Every block whose share of its row's mass exceeds `threshold`, and the mandatory ones.
+
+    One threshold for all rows and heads spends a total budget where the marginal gain is. Rows without an estimate
+    keep every visible block, as in `select_top_tau`.
+    """
+    mass, visible, mandatory, total, told = _prepare(mass, visible, mandatory)
+    threshold = torch.as_tensor(threshold, dtype=mass.dtype, device=mass.device)[..., None]
+    return torch.where(told, (mass > threshold * total) & visible | mandatory, visible)
+
+
+def _prepare(mass: Tensor, visible: Tensor | None, mandatory: Tensor | None):
+    """Mass of visible blocks without NaN, both masks, the row total and whether that total says anything."""
+    visible = torch.ones_like(mass, dtype=torch.bool) if visible is None else visible.expand_as(mass)
+    mandatory = torch.zeros_like(visible) if mandatory is None else mandatory & visible
+    mass = torch.where(visible, mass, 0)
+    total = mass.sum(-1, keepdim=True)
+    told = torch.isfinite(total) & (total > 0)
+    return torch.where(told, mass, 0), visible, mandatory, torch.where(told, total, 0), told
+
+
+def _largest_reaching(mass: Float[Tensor, "... nK"], need: Float[Tensor, "... 1"]) -> Bool[Tensor, "... nK"]:
+    """The fewest largest entries of each row whose sum is at least `need`, ties from the left; none if need ≤ 0.
+
+    No sort: the bits of non-negative floats are ordered as the floats are, so the cut is found one bit at a time. The
+    passes fuse into one kernel under torch.compile.
+    """
+    whole = {torch.float32: torch.int32, torch.float64: torch.int64}[mass.dtype]
+    bits = mass.contiguous().view(whole)
+    cut = torch.zeros_like(need, dtype=whole)
+    for bit in reversed(range(torch.iinfo(whole).bits - 1)):
+        raised = cut | (1 << bit)
+        reaches = torch.where(bits >= raised, mass, 0).sum(-1, keepdim=True) >= need
+        cut = torch.where(reaches, raised, cut)
+    above = bits > cut
+    level = bits == cut
+    value = torch.where(level, mass, 0).amax(-1, keepdim=True)
+    missing = need - torch.where(above, mass, 0).sum(-1, keepdim=True)
+    take = torch.ceil(missing / torch.where(value > 0, value, 1)).clamp(min=1)
+    return above | (level & (value > 0) & (level.cumsum(-1) <= take))

@@ -1,0 +1,180 @@
+"""A table of bad arguments: each is refused by name, "<argument> must <rule>, got <value>"."""
+
+import math
+import re
+
+import pytest
+import torch
+from cases import Shape, tensors
+
+from mask_mods import causal
+from rr_flex import RRConfig, create_rr_block_mask, rr_attention, select_blocks
+
+SMALL = Shape(Lq=64, Lk=64)
+
+
+def zeros(*sizes, **options):
+    return torch.zeros(*sizes, **options)
+
+
+def refused(argument):
+    """The argument (or one of several) starts the message, which states the rule and the value."""
+    return re.compile(rf"^({argument})\b.* must .+, got .+", re.DOTALL)
+
+
+BAD_SETTINGS = [
+    ("stride", {"stride": 0}, ValueError),
+    ("stride", {"stride": -8}, ValueError),
+    ("stride", {"stride": 8.0}, TypeError),
+    ("block_size|stride", {"stride": 7}, ValueError),
+    ("block_size|stride|query_stride", {"query_stride": 48}, ValueError),
+    ("block_size|stride|key_stride", {"key_stride": 128, "block_size": (128, 64)}, ValueError),
+    ("block_size", {"block_size": 100, "stride": 4}, ValueError),
+    ("block_size", {"block_size": 0}, ValueError),
+    ("block_size", {"block_size": (128, 100), "stride": 4}, ValueError),
+    ("block_size", {"block_size": (128, 128, 128)}, ValueError),
+    ("tau", {"tau": 0}, ValueError),
+    ("tau", {"tau": 0.0}, ValueError),
+    ("tau", {"tau": -1}, ValueError),
+    ("tau", {"tau": 1.5}, ValueError),
+    ("tau", {"tau": math.nan}, ValueError),
+    ("tau", {"tau": [0.5, 0.5, 0.5, 1.5]}, ValueError),
+    ("tau", {"tau": [0.5, 0.5, 0.5, math.nan]}, ValueError),
+    ("tau", {"tau": torch.tensor([0.5, 0.0, 0.5, 0.5])}, ValueError),
+    ("tau", {"tau": "most"}, TypeError),
+    ("order", {"order": 0}, ValueError),
+    ("order", {"order": 3}, ValueError),
+    ("budget", {"budget": "unknown"}, ValueError),
+    ("mandatory", {"mandatory": "unknown"}, ValueError),
+    ("threshold", {"budget": "threshold", "threshold": -0.1}, ValueError),
+    ("threshold", {"budget": "threshold", "threshold": math.nan}, ValueError),
+    ("sink_blocks", {"sink_blocks": -1}, ValueError),
+    ("local_blocks", {"local_blocks": -1}, ValueError),
+    ("dense_last_rows", {"dense_last_rows": -1}, ValueError),
+]
+
+
+@pytest.mark.parametrize(("argument", "chosen", "error"), BAD_SETTINGS)
+def test_a_bad_setting_dies_at_construction(argument, chosen, error):
+    with pytest.raises(error, match=refused(argument)):
+        RRConfig(**chosen)
+
+
+@pytest.mark.parametrize(("argument", "chosen", "error"), BAD_SETTINGS)
+def test_a_bad_setting_is_refused_by_the_call(argument, chosen, error):
+    q, k, _ = tensors(SMALL)
+    with pytest.raises(error, match=refused(argument)):
+        select_blocks(q, k, **chosen)
+
+
+BAD_CALLS = [
+    ("tau", {"tau": [0.5, 0.5, 0.5]}, ValueError),
+    ("tau", {"tau": torch.full((5,), 0.5)}, ValueError),
+    ("q_offset", {"q_offset": -1}, ValueError),
+    ("q_offset", {"q_offset": 1.5}, TypeError),
+    ("q_offset", {"q_offset": "end"}, TypeError),
+    ("head_offset", {"head_offset": -1}, ValueError),
+    ("head_offset", {"head_offset": 0.5}, TypeError),
+    ("config", {"config": {"tau": 0.5}}, TypeError),
+    ("mask_mod", {"mask_mod": torch.ones(64, 64).bool()}, TypeError),
+]
+
+
+@pytest.mark.parametrize("call", [select_blocks, create_rr_block_mask])
+@pytest.mark.parametrize(("argument", "chosen", "error"), BAD_CALLS)
+def test_a_bad_argument_is_refused(call, argument, chosen, error):
+    q, k, _ = tensors(SMALL)
+    with pytest.raises(error, match=refused(argument)):
+        call(q, k, **chosen)
+
+
+@pytest.mark.parametrize(("argument", "chosen", "error"), BAD_CALLS)
+def test_attention_refuses_the_same_arguments(argument, chosen, error):
+    with pytest.raises(error, match=refused(argument)):
+        rr_attention(*tensors(SMALL), **chosen)
+
+
+good = zeros(1, 2, 64, 16)
+BAD_TENSORS = [
+    ("q", zeros(2, 64, 16), good, ValueError),
+    ("k", good, zeros(2, 64, 16), ValueError),
+    ("q", zeros(1, 1, 2, 64, 16), good, ValueError),
+    ("q|k|Hq", zeros(1, 3, 64, 16), good, ValueError),
+    ("q|k|Hq", zeros(1, 2, 64, 16), zeros(1, 4, 64, 16), ValueError),
+    ("q|k", zeros(1, 2, 64, 8), good, ValueError),
+    ("q|k", zeros(2, 2, 64, 16), good, ValueError),
+    ("q", zeros(1, 2, 0, 16), good, ValueError),
+    ("k", good, zeros(1, 2, 0, 16), ValueError),
+    ("q|k", zeros(1, 2, 64, 0), zeros(1, 2, 64, 0), ValueError),
+    ("q", zeros(1, 2, 64, 16, dtype=torch.int64), good, TypeError),
+    ("q", zeros(1, 2, 64, 16, dtype=torch.int64), zeros(1, 2, 64, 16, dtype=torch.int64), TypeError),
+    ("q|k", good, good.bfloat16(), TypeError),
+    ("q|k", good, zeros(1, 2, 64, 16, device="meta"), ValueError),
+    ("q", [[1.0]], good, TypeError),
+    ("k", good, None, TypeError),
+]
+
+
+@pytest.mark.parametrize("call", [select_blocks, create_rr_block_mask])
+@pytest.mark.parametrize(("argument", "q", "k", "error"), BAD_TENSORS)
+def test_a_bad_tensor_is_refused(call, argument, q, k, error):
+    with pytest.raises(error, match=refused(argument)):
+        call(q, k)
+
+
+@pytest.mark.parametrize(("argument", "q", "k", "error"), BAD_TENSORS)
+def test_attention_refuses_the_same_tensors(argument, q, k, error):
+    with pytest.raises(error, match=refused(f"{argument}|v")):
+        rr_attention(q, k, k)
+
+
+@pytest.mark.parametrize(
+    ("v", "error"),
+    [
+        (zeros(2, 64, 16), ValueError),
+        (zeros(1, 2, 63, 16), ValueError),
+        (zeros(1, 1, 64, 16), ValueError),
+        (zeros(2, 2, 64, 16), ValueError),
+        (good.bfloat16(), TypeError),
+        (good.long(), TypeError),
+        (zeros(1, 2, 64, 16, device="meta"), ValueError),
+        (None, TypeError),
+    ],
+)
+def test_bad_values_are_refused(v, error):
+    with pytest.raises(error, match=refused("v")):
+        rr_attention(good, good, v)
+
+
+@pytest.mark.parametrize("call", [select_blocks, create_rr_block_mask])
+def test_an_unknown_setting_is_refused(call):
+    with pytest.raises(TypeError, match="taw"):
+        call(good, good, taw=0.5)
+    with pytest.raises(TypeError, match="taw"):
+        rr_attention(good, good, good, taw=0.5)
+    with pytest.raises(TypeError, match="taw"):
+        RRConfig(taw=0.5)
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(AttributeError):
+        RRConfig().tau = 0.5
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_cpu_has_no_backward(which):
+    inputs = [good.clone() for _ in range(3)]
+    inputs[which].requires_grad_()
+    with pytest.raises(NotImplementedError, match="grad"):
+        rr_attention(*inputs)
+
+
+def test_a_cpu_has_no_log_sum_exp():
+    with pytest.raises(NotImplementedError, match="return_lse"):
+        rr_attention(good, good, good, return_lse=True)
+
+
+def test_mask_mods_are_taken_by_every_call():
+    """The table above refuses for the right reason: the same calls with good arguments go through."""
+    for call in (select_blocks, create_rr_block_mask):
+        call(good, good, mask_mod=causal(), q_offset=0, head_offset=0, tau=[0.5, 1.0])

@@ -1,0 +1,87 @@
+"""Imports point one way, and `import rr_flex` stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("mask_mods", "rr_flex")
+
+# A module imports from its own line or one above. A package's name stands for all its modules.
+LINES = [
+    ["mask_mods"],
+    ["rr_flex.geometry", "rr_flex.config", "rr_flex.checks", "rr_flex.kernel"],
+    ["rr_flex.sampling"],
+    ["rr_flex.mass"],
+    ["rr_flex.selection"],
+    ["rr_flex.block_mask"],
+    ["rr_flex.pipeline"],
+    ["rr_flex.attention"],
+    ["rr_flex.correction"],
+    ["rr_flex"],
+    ["rr_flex.models", "rr_flex.distributed", "rr_flex.serving"],
+    ["rr_flex.evaluation"],
+    ["rr_flex.plots"],
+    ["rr_flex.demo"],
+    ["rr_flex.cli", "rr_flex.__main__"],
+]
+LINE_OF = {name: number for number, names in enumerate(LINES) for name in names}
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def line_of(module: str) -> int:
+    """The line of the module itself, or of the package that it is in ("rr_flex" is only the facade)."""
+    if module in LINE_OF:
+        return LINE_OF[module]
+    package = ".".join(module.split(".")[:-1])
+    assert package and package != "rr_flex", f"{module} has no line in tests/test_imports.py"
+    return line_of(package)
+
+
+def imported_by(path: Path) -> set[str]:
+    """Our own modules that the file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} must import by full name"
+            # `from rr_flex import demo` imports a module, `from rr_flex import RRConfig` the facade.
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = {name for name in submodules if is_module(name)}
+            names |= known or {node.module}
+    return {name for name in names if name.split(".")[0] in PACKAGES}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path):
+    own = name_of(path)
+    wrong = [name for name in imported_by(path) if line_of(name) > line_of(own)]
+    assert not wrong, f"{own} must import only from its own line or one above, got {wrong}"
+
+
+def test_mask_mods_stands_alone():
+    wrong = {name_of(path): imported_by(path) for path in MODULES if name_of(path).startswith("mask_mods")}
+    assert not [own for own, names in wrong.items() if any(name.startswith("rr_flex") for name in names)]
+
+
+def test_import_is_light():
+    program = (
+        "import sys, rr_flex, torch\n"
+        "print(torch.cuda.is_initialized(), sorted({'transformers', 'matplotlib', 'gguf'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert printed.stdout.strip() == "False []"
