@@ -8,6 +8,7 @@ from torch import Tensor
 from mask_mods.spans import (
     Index,
     SpanMask,
+    buffered,
     check_count,
     check_integers,
     check_per_batch,
@@ -29,10 +30,10 @@ def document(document_ids: Int[Tensor, "B Lk"] | Int[Tensor, " Lk"], offset: Ind
     ids = document_ids[0] if document_ids.ndim == 2 and document_ids.shape[0] == 1 else document_ids
     # The run number of each token is sorted, so a run's first and last token are where it would be inserted.
     run = F.pad((ids[..., 1:] != ids[..., :-1]).long().cumsum(-1), (1, 0))  # [Lk] or [B, Lk]
-    run_first = torch.searchsorted(run, run, out_int32=True)
-    run_last = torch.searchsorted(run, run, out_int32=True, right=True) - 1
-    # A tensor, not an int: under dynamic=True flex cannot capture an int that depends on the length.
-    end = torch.full((), ids.shape[-1] - 1, device=ids.device)
+    run_first = buffered(torch.searchsorted(run, run, out_int32=True))
+    run_last = buffered(torch.searchsorted(run, run, out_int32=True, right=True) - 1)
+    # Lk − 1 as a tensor: under dynamic=True flex cannot capture an int that depends on the length.
+    end = buffered(run_last.amax())
 
     def spans(b, h, q_idx):
         position = q_idx + per_batch(offset, b)

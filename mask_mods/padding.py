@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mask_mods.spans import Index, SpanMask, check_count, check_integers, check_per_batch, per_batch, show
+from mask_mods.spans import Index, SpanMask, buffered, check_count, check_integers, check_per_batch, per_batch, show
 
 
 def padding(
@@ -29,10 +29,8 @@ def padding(
     elif side == "left":
         raise ValueError("total must be the number of keys when side is 'left', got None")
     # Tensors, not ints: under dynamic=True flex cannot capture an int that depends on the length.
-    starts = total - lengths if side == "left" else torch.zeros_like(lengths)  # [B]
-    ends = starts + lengths - 1  # [B]
-    starts = starts.as_strided(starts.shape, starts.stride())
-    ends = ends.as_strided(ends.shape, ends.stride())
+    starts = buffered(total - lengths) if side == "left" else 0  # [B], or for all
+    ends = buffered(starts + lengths - 1)  # [B]
 
     def spans(b, h, q_idx):
         position, first, last = q_idx + per_batch(offset, b), per_batch(starts, b), per_batch(ends, b)

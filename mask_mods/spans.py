@@ -41,6 +41,15 @@ def per_batch(value: Index, b: Tensor) -> Index:
     return value[0] if value.shape[0] == 1 else value[b]
 
 
+def buffered(x: Tensor) -> Tensor:
+    """x itself, as something that a mask may capture when it is built inside a compiled graph.
+
+    The CPU kernel (torch 2.13) raises NoValidChoicesError for a captured tensor that is an expression not yet computed;
+    fixing its strides makes the compiler compute it first. A constant is folded all the same: capture an int instead.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 def larger(x: Index, y: Index) -> Index:
     """max(x, y) of ints and tensors in any mixture."""
     if isinstance(x, Tensor) and isinstance(y, Tensor):

@@ -10,11 +10,10 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import build_block_mask
 from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_values
+from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
+from rr_flex.kernel import attention_options
 from rr_flex.pipeline import device_arguments, select
-
-# Each pair of settings, dtypes and mask code is a graph of its own, and past the limit fullgraph raises.
-RECOMPILE_LIMIT = 256
 
 
 def rr_attention(
@@ -46,10 +45,7 @@ def rr_attention(
     config = (config or RRConfig()).with_settings(settings)
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
     arguments = (q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse)
-    if torch.compiler.is_compiling():
-        return _attend(*arguments)
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return _attend_compiled(*arguments)
+    return (_attend if torch.compiler.is_compiling() else _attend_compiled)(*arguments)
 
 
 def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse):
@@ -66,8 +62,11 @@ def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, sca
             for_backward=for_backward,
         )
     aux = AuxRequest(lse=True) if return_lse else None
-    out = flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, return_aux=aux)
+    options = attention_options(q, config.block_sizes)
+    out = flex_attention(
+        q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, return_aux=aux, kernel_options=options
+    )
     return (out[0], out[1].lse) if return_lse else out
 
 
-_attend_compiled = torch.compile(_attend, fullgraph=True)
+_attend_compiled = compile_whole(_attend)

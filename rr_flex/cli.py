@@ -1,8 +1,10 @@
 """The command `rr-flex`. transformers and matplotlib are imported only when the demo runs."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -25,46 +27,61 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rr-flex", description="RRAttention block-sparse prefill on FlexAttention.")
-    parser.add_argument("--version", action="version", version=f"rr-flex {importlib.metadata.version('rr-flex')}")
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the installed version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
         help="prefill a real model dense and with RRAttention, and compare",
         description="Prefills a real model with a long text, dense and with RRAttention, and compares the two.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.set_defaults(run=run_demo)
     add_demo_arguments(demo)
     return parser
 
 
+class ShowVersion(argparse.Action):
+    """Asks for the version only when told to: a checkout that is not installed has none."""
+
+    def __call__(self, parser, *_) -> None:
+        parser.exit(message=f"rr-flex {importlib.metadata.version('rr-flex')}\n")
+
+
+SETTINGS_HELP = {
+    "stride": "tokens per sampled query and per pooled key",
+    "query_stride": "tokens per sampled query; the stride without it",
+    "key_stride": "tokens per pooled key; the stride without it",
+    "block_size": "64, 128 or QUERYxKEY tokens, as in 128x64",
+    "order": "1: mean of a stride's logits, 2: and half their variance",
+    "budget": "the rule that turns mass into kept blocks",
+    "tau": "for top_tau: share of a row's estimated mass to keep, in (0, 1]",
+    "threshold": "for threshold: keep blocks with a larger share of their row's mass than this",
+    "mandatory": "mandatory blocks count towards tau, or are added to it",
+    "sink_blocks": "key blocks always kept at the start",
+    "local_blocks": "key blocks always kept up to the diagonal",
+    "dense_last_rows": "block rows at the end that keep every visible block",
+}
+
+
 def add_demo_arguments(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument(
-        "--model", metavar="NAME", help="Hugging Face name, folder or .gguf file; SmolLM2-135M without it"
-    )
-    demo.add_argument(
-        "--text", type=Path, metavar="FILE", help="text to prefill; Python's own documentation without it"
-    )
-    demo.add_argument("--length", type=int, default=2048, help="tokens to prefill")
-    demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
-    demo.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=" ")
-    demo.add_argument(
-        "--heads", type=head_list, default=(), metavar="LAYER:HEAD,...", help="heads to draw; 3 without it"
-    )
-    demo.add_argument(
-        "--output", type=Path, default="rr-flex-demo.png", metavar="PNG", help="picture of the block maps"
-    )
-    demo.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON for machines, to FILE or in the table's place"
-    )
+    demo.add_argument("--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]")
+    demo.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to prefill [Python's own documentation]")
+    demo.add_argument("--length", type=int, default=2048, metavar="TOKENS", help="tokens to prefill [%(default)s]")
+    demo.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    demo.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+    demo.add_argument("--heads", type=head_list, default=(), metavar="LAYER:HEAD,...", help="to draw [three of them]")
+    demo.add_argument("--output", type=Path, default=Path("rr-flex-demo.png"), metavar="PNG", help="[%(default)s]")
+    demo.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or in the table's place")
     demo.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    settings = demo.add_argument_group("settings of RRConfig")
+    settings = demo.add_argument_group("settings of the selection (RRConfig)")
     types = {"block_size": block_size, "budget": str, "mandatory": str}
     choices = {"budget": get_args(Budget), "mandatory": get_args(Mandatory), "order": (1, 2)}
     for field in dataclasses.fields(RRConfig):
         kind = types.get(field.name, float if isinstance(field.default, float) else int)
+        text = SETTINGS_HELP[field.name] + ("" if field.default is None else " [%(default)s]")
+        shown = {"choices": choices[field.name]} if field.name in choices else {"metavar": kind.__name__.upper()}
         flag = "--" + field.name.replace("_", "-")
-        settings.add_argument(flag, type=kind, choices=choices.get(field.name), default=field.default, help=" ")
+        settings.add_argument(flag, type=kind, default=field.default, help=text, **shown)
 
 
 def block_size(text: str) -> int | tuple[int, int]:
@@ -96,7 +113,9 @@ def run_demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             heads=arguments.heads,
             **device_and_dtype(arguments.device, arguments.dtype),
         )
-        prepared = demo.prepare(options, progress)
+        # The model's own loading bars go to stderr.
+        with contextlib.redirect_stderr(io.StringIO()) if arguments.quiet else contextlib.nullcontext():
+            prepared = demo.prepare(options, progress)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")
 
@@ -106,7 +125,8 @@ def run_demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if arguments.json not in (None, "-"):
         document = demo.as_json(options, prepared, report).encode()
         demo.write_atomically(Path(arguments.json), lambda stream: stream.write(document))
-    progress("done\n")
+    progress("done")
+    print(file=sys.stderr)
     print(demo.as_json(options, prepared, report) if arguments.json == "-" else demo.table(options, prepared, report))
     print(f"block maps: {arguments.output}", file=sys.stderr)
     return 0
@@ -130,8 +150,10 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, object]:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be one that torch can use, got {device!r} with no CUDA GPU at hand")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one that torch can use, got {device!r}: {error}") from error
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     return {"device": device, "dtype": getattr(torch, dtype)}
@@ -142,7 +164,7 @@ def check_writable(flag: str, path: Path) -> None:
         raise ValueError(f"{flag} must name a file in an existing folder, got {str(path)!r}")
 
 
-def quiet(text: str) -> None:
+def quiet(stage: str, done: int = 0, of: int = 0) -> None:
     pass
 
 
@@ -150,13 +172,15 @@ class Progress:
     """The stage on stderr, with the seconds since the start: one line, rewritten; off a terminal a line every 5 s."""
 
     def __init__(self) -> None:
-        self.start = self.shown = perf_counter()
+        self.start, self.shown, self.stage = perf_counter(), 0.0, ""
         self.terminal = sys.stderr.isatty()
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, stage: str, done: int = 0, of: int = 0) -> None:
         now = perf_counter()
+        line = f"{now - self.start:6.1f} s  {stage}" + (f": layer {done} of {of}" if of else "")
         if self.terminal:
-            print(f"\r\033[K{now - self.start:6.1f} s  {text}", end="", file=sys.stderr, flush=True)
-        elif now - self.shown > 5:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        elif stage != self.stage or now - self.shown > 5:
             self.shown = now
-            print(f"{now - self.start:6.1f} s  {text}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+        self.stage = stage

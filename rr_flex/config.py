@@ -1,6 +1,5 @@
 """The settings of one selection, frozen and checked at construction."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -40,7 +39,7 @@ class RRConfig:
             if self.tau.device.type == "cpu":
                 object.__setattr__(self, "tau", self.tau.tolist())
         if isinstance(self.tau, Sequence):
-            object.__setattr__(self, "tau", tuple(float(share) for share in self.tau))
+            object.__setattr__(self, "tau", tuple(self.tau))
         if isinstance(self.block_size, Sequence):
             object.__setattr__(self, "block_size", tuple(self.block_size))
         self._check_blocks()
@@ -61,33 +60,34 @@ class RRConfig:
 
     def _check_blocks(self) -> None:
         sizes = self.block_sizes
-        if len(sizes) != 2 or any(type(size) is not int or size not in (64, 128) for size in sizes):
+        if not isinstance(sizes, tuple) or any(type(size) is not int for size in sizes):
+            raise TypeError(f"block_size must be an int or a pair (query, key) of ints, got {self.block_size!r}")
+        if len(sizes) != 2 or not set(sizes) <= {64, 128}:
             raise ValueError(f"block_size must be 64, 128 or a pair (query, key) of them, got {self.block_size}")
         for name in ("stride", "query_stride", "key_stride"):
-            stride = getattr(self, name)
-            if stride is not None and (type(stride) is not int or stride < 1):
-                raise ValueError(f"{name} must be a positive int, got {stride!r}")
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
         for name, stride, size in zip(("query_stride", "key_stride"), self.strides, sizes, strict=True):
             if size % stride:
                 named = name if getattr(self, name) is not None else "stride"
                 raise ValueError(f"{named} must divide block_size {self.block_size}, got {stride}")
 
     def _check_rules(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {self.order!r}")
+        _check_int("order", self.order, 1)
+        if self.order > 2:
+            raise ValueError(f"order must be 1 or 2, got {self.order}")
         for name, choices in (("budget", get_args(Budget)), ("mandatory", get_args(Mandatory))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("sink_blocks", "local_blocks", "dense_last_rows"):
-            count = getattr(self, name)
-            if type(count) is not int or count < 0:
-                raise ValueError(f"{name} must be an int of at least 0, got {count!r}")
-        if not 0 <= _number("threshold", self.threshold) < 1:
+            _check_int(name, getattr(self, name), 0)
+        _check_number("threshold", self.threshold)
+        if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {self.threshold}")
         if isinstance(self.tau, Tensor):
             return
-        shares = self.tau if isinstance(self.tau, tuple) else (_number("tau", self.tau),)
-        for share in shares:
+        for share in self.tau if isinstance(self.tau, tuple) else (self.tau,):
+            _check_number("tau", share)
             if not 0 < share <= 1:
                 raise ValueError(f"tau must lie in (0, 1], got {share}")
 
@@ -113,10 +113,16 @@ class RRConfig:
         return torch.where((tau > 0) & (tau <= 1), tau, 1.0)
 
 
-def _number(name: str, value: object) -> float:
+def _check_int(name: str, value: object, minimum: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return math.nan if math.isnan(value) else float(value)
 
 
 def _check_tau_tensor(tau: Tensor) -> None:

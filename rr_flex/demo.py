@@ -38,10 +38,10 @@ class Prepared:
     ids: Tensor
 
 
-def prepare(options: DemoOptions, progress: Callable[[str], None]) -> Prepared:
+def prepare(options: DemoOptions, progress: Callable[..., None]) -> Prepared:
     """Loads model and text; raises ValueError or OSError on what the user can mend."""
     name = options.model or embedded_gguf().stem
-    text = default_text() if options.text is None else options.text.read_text()
+    text = default_text() if options.text is None else options.text.read_text(encoding="utf-8")
     progress(f"loading {name}")
     model, tokenizer = load_causal_lm(options.model, device=options.device, dtype=options.dtype)
     model_config = model.config.get_text_config()
@@ -56,7 +56,7 @@ def prepare(options: DemoOptions, progress: Callable[[str], None]) -> Prepared:
     return Prepared(name=name, model=model, ids=ids)
 
 
-def measure(options: DemoOptions, prepared: Prepared, progress: Callable[[str], None]) -> PrefillReport:
+def measure(options: DemoOptions, prepared: Prepared, progress: Callable[..., None]) -> PrefillReport:
     layers = tuple(layer for layer, _ in options.heads) or spread_layers(prepared.model.config.get_text_config())
     return compare_prefill(prepared.model, prepared.ids, options.config, map_layers=layers, progress=progress)
 
@@ -105,6 +105,8 @@ def budget_field(config: RRConfig) -> str:
 
 def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> str:
     """For people: one line a layer, means over heads, then the totals."""
+    seconds = dict(report.seconds)
+    compilation = seconds.pop("compilation")
     rows = [f"{'layer':>5}  {'density':>8}  {'mass recalled':>13}  {'output error':>12}"]
     for layer, measures in enumerate(report.layers):
         values = measures.density.mean(), measures.recall.mean(), measures.error.mean()
@@ -127,8 +129,8 @@ def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> st
             f"({lm.perplexity_compared / lm.perplexity - 1:+.2%})",
             f"next token             the same at {lm.agreement:.2%} of positions",
             f"KL(dense, RR)          {lm.kl:.2e} nats a token",
-            f"wall time of all {len(report.layers)} layers' attention, compilation ({report.seconds['compilation']:.0f} s) apart:",
-            *(f"  {name:<26} {seconds:8.3f} s" for name, seconds in report.seconds.items() if name != "compilation"),
+            f"wall time of {len(report.layers)} layers' attention, after {compilation:.0f} s of compilation:",
+            *(f"  {name:<26} {value:8.3f} s" for name, value in seconds.items()),
             f"peak memory            {report.peak_memory / 2**30:.2f} GiB",
         ]
     )

@@ -14,9 +14,11 @@ from mask_mods import causal as causal_mask
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import build_block_mask
 from rr_flex.checks import check_call, check_queries_and_keys
+from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
+from rr_flex.mass_by_attention import block_mass_by_attention, kernel_can_estimate
 from rr_flex.sampling import key_moments, sample_queries, second_order_features
 from rr_flex.selection import select_threshold, select_top_tau
 
@@ -116,8 +118,12 @@ def select_blocks(
     check_call(q, k, config=config, mask_mod=mask_mod, scale=scale, q_offset=q_offset, head_offset=head_offset)
     config = (config or RRConfig()).with_settings(settings)
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
+    # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
+    compiled = q.device.type != "cpu" and not torch.compiler.is_compiling()
     with torch.no_grad():
-        return select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
+        return (_select_compiled if compiled else select)(
+            q, k, level, q_offset, head_offset, config, mask_mod, causal, scale
+        )
 
 
 def device_arguments(q: Tensor, k: Tensor, config: RRConfig, q_offset, head_offset) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +162,8 @@ def select(
     pooled = mean.to(k.dtype)
     if config.order == 2:
         sampled, pooled = second_order_features(sampled, mean, variance, scale)
-    mass = block_mass(
+    estimate = block_mass_by_attention if kernel_can_estimate(sampled) else block_mass
+    mass = estimate(
         sampled,
         pooled,
         mask_mod=mask_mod,
@@ -187,3 +194,6 @@ def resolve_mask(mask_mod: MaskMod | None, causal: bool | None, q_offset: Tensor
 def key_head_mask(valid_keys: Bool[Tensor, "b h Lk"], Hq: int, Hkv: int) -> Bool[Tensor, "b #Hkv Lk"]:
     """Keys valid for any query head of a group: a mask over query heads seen from the key heads."""
     return valid_keys if valid_keys.shape[1] == 1 else valid_keys.unflatten(1, (Hkv, Hq // Hkv)).any(2)
+
+
+_select_compiled = compile_whole(select)

@@ -34,7 +34,8 @@ def block_map_figure(heads: list[HeadMap], *, Lq: int, Lk: int, block_size: tupl
     norm = LogNorm(FAINTEST_SHARE, 1, clip=True)
 
     for row, head in zip(axes, heads, strict=True):
-        for axis, mass, name in zip(row, (head.true_mass, head.estimated_mass), ("true mass", "estimated mass")):
+        masses = {"true mass": head.true_mass, "estimated mass": head.estimated_mass}
+        for axis, (name, mass) in zip(row[:2], masses.items(), strict=True):
             share = (mass / mass.sum(-1, keepdim=True)).float().cpu().numpy()
             share = np.ma.masked_array(share, mask=~head.visible.cpu().numpy())
             image = axis.pcolormesh(x, y, share, cmap="viridis_r", norm=norm)

@@ -58,7 +58,7 @@ def shapes(draw, longest=700, bottom_right=False):
     Hkv = draw(st.integers(1, 2))
     Lk = draw(st.one_of(st.sampled_from([1, 8, 64, 127, 128, 129, 257, 384, 640]), st.integers(1, longest)))
     Lq = draw(st.one_of(st.just(Lk), st.just(1), st.integers(1, Lk if bottom_right else longest)))
-    return Shape(draw(st.integers(1, 2)), Hkv * draw(st.integers(1, 3)), Hkv, Lq, Lk, draw(st.sampled_from([4, 16])))
+    return Shape(draw(st.integers(1, 2)), Hkv * draw(st.integers(1, 3)), Hkv, Lq, Lk, draw(st.sampled_from([16, 24])))
 
 
 @st.composite

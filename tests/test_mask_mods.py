@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from mask_mods import (
     SpanMask,
     any_key_visible,
+    bidirectional,
     block_visibility,
     both,
     causal,
@@ -48,6 +49,10 @@ def at(value, b):
 def per_batch_values(B, low, high):
     numbers = st.integers(low, high)
     return st.one_of(numbers, numbers.map(torch.tensor), st.lists(numbers, min_size=B, max_size=B).map(torch.tensor))
+
+
+def bidirectional_cases(B, Lk):
+    return st.just(Case(bidirectional(), lambda b, h, i, j: True))
 
 
 @st.composite
@@ -149,6 +154,7 @@ def plain_cases(draw, B, Lk):
 
 
 LEAVES = {
+    "bidirectional": bidirectional_cases,
     "causal": causal_cases,
     "sliding_window": sliding_window_cases,
     "document": document_cases,
@@ -413,13 +419,18 @@ def lists(blocks):
     return blocks.sum(-1).int(), (~blocks).int().argsort(dim=-1, stable=True).int()
 
 
-def attend(q, k, v, lengths, offset):
-    """Masks, block lists and attention in one graph; the mask_mod calls a SpanMask that was built in the graph."""
+def everything(lengths, offset, ids, Lk):
+    window = either(sliding_window(300, offset), sink(3), prefix(20, offset), frames(64, 1, offset))
+    return both(window, causal(offset), document(ids, offset), padding(lengths, "left", total=Lk))
+
+
+def attend(q, k, v, lengths, offset, ids):
+    """Masks, block lists and attention in one graph."""
     B, H, Lq, _ = q.shape
     Lk = k.shape[2]
-    mask = both(either(sliding_window(100, offset), sink(3)), causal(offset), padding(lengths, "left", total=Lk))
-    touched, covered = block_visibility(mask, B=B, H=H, Lq=Lq, Lk=Lk, block_size=(128, 128), device=q.device)
-    touched, covered = (blocks.expand(B, H, -1, -1).contiguous() for blocks in (touched, covered))
+    mask = everything(lengths, offset, ids, Lk)
+    blocks = block_visibility(mask, B=B, H=H, Lq=Lq, Lk=Lk, block_size=(128, 128), device=q.device)
+    touched, covered = (block.expand(B, H, -1, -1) for block in blocks)
     block_mask = BlockMask.from_kv_blocks(
         *lists(touched & ~covered),
         *lists(covered),
@@ -440,13 +451,16 @@ def test_compiled_flex_attention_equals_dense_attention():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, L, 16, generator=generator) for L in (200, 384, 384))
     compiled = torch.compile(attend, fullgraph=True)
-    for lengths, offset in ((torch.tensor([384, 150]), torch.tensor(184)), (torch.tensor([37, 384]), torch.tensor(90))):
-        mask = both(either(sliding_window(100, offset), sink(3)), causal(offset), padding(lengths, "left", total=384))
-        visible = element_rule(mask, 2, 2, 200, 384)
+    full_blocks = []
+    ids = documents_from_lengths(torch.tensor([[384, 0], [170, 100]]), 384)
+    for lengths, offset in ((torch.tensor([384, 350]), torch.tensor(184)), (torch.tensor([37, 384]), torch.tensor(90))):
+        visible = element_rule(everything(lengths, offset, ids, 384), 2, 2, 200, 384)
+        full_blocks.append(brute_force_blocks(visible, 128, 128)[1].sum().item())
         exact = dense_attention(q.double(), k.double(), v.double(), visible)
-        error = (compiled(q, k, v, lengths, offset) - exact).abs().max()
+        error = (compiled(q, k, v, lengths, offset, ids) - exact).abs().max()
         rounding = torch.finfo(torch.float32).eps * exact.abs().max()
         assert error <= 2 * ((dense_attention(q, k, v, visible) - exact).abs().max() + rounding)
+    assert max(full_blocks) > 0, "the full list went untested"
 
 
 def test_block_rules_compile_in_one_graph_for_all_lengths():

@@ -23,6 +23,8 @@ def test_the_commands_name_files_and_extras_that_exist():
     text = README.read_text()
     root = README.parent
     assert (root / "constraints.txt").is_file()
-    extras = set(re.findall(r"^(\w+) = \[", (root / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M))
+    extras = set(
+        re.findall(r"^(\w+) = \[", (root / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M)
+    )
     for named in re.findall(r"\.\[([\w,]+)\]", text):
         assert set(named.split(",")) <= extras

@@ -27,10 +27,10 @@ def test_pools_each_stride_to_its_mean(shape, stride, seed):
 def test_padding_keys_are_left_out_of_the_mean(shape, stride, seed):
     _, k, _ = tensors(shape, seed)
     valid = torch.rand(shape.B, shape.Lk, generator=torch.Generator().manual_seed(seed)) < 0.3
-    pooled = pool_keys(k, stride, valid=valid)
+    pooled = pool_keys(k, stride, valid=valid[:, None])
     torch.testing.assert_close(pooled.double(), oracle.pool(k, stride, valid)[0], rtol=0, atol=1e-5)
     changed = torch.where(valid[:, None, :, None], k, torch.full_like(k, 1e4))
-    assert torch.equal(pool_keys(changed, stride, valid=valid), pooled)
+    assert torch.equal(pool_keys(changed, stride, valid=valid[:, None]), pooled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

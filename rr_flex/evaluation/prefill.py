@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 
-from mask_mods import SpanMask, causal, sliding_window
+from mask_mods import SpanMask, sliding_window
 from rr_flex.attention import rr_attention
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.language_model import LanguageModelComparison, compare_logits
 from rr_flex.evaluation.measures import density, output_error, recalled_mass
 from rr_flex.evaluation.true_mass import true_block_mass
+from rr_flex.kernel import attention_options
 from rr_flex.models.attention import attention_by
 from rr_flex.pipeline import Selection, select_blocks
 
@@ -85,7 +86,7 @@ def compare_prefill(
     config: RRConfig,
     *,
     map_layers: tuple[int, ...] = (),
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[..., None] = lambda stage, done=0, of=0: None,
 ) -> PrefillReport:
     """Runs `ids` dense, measuring what RR would change in each layer, then with RR in every layer.
 
@@ -103,28 +104,29 @@ def compare_prefill(
 
     def dense_and_measure(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         mask_mod = mask_of(window)
-        dense = timed("dense attention (SDPA)", window, dense_attention, q, k, v, scale, mask_mod, window)
+        dense = timed("dense attention (SDPA)", window, dense_attention, q, k, v, scale, mask_mod)
         selection = timed("estimate and selection", window, select, q, k, mask_mod=mask_mod, scale=scale, config=config)
-        settings = {"block_mask": selection.block_mask, "scale": scale, "enable_gqa": True}
+        options = attention_options(q, config.block_sizes)
+        settings = {"block_mask": selection.block_mask, "scale": scale, "enable_gqa": True, "kernel_options": options}
         sparse = timed("attention over kept blocks", window, attend, q, k, v, **settings)
         true_mass = true_block_mass(q, k, block_size=config.block_sizes, mask_mod=mask_mod, scale=scale)
         layers.append(measure(selection, true_mass, sparse, dense))
         if layer in map_layers:
             maps[layer] = keep_maps(selection, true_mass)
-        progress(f"dense prefill and measures: layer {layer + 1} of {n_layers}")
+        progress("dense prefill and measures", layer + 1, n_layers)
         return dense
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         mask_mod = mask_of(window)
         settings = {"mask_mod": mask_mod, "scale": scale, "config": config}
         out = timed("rr_attention, one graph", window, rr_attention, q, k, v, **settings)
-        progress(f"prefill with rr_attention: layer {layer + 1} of {n_layers}")
+        progress("prefill with rr_attention", layer + 1, n_layers)
         return out
 
-    progress("dense prefill: compiling")
+    progress("compiling the selection and flex_attention")
     with attention_by(model, dense_and_measure):
         reference = model(ids, use_cache=False).logits[0]
-    progress("prefill with rr_attention: compiling")
+    progress("compiling rr_attention")
     with attention_by(model, sparse):
         compared = model(ids, use_cache=False).logits[0]
     return PrefillReport(
@@ -136,13 +138,14 @@ def compare_prefill(
     )
 
 
-def mask_of(window: int | None) -> SpanMask:
-    return causal() if window is None else sliding_window(window)
+def mask_of(window: int | None) -> SpanMask | None:
+    """None is causal, in every call that takes it."""
+    return None if window is None else sliding_window(window)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_mod: SpanMask, window: int | None) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_mod: SpanMask | None) -> Tensor:
     settings = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if window is None:
+    if mask_mod is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **settings)
     position = torch.arange(q.shape[2], device=q.device)
     visible = mask_mod(position.new_zeros(()), position.new_zeros(()), position[:, None], position)

@@ -18,7 +18,8 @@ def true_block_mass(
     """Softmax probabilities over every pair, summed per block, in float32, one strip of block rows at a time.
 
     `mask_mod` is an element rule (b, h, q, k) that broadcasts; None is causal, with query i at position i + `q_offset`
-    (default Lk - Lq). A row of blocks sums to its number of queries that see a key. The whole of attention's work is done.
+    (default Lk - Lq). A row of blocks sums to its number of queries that see a key.
+    Costs as much as the whole attention.
     """
     B, Hq, Lq, D = q.shape
     Hkv, Lk = k.shape[1:3]
@@ -28,15 +29,20 @@ def true_block_mass(
     batch = torch.arange(B, device=q.device)[:, None, None, None]
     head = torch.arange(Hq, device=q.device)[:, None, None]
     key = torch.arange(Lk, device=q.device)
+    keys = k.float().mT.unsqueeze(2)
 
     rows = []
     for start in range(0, Lq, block_q):
         stop = min(start + block_q, Lq)
         query = torch.arange(start, stop, device=q.device)[:, None]
-        visible = key <= query + offset if mask_mod is None else mask_mod(batch, head, query, key)
-        strip = q[:, :, start:stop].float().unflatten(1, (Hkv, Hq // Hkv))
-        scores = (strip @ k.float().mT.unsqueeze(2)).flatten(1, 2) * scale  # [B, Hq, rows, Lk]
-        scores = scores.masked_fill(~visible, float("-inf"))
-        mass = scores.softmax(-1).nan_to_num(0.0).sum(2)  # [B, Hq, Lk]; a query that sees nothing adds 0
-        rows.append(F.pad(mass, (0, -Lk % block_k)).unflatten(-1, (-1, block_k)).sum(-1))
+        # Without a mask_mod no key past the strip's last query is seen.
+        seen = max(1, min(Lk, stop + offset)) if mask_mod is None else Lk
+        column = key[:seen]
+        visible = column <= query + offset if mask_mod is None else mask_mod(batch, head, query, column)
+        strip = q[:, :, start:stop].float().unflatten(1, (Hkv, Hq // Hkv)) * scale
+        scores = (strip @ keys[..., :seen]).flatten(1, 2)  # [B, Hq, rows, seen]
+        probabilities = scores.masked_fill_(~visible, float("-inf")).softmax(-1)
+        tiles = F.pad(probabilities, (0, -seen % block_k)).unflatten(-1, (-1, block_k)).sum(-1)
+        mass = tiles.nan_to_num(0.0).sum(2)  # a query that sees nothing is NaN, and adds 0
+        rows.append(F.pad(mass, (0, -(-Lk // block_k) - mass.shape[-1])))
     return torch.stack(rows, 2)

@@ -27,11 +27,12 @@ def attention_by(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
 
 def _attention_function(attend: Attend) -> Callable:
     def attention(module, q, k, v, attention_mask, *, scaling=None, sliding_window=None, **kwargs):
-        unsupported = {name: kwargs[name] for name in ("softcap", "s_aux") if kwargs.get(name) is not None}
-        if unsupported or attention_mask is not None or not getattr(module, "is_causal", True):
+        given = {**kwargs, "attention_mask": attention_mask}
+        unsupported = [name for name in ("softcap", "s_aux", "attention_mask") if given.get(name) is not None]
+        if unsupported or not getattr(module, "is_causal", True):
             raise NotImplementedError(
-                f"attention must be causal, without a mask, soft cap or sink logits, got {type(module).__name__} with "
-                f"{sorted(unsupported)}, a mask: {attention_mask is not None}, causal: {getattr(module, 'is_causal', True)}"
+                f"attention must be causal, with no mask, soft cap or sink logits of its own, got "
+                f"{type(module).__name__} with {unsupported}, is_causal = {getattr(module, 'is_causal', True)}"
             )
         scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         out = attend(q, k, v, layer=module.layer_idx, scale=scale, window=sliding_window)
@@ -49,5 +50,3 @@ def _refuse_all_but_plain_prefill(
             f"the prompt must be one unpadded prefill without a cache, got {q_length} queries and {kv_length} keys, "
             f"padding: {padded}"
         )
-
-

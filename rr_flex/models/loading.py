@@ -24,11 +24,17 @@ def embedded_gguf() -> Path:
 
 
 def load_causal_lm(name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-    """(model in eval mode on `device`, tokenizer). `name`: a Hugging Face name, a folder, a .gguf file; None: embedded."""
-    path = embedded_gguf() if name is None else Path(name)
-    where = {"pretrained_model_name_or_path": name}
+    """(model in eval mode on `device`, its tokenizer).
+
+    `name` is a Hugging Face name, a folder or a .gguf file; None takes the embedded SmolLM2-135M-Instruct.
+    """
+    path = embedded_gguf() if name is None else Path(name).expanduser()
+    if name is not None and name.startswith((".", "/", "~")) and not path.exists():
+        raise FileNotFoundError(f"model must be a Hugging Face name, an existing folder or a .gguf file, got {name!r}")
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    else:
+        where = {"pretrained_model_name_or_path": str(path) if path.exists() else name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     return model.to(device).eval(), tokenizer
@@ -38,5 +44,5 @@ def tokenize(tokenizer, text: str, length: int) -> torch.Tensor:
     """The first `length` tokens of `text` as [1, length]; a shorter text is an error."""
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :length]
     if ids.shape[1] < length:
-        raise ValueError(f"text must hold at least {length} tokens, got {ids.shape[1]}: shorten --length or lengthen --text")
+        raise ValueError(f"text must hold at least length = {length} tokens, got {ids.shape[1]}")
     return ids

@@ -1,0 +1,1 @@
+"""Speed and error of rr_flex beside dense attention and rival selection rules: `python -m benchmarks`."""

@@ -1,0 +1,43 @@
+"""Options of the flex_attention kernels: plain data, looked up by card, head dim and dtype."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Compute capability -> head dim -> dtype -> options, as `python -m benchmarks tune` writes it.
+TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
+
+
+def attention_options(q: Tensor, block_size: tuple[int, int]) -> dict[str, Any]:
+    """Kernel options of block-sparse attention over blocks of `block_size` (queries, keys).
+
+    Empty on the CPU. Elsewhere the tuned entry for the card where there is one, and tiles that fit the blocks.
+    """
+    if q.device.type == "cpu":
+        return {}
+    q_block, k_block = block_size
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # the decoding kernel, for few queries, takes other lists
+    options |= tuned(q.device, q.shape[-1], q.dtype).get("attention", {})
+    # A tile must divide the mask's block, in the backward too.
+    for size, names in ((q_block, ("BLOCK_M", "BLOCK_M2")), (k_block, ("BLOCK_N", "BLOCK_N1"))):
+        if size == 64:
+            options |= dict.fromkeys(names, 64)
+    return options
+
+
+def estimate_options(sampled: Tensor) -> dict[str, Any]:
+    """Kernel options of the estimate as attention, whose tiles are 128 × 128."""
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    return options | tuned(sampled.device, sampled.shape[-1], sampled.dtype).get("estimate", {})
+
+
+def tuned(device: torch.device, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The table's entry for a card, or an empty one: the compiler's own defaults."""
+    if device.type != "cuda":
+        return {}
+    card = torch.cuda.get_device_properties(device)
+    entry = TUNED.get(f"{card.major}.{card.minor}", {}).get(str(head_dim), {})
+    return entry.get(str(dtype).removeprefix("torch."), {})

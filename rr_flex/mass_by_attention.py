@@ -1,0 +1,137 @@
+"""Block mass on an accelerator: softmax(QKᵀ)·V with one-hot block indicators for V, through FlexAttention.
+
+Pooled keys are cut into segments of 128 key blocks, a batch axis, so that V has 128 columns and is shared. Each segment
+returns its log-sum-exp, and exp(lse − logsumexp(lse)) merges them: exact, one pass, and no score is stored.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from mask_mods import any_key_visible, block_visibility
+from mask_mods.spans import MaskMod
+from rr_flex.block_mask import list_blocks
+from rr_flex.geometry import ceil_div
+from rr_flex.kernel import estimate_options
+
+TILE = 128  # sampled queries, or pooled keys, in a tile that the kernel visits or skips whole
+COLUMNS = 128  # key blocks in a segment
+KERNEL_OPTIONS = {}
+FEATURES = (16, 256)  # least and greatest width of q and k that the kernel takes
+
+
+def kernel_can_estimate(sampled: Tensor) -> bool:
+    """Whether there is a kernel that returns the LSE for these sampled queries: CUDA, width 16 to 256."""
+    return sampled.device.type == "cuda" and FEATURES[0] <= sampled.shape[-1] <= FEATURES[1]
+
+
+def block_mass_by_attention(
+    sampled: Float[Tensor, "B Hq nq E"],
+    pooled: Float[Tensor, "B Hkv nk E"],
+    *,
+    mask_mod: MaskMod,
+    Lq: int,
+    Lk: int,
+    strides: tuple[int, int],
+    block_size: tuple[int, int],
+    scale: float,
+    head_offset: int | Tensor = 0,
+) -> Float[Tensor, "B Hq nQ nK"]:
+    """What `block_mass` computes, to the rounding of q's dtype. Meant for torch.compile: eager stores all scores."""
+    B, Hq, nq, _ = sampled.shape
+    Hkv, nk = pooled.shape[1:3]
+    device = sampled.device
+    nQ, nK = ceil_div(Lq, block_size[0]), ceil_div(Lk, block_size[1])
+    queries_per_block, keys_per_block = block_size[0] // strides[0], block_size[1] // strides[1]
+    segment = COLUMNS * keys_per_block  # pooled keys, a whole number of tiles
+    segments = ceil_div(nK, COLUMNS)
+
+    keys = F.pad(pooled, (0, 0, 0, segments * segment - nk)).unflatten(2, (segments, segment))
+    keys = keys.permute(2, 0, 1, 3, 4).flatten(0, 1)  # segments*B Hkv segment E
+    queries = sampled.expand(segments, -1, -1, -1, -1).flatten(0, 1)
+    block = torch.arange(segment, device=device) // keys_per_block
+    one_hot = (block[:, None] == torch.arange(COLUMNS, device=device)).to(sampled.dtype)
+    values = one_hot.expand(segments * B, Hkv, -1, -1)
+
+    block_mask = _tiles(
+        mask_mod,
+        B=B,
+        Hq=Hq,
+        Lq=Lq,
+        Lk=Lk,
+        strides=strides,
+        segment=segment,
+        segments=segments,
+        head_offset=head_offset,
+        device=device,
+    )
+    out, aux = flex_attention(
+        queries,
+        keys,
+        values,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
+        kernel_options=estimate_options(sampled) | KERNEL_OPTIONS,
+    )
+    lse = aux.lse.unflatten(0, (segments, B))  # segments B Hq nq
+    highest = lse.amax(0)
+    weight = torch.exp(lse - torch.where(highest == -torch.inf, 0, highest))
+    share = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
+    weighted = out.unflatten(0, (segments, B)) * share[..., None]  # segments B Hq nq COLUMNS
+    rows = F.pad(weighted, (0, 0, 0, nQ * queries_per_block - nq)).unflatten(3, (nQ, queries_per_block))
+    mass = rows.sum(4, dtype=torch.float32)  # segments B Hq nQ COLUMNS
+    return mass.permute(1, 2, 3, 0, 4).flatten(3)[..., :nK]
+
+
+def _tiles(
+    mask_mod: MaskMod,
+    *,
+    B: int,
+    Hq: int,
+    Lq: int,
+    Lk: int,
+    strides: tuple[int, int],
+    segment: int,
+    segments: int,
+    head_offset: int | Tensor,
+    device: torch.device,
+) -> BlockMask:
+    """Which tiles of (sampled queries × pooled keys) the kernel visits, and which strides are visible inside them."""
+    q_stride, k_stride = strides
+    nq, nk = ceil_div(Lq, q_stride), ceil_div(Lk, k_stride)
+    tile_tokens = (TILE * q_stride, TILE * k_stride)
+    visible, whole = block_visibility(mask_mod, B=B, H=Hq, Lq=Lq, Lk=Lk, block_size=tile_tokens, device=device)
+    nT = segments * segment // TILE
+    # Padding strides in a tile must be masked one by one.
+    whole = whole & ((torch.arange(visible.shape[3], device=device) + 1) * TILE <= nk)
+    visible, whole = (F.pad(tiles, (0, nT - tiles.shape[3])) for tiles in (visible, whole))
+    # Lists with B > 1 and H = 1 that are built inside a graph crash the kernel (torch 2.11): expand to all heads.
+    visible, whole = (
+        tiles.expand(B, Hq, -1, -1).unflatten(3, (segments, segment // TILE)).permute(3, 0, 1, 2, 4).flatten(0, 1)
+        for tiles in (visible, whole)
+    )
+    partial_count, partial = list_blocks(visible & ~whole)
+    full_count, full = list_blocks(visible & whole)
+    # Numbers that depend on the lengths are captured as tensors: ints would compile anew (and fail if dynamic).
+    last_query = torch.full((), Lq - 1, dtype=torch.int64, device=device)
+    key_count = torch.full((), Lk, dtype=torch.int64, device=device)
+
+    def stride_visible(b, h, q_idx, kv_idx):
+        query = torch.minimum(q_idx * q_stride + (h + head_offset) % q_stride, last_query)
+        first_key = (b // B * segment + kv_idx) * k_stride
+        return any_key_visible(mask_mod, b % B, h, query, first_key, k_stride, key_count)
+
+    return BlockMask.from_kv_blocks(
+        partial_count,
+        partial,
+        full_count,
+        full,
+        BLOCK_SIZE=TILE,
+        mask_mod=stride_visible,
+        seq_lengths=(nq, segment),
+        compute_q_blocks=False,
+    )

