@@ -15,7 +15,7 @@ WIDTHS = (8, 512)  # tokens of a content segment, log-uniform between
 LOCAL_PERIODS = (8.0, 4096.0)  # tokens of a period of the local features, geometric between
 SINK_TOKENS = 4
 CHUNK_TOKENS = 1 << 17  # tokens generated at once, so that a million need no more float32 than 128K
-NOISE = (0.15, 0.9)  # per dimension, a key's own part beside its segment's: log-uniform over segments
+NOISE = (0.1, 0.6)  # per dimension, a key's own part beside its segment's: log-uniform over segments
 
 
 class Inputs(NamedTuple):
@@ -82,7 +82,7 @@ def draw_traits(generator: torch.Generator) -> HeadTraits:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     return HeadTraits(
-        content=between(2.2, 3.4), shared=between(0.1, 0.6), local=between(2.0, 9.0), sink=between(0.05, 0.5)
+        content=between(2.4, 3.6), shared=between(0.1, 0.6), local=between(2.0, 9.0), sink=between(0.05, 0.5)
     )
 
 

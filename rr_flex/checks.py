@@ -33,8 +33,6 @@ def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"k must have q's head dim {D}, got {k.shape[3]}")
     if Hq % k.shape[1]:
         raise ValueError(f"q must have a multiple of k's {k.shape[1]} heads, got {Hq}")
-    if not 16 <= D <= 256:
-        raise ValueError(f"q must have a head dim of 16 to 256, got {D}")
 
 
 def check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -49,8 +47,9 @@ def check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must be on q's device {q.device}, got {v.device}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must have k's batch, heads and tokens {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}")
-    if not 16 <= v.shape[3] <= 256:
-        raise ValueError(f"v must have a head dim of 16 to 256, got {v.shape[3]}")
+    for name, x in (("q", q), ("v", v)):
+        if not 16 <= x.shape[3] <= 256:
+            raise ValueError(f"{name} must have a head dim of 16 to 256, got {x.shape[3]}")
 
 
 def check_call(q: Tensor, k: Tensor, *, config, mask_mod, scale, q_offset, head_offset) -> None:
@@ -65,7 +64,7 @@ def check_call(q: Tensor, k: Tensor, *, config, mask_mod, scale, q_offset, head_
             raise TypeError(f"scale must be a number, got {scale!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
-    _check_offset("q_offset", q_offset, min(0, Lk - Lq), Lk - 1)
+    _check_offset("q_offset", q_offset, min(0, Lk - Lq), Lk)
     _check_offset("head_offset", head_offset, 0, None)
 
 

@@ -106,7 +106,7 @@ def select_blocks(
 ) -> Selection:
     """The blocks of the attention map that hold most of its mass, estimated from q and k (arXiv 2602.05853).
 
-    float32, bfloat16 or float16, Hq a multiple of Hkv, D 16 to 256, any lengths; no gradient.
+    float32, bfloat16 or float16, Hq a multiple of Hkv, any lengths and D; no gradient.
     `config` or single `settings` (fields of RRConfig): strides, block sizes, budget, mandatory blocks.
     `mask_mod`: a FlexAttention mask over indices; `causal`: True without a mask_mod, else False; both together meet.
     `scale`: factor of the logits, 1/√D unless given.
