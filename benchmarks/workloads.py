@@ -11,11 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-WIDTHS = (8, 512)  # tokens of a content segment, log-uniform between
+WIDTHS = (8, 512)  # tokens of a segment, log-uniform between
+EDGE = 16  # tokens over which a segment's topic fades in and out
+TOPICS = 32
+TOPIC_SKEW = 0.7  # the n-th topic is n^-0.7 times as frequent as the first
+SOUGHT = (1.0, 0.9, 0.7)  # strengths of the topics that a query seeks, in units of its head's gain
+NOISE = (0.3, 1.2)  # per dimension, a key's own part beside its segment's: log-uniform over segments
+SALIENCE = 0.08  # standard deviation over a segment's tokens of how strongly they carry its topic
 LOCAL_PERIODS = (8.0, 4096.0)  # tokens of a period of the local features, geometric between
-SINK_TOKENS = 4
+SINK_TOKENS = 1
 CHUNK_TOKENS = 1 << 17  # tokens generated at once, so that a million need no more float32 than 128K
-NOISE = (0.1, 0.6)  # per dimension, a key's own part beside its segment's: log-uniform over segments
 
 
 class Inputs(NamedTuple):
@@ -24,13 +29,20 @@ class Inputs(NamedTuple):
     v: Float[Tensor, "B Hkv L D"]
 
 
-class HeadTraits(NamedTuple):
-    """What a query head looks for: the spread of its logits, in nats, by what causes them."""
+class Text(NamedTuple):
+    """What all heads of a sequence share."""
 
-    content: float  # standard deviation over key segments of amplitude 1
-    shared: float  # share of the variance of what it seeks that all its queries have in common: vertical lines
-    local: float  # gain at distance 0 over far away
-    sink: float  # share of the mass that would fall on the sink without content of great amplitude
+    segment: Int[Tensor, " L"]  # of each token
+    strength: Float[Tensor, " L"]  # of the segment's topic in each token, in (0, 1]
+    topic: Int[Tensor, " segments"]
+
+
+class HeadTraits(NamedTuple):
+    """What a query head looks for, in nats unless said otherwise."""
+
+    gain: float  # logit of a key of the topic most sought
+    local: float  # logit at distance 0 over far away
+    sink: float  # share of the mass that falls on the sink, about
 
 
 def structured(
@@ -46,133 +58,138 @@ def structured(
 ) -> Inputs:
     """Attention with a sink, a local band and heavy-tailed content, different in every head; a seed fixes it.
 
-    The text is cut into segments of random width. A key carries its segment's vector times a heavy-tailed amplitude,
-    a query what its own segment seeks, so that logits are constant on rectangles but for each token's noise and their
-    exponentials are log-normal. Positions give a band through rotary-like features, the first tokens a sink, and a
-    random rotation of each key head hides which dimensions do what. Generated on `device`, a chunk of tokens at a time.
+    A text is cut into segments of random width, each about one of a few topics. A key carries its segment's topic with
+    an amplitude of the segment's and noise of its own; a query seeks three topics that its segment and head decide.
+    Positions give a band through rotary-like features, the first tokens a sink, and a random rotation of each key head
+    hides which dimensions do what. Values are alike within a segment. Generated on `device`, some tokens at a time.
     """
     if D % 16 or Hq % Hkv:
         raise ValueError(f"D must be a multiple of 16 and Hq of Hkv, got D={D}, Hq={Hq}, Hkv={Hkv}")
     q = torch.empty(B, Hq, L, D, dtype=dtype, device=device)
     k, v = (torch.empty(B, Hkv, L, D, dtype=dtype, device=device) for _ in range(2))
     # Structure is drawn on the CPU, so that every device gets the same; noise where the tensors live.
-    cpu = torch.Generator().manual_seed(seed)
+    structure = torch.Generator().manual_seed(seed)
     noise = torch.Generator(device).manual_seed(seed)
+    group = Hq // Hkv
     for b in range(B):
-        segment = segment_of_token(L, cpu).to(device)
+        text = draw_text(L, structure, device)
         for key_head in range(Hkv):
-            rotation = torch.linalg.qr(torch.randn(D, D, generator=cpu)).Q.to(device)
-            heads = range(key_head * (Hq // Hkv), (key_head + 1) * (Hq // Hkv))
-            fill_keys(k[b, key_head], v[b, key_head], segment, rotation, cpu, noise)
-            for head in heads:
-                fill_queries(q[b, head], segment, rotation, draw_traits(cpu), cpu, noise)
+            rotation = torch.linalg.qr(torch.randn(D, D, generator=structure)).Q.to(device)
+            topics = torch.randn(TOPICS, dimensions(D)[0], generator=structure).to(device)
+            fill_keys(k[b, key_head], v[b, key_head], text, topics, rotation, structure, noise)
+            for head in range(key_head * group, (key_head + 1) * group):
+                fill_queries(q[b, head], text, topics, rotation, structure, noise)
     return Inputs(q, k, v)
 
 
-def segment_of_token(L: int, generator: torch.Generator) -> Int[Tensor, " L"]:
-    """The segment that each token belongs to; widths are log-uniform between WIDTHS."""
+def draw_text(L: int, generator: torch.Generator, device: torch.device | str) -> Text:
+    """Segments of log-uniform width and their topics, of which some are frequent."""
     low, high = (math.log(width) for width in WIDTHS)
     shares = torch.rand(L // WIDTHS[0] + 1, generator=generator)
-    ends = torch.exp(low + (high - low) * shares).long().cumsum(0)
-    return torch.searchsorted(ends, torch.arange(L), right=True)
-
-
-def draw_traits(generator: torch.Generator) -> HeadTraits:
-    def between(low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=generator).item()
-
-    return HeadTraits(
-        content=between(2.4, 3.6), shared=between(0.1, 0.6), local=between(2.0, 9.0), sink=between(0.05, 0.5)
-    )
+    widths = torch.exp(low + (high - low) * shares).long()
+    ends = widths.cumsum(0)
+    position = torch.arange(L)
+    segment = torch.searchsorted(ends, position, right=True)
+    to_edge = torch.minimum(position - (ends - widths)[segment], ends[segment] - 1 - position)
+    strength = ((to_edge + 1) / EDGE).clamp(max=1)
+    frequency = torch.arange(1, TOPICS + 1, dtype=torch.float32) ** -TOPIC_SKEW
+    topic = torch.multinomial(frequency, int(segment[-1]) + 1, replacement=True, generator=generator)
+    return Text(segment.to(device), strength.to(device), topic.to(device))
 
 
 def dimensions(D: int) -> tuple[int, int]:
     """Content and local dimensions; one is left for the sink."""
-    local = D // 4
-    return D - local - 1, local
+    return D - D // 4 - 1, D // 4
 
 
 def local_features(position: Int[Tensor, " n"], width: int) -> Float[Tensor, "n width"]:
+    """Unit-variance features whose dot product over `width` falls from 1 with the distance of two positions."""
     low, high = (math.log(period) for period in LOCAL_PERIODS)
     periods = torch.exp(torch.linspace(low, high, width // 2, device=position.device))
     angle = 2 * math.pi * position[:, None] / periods
     return math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def token_chunks(L: int, device: torch.device) -> list[Int[Tensor, " n"]]:
+    return list(torch.arange(L, device=device).split(CHUNK_TOKENS))
+
+
 def fill_keys(
     k: Float[Tensor, "L D"],
     v: Float[Tensor, "L D"],
-    segment: Int[Tensor, " L"],
+    text: Text,
+    topics: Float[Tensor, "topics content"],
     rotation: Float[Tensor, "D D"],
-    cpu: torch.Generator,
+    structure: torch.Generator,
     noise: torch.Generator,
 ) -> None:
     L, D = k.shape
-    content, local = dimensions(D)
-    segments = int(segment[-1]) + 1
-    # Student's t with 5 degrees of freedom, as normal × amplitude; a cap keeps one segment from taking everything.
-    chi_square = torch.randn(segments, 5, generator=cpu).square().sum(1)
-    amplitude = (5 / chi_square).sqrt().clamp(0.5, 2.2)
-    meaning = (torch.randn(segments, content, generator=cpu) * amplitude[:, None]).to(k.device)
+    segments = len(text.topic)
+    amplitude = torch.exp(0.25 * torch.randn(segments, generator=structure)).clamp(max=1.5).to(k.device)
     low, high = (math.log(level) for level in NOISE)
-    own = torch.exp(low + (high - low) * torch.rand(segments, generator=cpu)).to(k.device)
-    value = torch.randn(segments, D, generator=cpu).to(k.device)
-    for start in range(0, L, CHUNK_TOKENS):
-        tokens = slice(start, min(start + CHUNK_TOKENS, L))
-        position = torch.arange(tokens.start, tokens.stop, device=k.device)
-        is_sink = (position < SINK_TOKENS).float()[:, None]
-        # The sink speaks through its own dimension alone.
-        features = [
-            meaning[segment[tokens]] * (1 - is_sink),
-            local_features(position, local) * (1 - is_sink),
-            is_sink * math.sqrt(D),
-        ]
-        drawn = torch.randn(len(position), D, generator=noise, device=k.device)
-        drawn *= own[segment[tokens], None] * (1 - is_sink)
-        k[tokens] = ((torch.cat(features, 1) + drawn) @ rotation).to(k.dtype)
-        drawn = torch.randn(len(position), D, generator=noise, device=k.device)
-        v[tokens] = ((value[segment[tokens]] + drawn) * (1 - 0.9 * is_sink)).to(v.dtype)
+    level = torch.exp(low + (high - low) * torch.rand(segments, generator=structure)).to(k.device)
+    value = torch.randn(segments, D, generator=structure).to(k.device)
+    for position in token_chunks(L, k.device):
+        segment = text.segment[position]
+        n = len(position)
+        salience = amplitude[segment] * (1 + SALIENCE * torch.randn(n, generator=noise, device=k.device))
+        content = topics[text.topic[segment]] * (salience * text.strength[position])[:, None]
+        keys = torch.cat([content, local_features(position, dimensions(D)[1]), content.new_zeros(n, 1)], dim=1)
+        keys += level[segment, None] * torch.randn(n, D, generator=noise, device=k.device)
+        values = value[segment] + torch.randn(n, D, generator=noise, device=k.device)
+        # A sink key speaks through the last dimension alone, and its value is small.
+        is_sink = position < SINK_TOKENS
+        keys[is_sink] = torch.eye(D, device=k.device)[-1] * math.sqrt(D)
+        values[is_sink] *= 0.1
+        k[position] = (keys @ rotation).to(k.dtype)
+        v[position] = values.to(v.dtype)
 
 
 def fill_queries(
     q: Float[Tensor, "L D"],
-    segment: Int[Tensor, " L"],
+    text: Text,
+    topics: Float[Tensor, "topics content"],
     rotation: Float[Tensor, "D D"],
-    traits: HeadTraits,
-    cpu: torch.Generator,
+    structure: torch.Generator,
     noise: torch.Generator,
 ) -> None:
     L, D = q.shape
     content, local = dimensions(D)
-    segments = int(segment[-1]) + 1
-    own = torch.randn(segments, content, generator=cpu) * math.sqrt(1 - traits.shared)
-    sought = (own + torch.randn(content, generator=cpu) * math.sqrt(traits.shared)).to(q.device)
-    per_unit = math.sqrt(D)  # undoes the scale of the logits
-    sink = log_mass_of_content(L, segments, traits.content) + math.log(traits.sink / (1 - traits.sink))
-    for start in range(0, L, CHUNK_TOKENS):
-        tokens = slice(start, min(start + CHUNK_TOKENS, L))
-        position = torch.arange(tokens.start, tokens.stop, device=q.device)
+    traits = draw_traits(structure)
+    # The head maps a segment's own topic to another; two more are the segment's choice.
+    partner = torch.randperm(TOPICS, generator=structure).to(q.device)
+    others = torch.randint(0, TOPICS, (2, len(text.topic)), generator=structure).to(q.device)
+    sought = torch.stack([partner[text.topic], *others])  # 3 segments
+    seek = sum(strength * topics[topic] for strength, topic in zip(SOUGHT, sought, strict=True))
+    sink = log_mass_of_content(text, sought, traits.gain) + math.log(traits.sink / (1 - traits.sink))
+    scale = math.sqrt(D)  # undoes the scale of the logits
+    for position in token_chunks(L, q.device):
         features = [
-            sought[segment[tokens]] * traits.content * per_unit / math.sqrt(content),
-            local_features(position, local) * traits.local * per_unit / local,
-            torch.full((len(position), 1), sink * per_unit / math.sqrt(D), device=q.device),
+            seek[text.segment[position]] * (traits.gain * scale / content),
+            local_features(position, local) * (traits.local * scale / local),
+            torch.full((len(position), 1), sink, device=q.device),
         ]
         drawn = torch.randn(len(position), D, generator=noise, device=q.device)
-        q[tokens] = ((torch.cat(features, 1) + 0.3 * drawn) @ rotation).to(q.dtype)
+        q[position] = ((torch.cat(features, 1) + 0.3 * drawn) @ rotation).to(q.dtype)
 
 
-def log_mass_of_content(L: int, segments: int, spread: float) -> float:
-    """About the log-sum-exp of a query's content logits: `segments` normals of standard deviation `spread`.
+def draw_traits(generator: torch.Generator) -> HeadTraits:
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=generator).item()
 
-    Their sum is near its mean, exp(spread² / 2) each, until its largest term takes over.
-    """
-    entropy = math.log(segments)
-    tail = entropy + spread**2 / 2 if spread**2 < 2 * entropy else spread * math.sqrt(2 * entropy)
-    return math.log(L / 2 / segments) + tail
+    return HeadTraits(gain=between(6.0, 8.5), local=between(2.0, 9.0), sink=between(0.05, 0.5))
 
 
-def captured(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> Inputs:
-    """q, k and v of one layer, saved from a real model as a dict in a .pt or .safetensors file, [B, H, L, D] or [H, L, D]."""
+def log_mass_of_content(text: Text, sought: Int[Tensor, "3 segments"], gain: float) -> float:
+    """About the log-sum-exp of the content logits of a query in the middle of the text, averaged over queries."""
+    tokens = torch.bincount(text.topic[text.segment], minlength=TOPICS).float() / 2
+    logits = torch.tensor(SOUGHT, device=tokens.device)[:, None] * gain
+    mass = (tokens[sought] * logits.exp()).sum(0) + tokens.sum()
+    return mass.log().mean().item()
+
+
+def captured(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> Inputs:
+    """q, k and v of one layer of a real model: a dict in a .pt or .safetensors file, [B, H, L, D] or [H, L, D]."""
     path = Path(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -182,8 +199,7 @@ def captured(path: str | Path, device: torch.device | str = "cpu", dtype: torch.
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     else:
         raise ValueError(f"path must end in .pt or .safetensors, got {path}")
-    missing = {"q", "k", "v"} - tensors.keys()
-    if missing:
-        raise ValueError(f"{path} must hold q, k and v, got {sorted(tensors)}")
+    if not {"q", "k", "v"} <= tensors.keys():
+        raise ValueError(f"{path} must hold tensors q, k and v, got {sorted(tensors)}")
     q, k, v = (tensors[name] if tensors[name].ndim == 4 else tensors[name][None] for name in ("q", "k", "v"))
     return Inputs(*(x.to(device=device, dtype=dtype).contiguous() for x in (q, k, v)))

@@ -12,12 +12,12 @@ def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"],
     Entries past the count are the row's last key block.
     """
     nK = kept.shape[-1]
-    place = kept.cumsum(-1)
+    place = kept.cumsum(-1, dtype=torch.int32)
     # A dropped block writes to a spare slot past the end of the row.
-    slot = torch.where(kept, place - 1, nK)
+    slot = torch.where(kept, place - 1, nK).long()
     column = torch.arange(nK, device=kept.device, dtype=torch.int32).expand_as(kept)
     indices = torch.full((*kept.shape[:-1], nK + 1), nK - 1, device=kept.device, dtype=torch.int32)
-    return place[..., -1].int(), indices.scatter(-1, slot, column)[..., :nK].contiguous()
+    return place[..., -1].contiguous(), indices.scatter(-1, slot, column)[..., :nK]
 
 
 def build_block_mask(

@@ -108,7 +108,7 @@ def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> st
     seconds = dict(report.seconds)
     compilation = seconds.pop("compilation")
     rows = [f"{'layer':>5}  {'density':>8}  {'mass recalled':>13}  {'output error':>12}"]
-    for layer, measures in enumerate(report.layers):
+    for layer, measures in report.layers.items():
         values = measures.density.mean(), measures.recall.mean(), measures.error.mean()
         rows.append("{:>5}  {:>8.3f}  {:>13.4f}  {:>12.4f}".format(layer, *values))
     means = totals(report)
@@ -129,8 +129,8 @@ def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> st
             f"({lm.perplexity_compared / lm.perplexity - 1:+.2%})",
             f"next token             the same at {lm.agreement:.2%} of positions",
             f"KL(dense, RR)          {lm.kl:.2e} nats a token",
-            f"wall time of {len(report.layers)} layers' attention, after {compilation:.0f} s of compilation:",
-            *(f"  {name:<26} {value:8.3f} s" for name, value in seconds.items()),
+            f"wall time of {len(report.layers)} layers' attention, compiled in {compilation:.0f} s:",
+            *(f"  {name:<32} {value:7.2f} s" for name, value in seconds.items()),
             f"peak memory            {report.peak_memory / 2**30:.2f} GiB",
         ]
     )
@@ -139,7 +139,7 @@ def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> st
 def totals(report: PrefillReport) -> dict[str, float]:
     """Means over layers and heads."""
     return {
-        name: torch.stack([getattr(measures, name) for measures in report.layers]).mean().item()
+        name: torch.stack([getattr(measures, name) for measures in report.layers.values()]).mean().item()
         for name in ("density", "recall", "error")
     }
 
@@ -151,7 +151,7 @@ def as_json(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> 
             "layer": layer,
             **{field.name: getattr(measures, field.name).tolist() for field in dataclasses.fields(measures)},
         }
-        for layer, measures in enumerate(report.layers)
+        for layer, measures in report.layers.items()
     ]
     document = {
         "model": prepared.name,

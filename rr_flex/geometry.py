@@ -4,16 +4,17 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mask_mods.spans import Index, smaller
+
 
 def ceil_div(length: int, size: int) -> int:
     """Number of runs of `size` that cover `length`; the last may be short."""
-    return (length + size - 1) // size
+    return -(-length // size)
 
 
-def sampled_index(head: Tensor, stride_index: Tensor, stride: int, last: int | Tensor) -> Tensor:
+def sampled_index(head: Index, stride_index: Tensor, stride: int, last: Index) -> Tensor:
     """Index of the query that `head` (global) takes from stride i: i·stride + (head mod stride), clamped to `last`."""
-    index = stride_index * stride + head % stride
-    return torch.minimum(index, torch.as_tensor(last, device=index.device, dtype=index.dtype))
+    return smaller(stride_index * stride + head % stride, last)
 
 
 def diagonal_blocks(

@@ -13,12 +13,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from mask_mods import any_key_visible, block_visibility
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import list_blocks
-from rr_flex.geometry import ceil_div
+from rr_flex.geometry import ceil_div, sampled_index
 from rr_flex.kernel import estimate_options
 
 TILE = 128  # sampled queries, or pooled keys, in a tile that the kernel visits or skips whole
 COLUMNS = 128  # key blocks in a segment
-KERNEL_OPTIONS = {}
 FEATURES = (16, 256)  # least and greatest width of q and k that the kernel takes
 
 
@@ -75,7 +74,7 @@ def block_mass_by_attention(
         scale=scale,
         enable_gqa=True,
         return_aux=AuxRequest(lse=True),
-        kernel_options=estimate_options(sampled) | KERNEL_OPTIONS,
+        kernel_options=estimate_options(sampled),
     )
     lse = aux.lse.unflatten(0, (segments, B))  # segments B Hq nq
     highest = lse.amax(0)
@@ -121,7 +120,7 @@ def _tiles(
     key_count = torch.full((), Lk, dtype=torch.int64, device=device)
 
     def stride_visible(b, h, q_idx, kv_idx):
-        query = torch.minimum(q_idx * q_stride + (h + head_offset) % q_stride, last_query)
+        query = sampled_index(h + head_offset, q_idx, q_stride, last_query)
         first_key = (b // B * segment + kv_idx) * k_stride
         return any_key_visible(mask_mod, b % B, h, query, first_key, k_stride, key_count)
 

@@ -76,7 +76,7 @@ def test_dropped_blocks_show_in_every_measure(command, capsys):
         for density, recall, error in zip(layer["density"], layer["recall"], layer["error"], strict=True):
             assert (density < 1) == (recall < 0.999) == (error > 1e-4)
     assert report["language_model"]["kl"] > 0
-    assert report["seconds"]["rr_attention, one graph"] > 0
+    assert report["seconds"]["rr_attention, both in one graph"] > 0
 
 
 BAD = [
@@ -143,3 +143,14 @@ def test_ctrl_c_exits_130_and_leaves_nothing(command, tmp_path):
     assert process.returncode == 130
     assert "interrupted" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo_uses_a_gpu(dtype, command, capsys):
+    # The last --device counts.
+    assert main([*command, "--device", "auto", "--dtype", dtype, "--tau", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == torch.cuda.get_device_name() and report["dtype"] == dtype
+    assert report["mean"]["density"] == 1 and report["mean"]["recall"] == pytest.approx(1, abs=1e-6)
+    assert report["mean"]["error"] < {"float32": 2e-3, "bfloat16": 1e-2}[dtype]

@@ -45,7 +45,7 @@ class LayerMaps:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillReport:
-    layers: list[LayerMeasures]
+    layers: dict[int, LayerMeasures]  # by layer; a layer without softmax attention has none
     maps: dict[int, LayerMaps]  # by layer, for the layers that were asked for
     language_model: LanguageModelComparison
     seconds: dict[str, float]  # wall time over all layers, compilation apart
@@ -96,21 +96,21 @@ def compare_prefill(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     timed = Stopwatch(device)
-    select = torch.compile(select_blocks, fullgraph=True)
     attend = torch.compile(flex_attention, fullgraph=True)
     n_layers = model.config.get_text_config().num_hidden_layers
-    layers: list[LayerMeasures] = []
+    layers: dict[int, LayerMeasures] = {}
     maps: dict[int, LayerMaps] = {}
 
     def dense_and_measure(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         mask_mod = mask_of(window)
-        dense = timed("dense attention (SDPA)", window, dense_attention, q, k, v, scale, mask_mod)
-        selection = timed("estimate and selection", window, select, q, k, mask_mod=mask_mod, scale=scale, config=config)
+        dense = timed("dense attention, torch's SDPA", window, dense_attention, q, k, v, scale, mask_mod)
+        choice = {"mask_mod": mask_mod, "scale": scale, "config": config}
+        selection = timed("select_blocks, eager", window, select_blocks, q, k, **choice)
         options = attention_options(q, config.block_sizes)
         settings = {"block_mask": selection.block_mask, "scale": scale, "enable_gqa": True, "kernel_options": options}
-        sparse = timed("attention over kept blocks", window, attend, q, k, v, **settings)
+        sparse = timed("flex_attention over its blocks", window, attend, q, k, v, **settings)
         true_mass = true_block_mass(q, k, block_size=config.block_sizes, mask_mod=mask_mod, scale=scale)
-        layers.append(measure(selection, true_mass, sparse, dense))
+        layers[layer] = measure(selection, true_mass, sparse, dense)
         if layer in map_layers:
             maps[layer] = keep_maps(selection, true_mass)
         progress("dense prefill and measures", layer + 1, n_layers)
@@ -118,12 +118,12 @@ def compare_prefill(
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         mask_mod = mask_of(window)
-        settings = {"mask_mod": mask_mod, "scale": scale, "config": config}
-        out = timed("rr_attention, one graph", window, rr_attention, q, k, v, **settings)
+        choice = {"mask_mod": mask_mod, "scale": scale, "config": config}
+        out = timed("rr_attention, both in one graph", window, rr_attention, q, k, v, **choice)
         progress("prefill with rr_attention", layer + 1, n_layers)
         return out
 
-    progress("compiling the selection and flex_attention")
+    progress("compiling flex_attention")
     with attention_by(model, dense_and_measure):
         reference = model(ids, use_cache=False).logits[0]
     progress("compiling rr_attention")

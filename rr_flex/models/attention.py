@@ -17,7 +17,7 @@ def attention_by(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
     """Within this context every attention layer of `model` calls `attend`: causal prefill, no padding, no cache."""
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, _attention_function(attend))
-    AttentionMaskInterface.register(NAME, _refuse_all_but_plain_prefill)
+    AttentionMaskInterface.register(NAME, refuse_all_but_plain_prefill)
     model.set_attn_implementation(NAME)
     try:
         yield
@@ -41,7 +41,7 @@ def _attention_function(attend: Attend) -> Callable:
     return attention
 
 
-def _refuse_all_but_plain_prefill(
+def refuse_all_but_plain_prefill(
     batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, **kwargs
 ) -> None:
     padded = attention_mask is not None and not bool(attention_mask.all())

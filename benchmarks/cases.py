@@ -1,0 +1,167 @@
+"""What is measured, as data: one case a row, in suites ordered by importance, since time on a card is short."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from rr_flex import RRConfig
+
+K = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One method on one shape. `density` or `error` set its budget; with neither, `config` does."""
+
+    length: int = 128 * K
+    heads: int = 32  # of queries
+    kv_heads: int = 8
+    head_dim: int = 128
+    batch: int = 1
+    dtype: str = "bfloat16"
+    workload: str = "structured"  # or the path of captured q, k, v, which then decide the shape
+    method: str = "rr"  # or a rule of rivals.RULES
+    config: RRConfig = field(default_factory=RRConfig)
+    density: float | None = None  # wanted share of visible blocks
+    error: float | None = None  # wanted output error: the sparsest budget that reaches it
+    backend: str | None = None  # of rr_attention; None: its default
+    kernel_options: tuple[tuple[str, Any], ...] = ()  # of the attention stage, over the library's own
+    dense: tuple[str, ...] | None = None  # dense kernels to compare with; None: all that are installed
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.density is not None and self.error is not None:
+            raise ValueError("density and error must not both be given")
+        if self.method != "rr" and self.density is None:
+            raise ValueError(f"density must be given for a rival's rule, got method {self.method!r}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of `config` differs from the defaults, the budget's level aside."""
+        default = RRConfig()
+        names = [each.name for each in fields(RRConfig) if each.name not in ("tau", "threshold")]
+        return {name: getattr(self.config, name) for name in names if getattr(self.config, name) != getattr(default, name)}
+
+    @property
+    def name(self) -> str:
+        """Short, and different for cases that differ in anything but seed and dense kernels."""
+        shape = f"{self.length // K}K" if self.length % K == 0 else str(self.length)
+        parts = [shape, f"{self.batch}x{self.heads}/{self.kv_heads}x{self.head_dim}", self.dtype]
+        if self.workload != "structured":
+            parts.append(self.workload.rsplit("/", 1)[-1])
+        parts.append(self.label)
+        if self.density is not None:
+            parts.append(f"density {self.density:.2f}")
+        if self.error is not None:
+            parts.append(f"error {self.error:g}")
+        return " ".join(parts)
+
+    @property
+    def label(self) -> str:
+        """The method without the shape."""
+        parts = [self.method]
+        parts += [f"{name}={_short(value)}" for name, value in self.settings.items()]
+        parts += [self.backend] if self.backend else []
+        parts += [f"{name}={value}" for name, value in self.kernel_options]
+        return " ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# The settings that matter: as published, and with what FACTS found to be better at equal density.
+PUBLISHED = RRConfig()
+PUBLISHED_THRESHOLD = RRConfig(budget="threshold")
+SECOND_ORDER = RRConfig(order=2, budget="threshold")
+COARSE_QUERIES = RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold")
+COARSEST_QUERIES = RRConfig(order=2, query_stride=32, key_stride=8, budget="threshold")
+NARROW_BLOCKS = replace(COARSE_QUERIES, block_size=(128, 64))
+COARSE_BOTH = RRConfig(order=2, stride=16, budget="threshold")
+
+RIVALS = ("antidiagonal", "block-mean-keys", "pooled-top-k", "oracle", "random")
+BACKENDS = (None, "flash")
+
+
+def _rivals(densities: tuple[float, ...], **shape: Any) -> list[Case]:
+    own = [PUBLISHED, PUBLISHED_THRESHOLD, COARSE_QUERIES, NARROW_BLOCKS]
+    return [
+        case
+        for density in densities
+        for case in [
+            *(Case(config=config, density=density, **shape) for config in own),
+            *(Case(method=method, density=density, **shape) for method in RIVALS),
+        ]
+    ]
+
+
+def _shapes() -> list[Case]:
+    heads = {"GQA 4": (32, 8), "MHA": (32, 32), "GQA 8": (64, 8)}
+    return [
+        Case(length=32 * K, heads=Hq, kv_heads=Hkv, head_dim=D, dtype=dtype, config=COARSE_QUERIES, density=0.3)
+        for D in (128, 64)
+        for dtype in ("bfloat16", "float16")
+        for Hq, Hkv in heads.values()
+    ]
+
+
+def _million() -> list[Case]:
+    shape = {"length": 1024 * K, "density": 0.085, "dense": ("fa4", "cudnn")}
+    return [
+        Case(config=config, backend=backend, **shape)
+        for config in (COARSE_BOTH, COARSE_QUERIES)
+        for backend in BACKENDS
+    ]
+
+
+SUITES: dict[str, list[Case]] = {
+    # A first look: minutes.
+    "quick": [
+        Case(length=32 * K, config=COARSE_QUERIES, density=0.3),
+        Case(length=32 * K, config=PUBLISHED, density=0.3),
+        Case(length=32 * K, method="antidiagonal", density=0.3),
+        Case(length=32 * K, config=COARSE_QUERIES, density=0.3, backend="flash"),
+    ],
+    # How near to the limit.
+    "128k": [
+        Case(config=config, density=density, backend=backend)
+        for density in (0.3, 0.25, 0.4)
+        for config in (COARSE_QUERIES, PUBLISHED)
+        for backend in BACKENDS
+    ],
+    # Time against length.
+    "lengths": [
+        Case(length=length * K, config=config, density=0.3, backend=backend)
+        for length in (128, 8, 32, 64, 16)
+        for backend in BACKENDS
+        for config in (COARSE_QUERIES, PUBLISHED)
+    ],
+    # As users call it, with the library's own choice of when to be dense.
+    "short": [Case(length=length * K, config=PUBLISHED) for length in (8, 4, 2, 16)],
+    "shapes": _shapes(),
+    "million": _million(),
+    # The cheapest settings that stay under an output error.
+    "error03": [
+        Case(length=length * K, config=config, error=0.03, backend=backend)
+        for length in (128, 32)
+        for config in (NARROW_BLOCKS, COARSE_QUERIES, SECOND_ORDER, COARSEST_QUERIES, PUBLISHED_THRESHOLD, PUBLISHED)
+        for backend in BACKENDS
+        # FLASH takes 128 × 128 blocks.
+        if not (backend == "flash" and config.block_sizes != (128, 128))
+    ],
+    # What narrower blocks cost.
+    "blocks": [
+        Case(config=replace(COARSE_QUERIES, block_size=block_size), density=0.3)
+        for block_size in (128, (128, 64), 64, (64, 128))
+    ],
+    # Selection rules at equal density on one kernel.
+    "rivals": _rivals((0.3, 0.2, 0.4), length=32 * K),
+    # That the program runs: seconds a case, no GPU.
+    "cpu": [
+        Case(length=1024, heads=4, kv_heads=2, head_dim=64, dtype="float32", **case)
+        for case in (
+            {"config": PUBLISHED, "density": 0.6},
+            {"config": COARSE_QUERIES, "density": 0.6},
+            {"method": "antidiagonal", "density": 0.6},
+        )
+    ],
+}

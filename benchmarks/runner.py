@@ -1,0 +1,262 @@
+"""Case to row: selects at the wanted budget, checks the output against float32, times every stage and the whole."""
+
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import dense, rivals, stages
+from benchmarks.cases import Case
+from benchmarks.environment import describe
+from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, peak_bytes
+from benchmarks.workloads import Inputs, captured, structured
+from rr_flex import RRConfig, rr_attention
+from rr_flex.kernel import attention_options
+
+Row = dict[str, Any]
+
+ERROR_ROWS = 2048  # queries whose output is compared with float32
+SETS = 3  # input sets that rotate, memory permitting
+SHARE_OF_MEMORY = 0.15  # that input sets may take
+ERROR_BISECTIONS = 8
+
+
+class Bench:
+    """Inputs, dense baselines and exact rows of one shape; they stay until a case asks for another."""
+
+    def __init__(self, device: torch.device, progress: Progress, seconds: float = 1.0) -> None:
+        self.device, self.progress, self.seconds = device, progress, seconds
+        self.shape: tuple | None = None
+        self.sets: list[Inputs] = []
+        self.rows = self.exact = torch.empty(0)
+        self.dense: dict[str, Row] = {}
+
+    def use(self, case: Case) -> None:
+        wanted = (case.workload, case.batch, case.length, case.heads, case.kv_heads, case.head_dim, case.dtype, case.seed)
+        if wanted != self.shape:
+            # A fresh compiler too: with a second length it would compile for all lengths, which is another kernel.
+            self.shape, self.sets, self.exact, self.dense = None, [], torch.empty(0), {}
+            torch._dynamo.reset()
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.progress.step("inputs")
+            self.sets = self.make_sets(case)
+            self.rows = dense.sampled_rows(self.sets[0].q.shape[2], ERROR_ROWS, self.device)
+            self.progress.step("exact rows")
+            self.exact = dense.exact_rows(*self.sets[0], self.rows)
+            self.shape = wanted
+        for name in case.dense or dense.names_for(self.device):
+            if name not in self.dense:
+                self.progress.step(f"dense, {name}")
+                self.dense[name] = self.time_dense(name)
+
+    def make_sets(self, case: Case) -> list[Inputs]:
+        dtype = getattr(torch, case.dtype)
+        if case.workload != "structured":
+            return [captured(case.workload, self.device, dtype)]
+        tokens = case.batch * case.length * case.head_dim * dtype.itemsize
+        size = tokens * (case.heads + 2 * case.kv_heads)
+        sets = SETS
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            sets = max(1, min(SETS, int(SHARE_OF_MEMORY * memory / size)))
+        shape = {"B": case.batch, "L": case.length, "Hq": case.heads, "Hkv": case.kv_heads, "D": case.head_dim}
+        return [
+            structured(**shape, dtype=dtype, device=self.device, seed=case.seed + 1000 * index) for index in range(sets)
+        ]
+
+    def time(self, call) -> dict[str, float]:
+        timing = measure(call, sets=len(self.sets), device=self.device, seconds=self.seconds)
+        return timing.as_dict()
+
+    def time_dense(self, name: str) -> Row:
+        try:
+            kernel = dense.prepare(name, *self.sets[0])
+        except dense.Absent as reason:
+            return {"absent": str(reason)}
+        with kernel.context():
+            error = dense.relative_error(kernel.attend(*self.sets[0]), self.exact, self.rows)
+            timing = self.time(lambda index: kernel.attend(*self.sets[index]))
+        flops = dense.attention_flops(self.sets[0].q)
+        return {"ms": timing["median"], "tflops": flops / timing["median"] / 1e9, "error": error, "note": kernel.note, "timing": timing}
+
+
+def run(cases: list[Case], bench: Bench, *, out: Path, suite: str, about: Row, profile: bool = False) -> Iterator[Row]:
+    """The row of each case, appended to `out` as it comes. A case that fails gives a row that says why."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        with bench.progress.case(case.name):
+            try:
+                row = run_case(case, bench, profile)
+            except OutOfTime:
+                raise
+            except Exception as error:
+                row = describe_case(case) | {"failed": f"{type(error).__name__}: {dense.first_line(error)}"}
+        row = {"suite": suite, **row, **about}
+        with out.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        yield row
+
+
+def describe_case(case: Case) -> Row:
+    names = ("length", "heads", "kv_heads", "head_dim", "batch", "dtype", "workload", "method", "backend", "seed")
+    return {
+        "case": case.name,
+        "label": case.label,
+        **{name: getattr(case, name) for name in names},
+        "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in case.settings.items()},
+        "block_size": list(case.config.block_sizes),
+        "kernel_options": dict(case.kernel_options),
+        "wanted_density": case.density,
+        "wanted_error": case.error,
+        "failed": None,
+    }
+
+
+def run_case(case: Case, bench: Bench, profile: bool = False) -> Row:
+    bench.use(case)
+    measured = measure_rr(case, bench, profile) if case.method == "rr" else measure_rival(case, bench)
+    row = describe_case(case) | measured
+    times = {name: result["ms"] for name, result in bench.dense.items() if "ms" in result}
+    fastest = min(times, key=times.get) if times else None
+    row |= {"dense": bench.dense, "fastest_dense": fastest, "fastest_dense_ms": times.get(fastest)}
+    row["error_rows"] = len(bench.rows)
+    row["sets"] = len(bench.sets)
+    flops = dense.attention_flops(bench.sets[0].q) * row["density"]
+    row["attention_tflops"] = flops / row["attention_ms"] / 1e9
+    if fastest is not None and row["total_ms"] is not None:
+        row["speedup"] = times[fastest] / row["total_ms"]
+        row["over_limit"] = row["total_ms"] / (row["density"] * times[fastest])
+    else:
+        row["speedup"] = row["over_limit"] = None
+    return row
+
+
+def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
+    config = budgeted(case, bench)
+    step, sets, device = bench.progress.step, bench.sets, bench.device
+    q = sets[0].q
+    Hq, L = q.shape[1:3]
+    offset = torch.zeros((), dtype=torch.int64, device=device)
+    level = config.level_per_head(Hq, device)
+
+    step("estimate")
+    timings = {"estimate": bench.time(lambda index: stages.estimate(sets[index].q, sets[index].k, config))}
+    step("select")
+    masses = [stages.estimate(each.q, each.k, config) for each in sets]
+    timings["select"] = bench.time(lambda index: stages.choose(masses[index], level, offset, config, L))
+    chosen = [stages.choose(mass, level, offset, config, L) for mass in masses]
+    del masses
+    step("lists")
+    timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
+    densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
+    masks = [stages.block_mask(kept, blocks.whole, config, L, offset) for kept, blocks in chosen]
+    del chosen
+    step("attention")
+    options = kernel_options(case, q)
+    timings["attention"] = bench.time(lambda index: attend(sets[index], masks[index], options))
+    del masks
+
+    def total(index: int) -> Tensor:
+        backend = {} if case.backend is None else {"backend": case.backend}
+        return rr_attention(*sets[index], config=config, **backend)
+
+    step("rr_attention")
+    timings["total"] = bench.time(total)
+    error = dense.relative_error(total(0), bench.exact, bench.rows)
+    qkv = sum(x.numel() * x.element_size() for x in sets[0])
+    return {
+        "level": config.tau if config.budget == "top_tau" else config.threshold,
+        # Over the sets whose times are averaged; the error is the first one's.
+        "density": sum(densities) / len(densities),
+        "error": error,
+        **{f"{stage}_ms": timing["median"] for stage, timing in timings.items()},
+        "peak_gib": (peak_bytes(lambda: total(0), device) + qkv) / 2**30,
+        "attention_options": options,
+        "timings": timings,
+        "kernels": kernel_times(lambda: total(0), device) if profile else None,
+    }
+
+
+def measure_rival(case: Case, bench: Bench) -> Row:
+    """A rival's blocks on our kernel: density, error and attention; no time is claimed for its estimate."""
+    q, k, v = bench.sets[0]
+    L = q.shape[2]
+    offset = torch.zeros((), dtype=torch.int64, device=bench.device)
+    blocks = stages.causal_blocks(case.config, L, offset)
+    bench.progress.step("scores")
+    score = rivals.RULES[case.method](q, k, case.config.block_sizes)
+    kept = rivals.at_density(score, blocks.visible, blocks.mandatory, case.density)
+    density = stages.density(kept, blocks.visible)
+    mask = stages.block_mask(kept, blocks.whole, case.config, L, offset)
+    del score, kept
+    bench.progress.step("attention")
+    options = kernel_options(case, q)
+    timing = bench.time(lambda index: attend(bench.sets[0], mask, options))
+    return {
+        "level": None,
+        "density": density,
+        "error": dense.relative_error(attend(bench.sets[0], mask, options), bench.exact, bench.rows),
+        "estimate_ms": None,
+        "select_ms": None,
+        "lists_ms": None,
+        "attention_ms": timing["median"],
+        "total_ms": None,
+        "peak_gib": None,
+        "attention_options": options,
+        "timings": {"attention": timing},
+        "kernels": None,
+    }
+
+
+def attend(inputs: Inputs, mask, options: dict[str, Any]) -> Tensor:
+    return stages.attend(*inputs, block_mask=mask, enable_gqa=True, kernel_options=options)
+
+
+def kernel_options(case: Case, q: Tensor) -> dict[str, Any]:
+    """What rr_attention would use, and the case's own."""
+    if case.backend == "flash":
+        return {"BACKEND": "FLASH", **dict(case.kernel_options)}
+    return attention_options(q, case.config.block_sizes) | dict(case.kernel_options)
+
+
+def budgeted(case: Case, bench: Bench) -> RRConfig:
+    """The case's configuration at the level that gives the wanted density or error on the first input set."""
+    if case.density is None and case.error is None:
+        return case.config
+    q, k, _ = bench.sets[0]
+    L = q.shape[2]
+    bench.progress.step("level")
+    mass = stages.estimate(q, k, case.config)
+    if case.density is not None:
+        return stages.config_for_density(mass, case.config, L, case.density)
+    offset = torch.zeros((), dtype=torch.int64, device=bench.device)
+    options = kernel_options(case, q)
+    low, high = 0.0, 1.0
+    for bisection in range(ERROR_BISECTIONS):
+        bench.progress.step(f"level, {bisection + 1} of {ERROR_BISECTIONS}")
+        middle = (low + high) / 2
+        config = stages.config_for_density(mass, case.config, L, middle)
+        kept, blocks = stages.choose(mass, config.level_per_head(q.shape[1], bench.device), offset, config, L)
+        out = attend(bench.sets[0], stages.block_mask(kept, blocks.whole, config, L, offset), options)
+        reached = dense.relative_error(out, bench.exact, bench.rows) <= case.error
+        low, high = (low, middle) if reached else (middle, high)
+    return stages.config_for_density(mass, case.config, L, high)
+
+
+def with_length(cases: list[Case], lengths: list[int]) -> list[Case]:
+    """The cases of those lengths; where a suite has none of a length, its cases at that length instead of theirs."""
+    kept = [case for case in cases if case.length in lengths]
+    missing = [length for length in lengths if length not in {case.length for case in cases}]
+    moved = [replace(case, length=length) for length in missing for case in cases]
+    return list(dict.fromkeys([*kept, *moved]))
+
+
+def about(device: torch.device, commit: str | None) -> Row:
+    return describe(device, commit)
