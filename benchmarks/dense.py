@@ -10,11 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks import stages
 from mask_mods import block_visibility, causal
 from rr_flex.block_mask import build_block_mask
-from rr_flex.compiling import compile_whole
 from rr_flex.kernel import attention_options
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +42,9 @@ def prepare(name: str, q: Tensor, k: Tensor, v: Tensor) -> Dense:
         dense = MAKERS[name](q, k, v)
         with dense.context():
             dense.attend(q, k, v)
-    except (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError) as error:
+    except Absent:
+        raise
+    except Exception as error:  # a package's import may fail in any way
         raise Absent(f"{type(error).__name__}: {first_line(error)}") from error
     return dense
 
@@ -91,10 +92,9 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Dense:
     visible, whole = block_visibility(mask_mod, B=1, H=1, Lq=L, Lk=L, block_size=BLOCK, device=q.device)
     mask = build_block_mask(visible, whole, mask_mod, block_size=BLOCK, seq_lengths=(L, L), look_up=False)
     options = attention_options(q, BLOCK)
-    compiled = compile_whole(flex_attention)
 
     def attend(q, k, v):
-        return compiled(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
+        return stages.attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
 
     return Dense("flex", attend, note=str(options))
 
@@ -140,7 +140,10 @@ def sampled_rows(L: int, count: int, device: torch.device, seed: int = 0) -> Int
 
 
 def exact_rows(
-    q: Float[Tensor, "B Hq L D"], k: Float[Tensor, "B Hkv L D"], v: Float[Tensor, "B Hkv L D"], rows: Int[Tensor, " rows"]
+    q: Float[Tensor, "B Hq L D"],
+    k: Float[Tensor, "B Hkv L D"],
+    v: Float[Tensor, "B Hkv L D"],
+    rows: Int[Tensor, " rows"],
 ) -> Float[Tensor, "B Hq rows D"]:
     """Dense causal attention of some queries in float32, one key head and some rows at a time."""
     B, Hq, L, D = q.shape

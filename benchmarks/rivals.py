@@ -120,9 +120,10 @@ def strips_of_scores(q: Tensor, k: Tensor, scale: float, rows_per_block: int) ->
     B, Hq, n, _ = q.shape
     Hkv, nk = k.shape[1:3]
     blocks = max(1, STRIP_SCORES // (B * Hq * rows_per_block * nk))
+    keys = k.float().mT
     for row in torch.arange(n, device=q.device).split(blocks * rows_per_block):
-        strip = q[:, :, row].unflatten(1, (Hkv, Hq // Hkv)).flatten(2, 3)
-        yield (strip @ k.mT).unflatten(2, (Hq // Hkv, len(row))).flatten(1, 2).float() * scale, row
+        strip = q[:, :, row].float().unflatten(1, (Hkv, Hq // Hkv)).flatten(2, 3)
+        yield (strip @ keys).unflatten(2, (Hq // Hkv, len(row))).flatten(1, 2) * scale, row
 
 
 def sum_tiles(share: Float[Tensor, "B Hq n nk"], per_block: tuple[int, int]) -> Float[Tensor, "B Hq nQ nK"]:

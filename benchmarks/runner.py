@@ -2,6 +2,7 @@
 
 import gc
 import json
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from benchmarks import dense, rivals, stages
 from benchmarks.cases import Case
-from benchmarks.environment import describe
 from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, peak_bytes
 from benchmarks.workloads import Inputs, captured, structured
 from rr_flex import RRConfig, rr_attention
@@ -27,34 +27,51 @@ ERROR_BISECTIONS = 8
 
 
 class Bench:
-    """Inputs, dense baselines and exact rows of one shape; they stay until a case asks for another."""
+    """Inputs, exact rows and dense baselines of one shape; they stay until a case asks for another."""
 
     def __init__(self, device: torch.device, progress: Progress, seconds: float = 1.0) -> None:
         self.device, self.progress, self.seconds = device, progress, seconds
         self.shape: tuple | None = None
+        self.compiled_for: tuple | None = None
         self.sets: list[Inputs] = []
         self.rows = self.exact = torch.empty(0)
-        self.dense: dict[str, Row] = {}
+        self.times: dict[tuple, dict[str, Row]] = {}  # of dense kernels, by shape
+
+    @property
+    def dense(self) -> dict[str, Row]:
+        """Of the shape in use: each dense kernel's figures, or why it is absent."""
+        return self.times.setdefault(self.shape, {})
 
     def use(self, case: Case) -> None:
-        wanted = (case.workload, case.batch, case.length, case.heads, case.kv_heads, case.head_dim, case.dtype, case.seed)
-        if wanted != self.shape:
-            # A fresh compiler too: with a second length it would compile for all lengths, which is another kernel.
-            self.shape, self.sets, self.exact, self.dense = None, [], torch.empty(0), {}
+        """Makes ready for a case; raises OutOfTime where there is no time."""
+        of_shape = ("workload", "batch", "length", "heads", "kv_heads", "head_dim", "dtype", "seed")
+        shape = tuple(getattr(case, name) for name in of_shape)
+        # Sizes and settings that change between calls are compiled for all values at once, which is another kernel:
+        # each shape and setting starts with a fresh compiler.
+        compiled_for = (shape, stages.without_level(case.config), case.backend, case.kernel_options)
+        if compiled_for != self.compiled_for:
             torch._dynamo.reset()
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            stages.estimate_of.cache_clear()
+            self.compiled_for = compiled_for
+        if shape != self.shape:
+            self.shape, self.sets, self.exact = None, [], torch.empty(0)
+            self.release()
             self.progress.step("inputs")
             self.sets = self.make_sets(case)
             self.rows = dense.sampled_rows(self.sets[0].q.shape[2], ERROR_ROWS, self.device)
             self.progress.step("exact rows")
             self.exact = dense.exact_rows(*self.sets[0], self.rows)
-            self.shape = wanted
-        for name in case.dense or dense.names_for(self.device):
+            self.shape = shape
+        for name in dense.names_for(self.device) if case.dense is None else case.dense:
             if name not in self.dense:
                 self.progress.step(f"dense, {name}")
                 self.dense[name] = self.time_dense(name)
+
+    def release(self) -> None:
+        """Gives unused memory back to the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def make_sets(self, case: Case) -> list[Inputs]:
         dtype = getattr(torch, case.dtype)
@@ -80,11 +97,20 @@ class Bench:
             kernel = dense.prepare(name, *self.sets[0])
         except dense.Absent as reason:
             return {"absent": str(reason)}
-        with kernel.context():
-            error = dense.relative_error(kernel.attend(*self.sets[0]), self.exact, self.rows)
-            timing = self.time(lambda index: kernel.attend(*self.sets[index]))
+        try:
+            with kernel.context():
+                error = dense.relative_error(kernel.attend(*self.sets[0]), self.exact, self.rows)
+                timing = self.time(lambda index: kernel.attend(*self.sets[index]))
+        except torch.OutOfMemoryError as reason:
+            return {"absent": dense.first_line(reason)}
         flops = dense.attention_flops(self.sets[0].q)
-        return {"ms": timing["median"], "tflops": flops / timing["median"] / 1e9, "error": error, "note": kernel.note, "timing": timing}
+        return {
+            "ms": timing["median"],
+            "tflops": flops / timing["median"] / 1e9,
+            "error": error,
+            "note": kernel.note,
+            "timing": timing,
+        }
 
 
 def run(cases: list[Case], bench: Bench, *, out: Path, suite: str, about: Row, profile: bool = False) -> Iterator[Row]:
@@ -97,7 +123,9 @@ def run(cases: list[Case], bench: Bench, *, out: Path, suite: str, about: Row, p
             except OutOfTime:
                 raise
             except Exception as error:
+                traceback.print_exc()
                 row = describe_case(case) | {"failed": f"{type(error).__name__}: {dense.first_line(error)}"}
+                bench.release()
         row = {"suite": suite, **row, **about}
         with out.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -143,20 +171,20 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     step, sets, device = bench.progress.step, bench.sets, bench.device
     q = sets[0].q
     Hq, L = q.shape[1:3]
-    offset = torch.zeros((), dtype=torch.int64, device=device)
     level = config.level_per_head(Hq, device)
+    same = stages.without_level(config)  # so that levels share compiled code
 
     step("estimate")
     timings = {"estimate": bench.time(lambda index: stages.estimate(sets[index].q, sets[index].k, config))}
     step("select")
     masses = [stages.estimate(each.q, each.k, config) for each in sets]
-    timings["select"] = bench.time(lambda index: stages.choose(masses[index], level, offset, config, L))
-    chosen = [stages.choose(mass, level, offset, config, L) for mass in masses]
+    timings["select"] = bench.time(lambda index: stages.choose_compiled(masses[index], level, same, L))
+    chosen = [stages.choose_compiled(mass, level, same, L) for mass in masses]
     del masses
     step("lists")
     timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
     densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
-    masks = [stages.block_mask(kept, blocks.whole, config, L, offset) for kept, blocks in chosen]
+    masks = [stages.block_mask(kept, blocks.whole, config, L) for kept, blocks in chosen]
     del chosen
     step("attention")
     options = kernel_options(case, q)
@@ -186,15 +214,14 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
 
 def measure_rival(case: Case, bench: Bench) -> Row:
     """A rival's blocks on our kernel: density, error and attention; no time is claimed for its estimate."""
-    q, k, v = bench.sets[0]
+    q, k, _ = bench.sets[0]
     L = q.shape[2]
-    offset = torch.zeros((), dtype=torch.int64, device=bench.device)
-    blocks = stages.causal_blocks(case.config, L, offset)
+    blocks = stages.causal_blocks(case.config, L, bench.device)
     bench.progress.step("scores")
     score = rivals.RULES[case.method](q, k, case.config.block_sizes)
     kept = rivals.at_density(score, blocks.visible, blocks.mandatory, case.density)
     density = stages.density(kept, blocks.visible)
-    mask = stages.block_mask(kept, blocks.whole, case.config, L, offset)
+    mask = stages.block_mask(kept, blocks.whole, case.config, L)
     del score, kept
     bench.progress.step("attention")
     options = kernel_options(case, q)
@@ -236,15 +263,14 @@ def budgeted(case: Case, bench: Bench) -> RRConfig:
     mass = stages.estimate(q, k, case.config)
     if case.density is not None:
         return stages.config_for_density(mass, case.config, L, case.density)
-    offset = torch.zeros((), dtype=torch.int64, device=bench.device)
     options = kernel_options(case, q)
     low, high = 0.0, 1.0
     for bisection in range(ERROR_BISECTIONS):
         bench.progress.step(f"level, {bisection + 1} of {ERROR_BISECTIONS}")
         middle = (low + high) / 2
         config = stages.config_for_density(mass, case.config, L, middle)
-        kept, blocks = stages.choose(mass, config.level_per_head(q.shape[1], bench.device), offset, config, L)
-        out = attend(bench.sets[0], stages.block_mask(kept, blocks.whole, config, L, offset), options)
+        kept, blocks = stages.choose(mass, config.level_per_head(q.shape[1], bench.device), config, L)
+        out = attend(bench.sets[0], stages.block_mask(kept, blocks.whole, config, L), options)
         reached = dense.relative_error(out, bench.exact, bench.rows) <= case.error
         low, high = (low, middle) if reached else (middle, high)
     return stages.config_for_density(mass, case.config, L, high)
@@ -256,7 +282,3 @@ def with_length(cases: list[Case], lengths: list[int]) -> list[Case]:
     missing = [length for length in lengths if length not in {case.length for case in cases}]
     moved = [replace(case, length=length) for length in missing for case in cases]
     return list(dict.fromkeys([*kept, *moved]))
-
-
-def about(device: torch.device, commit: str | None) -> Row:
-    return describe(device, commit)

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-WIDTHS = (8, 512)  # tokens of a segment, log-uniform between
-EDGE = 16  # tokens over which a segment's topic fades in and out
+WIDTHS = (24, 768)  # tokens of a segment, log-uniform between
+EDGE = 16  # tokens over which a segment's topic and wishes fade in and out
 TOPICS = 32
 TOPIC_SKEW = 0.7  # the n-th topic is n^-0.7 times as frequent as the first
 SOUGHT = (1.0, 0.9, 0.7)  # strengths of the topics that a query seeks, in units of its head's gain
@@ -33,7 +33,7 @@ class Text(NamedTuple):
     """What all heads of a sequence share."""
 
     segment: Int[Tensor, " L"]  # of each token
-    strength: Float[Tensor, " L"]  # of the segment's topic in each token, in (0, 1]
+    strength: Float[Tensor, " L"]  # of the segment's topic and wishes in each token, in (0, 1]
     topic: Int[Tensor, " segments"]
 
 
@@ -165,7 +165,7 @@ def fill_queries(
     scale = math.sqrt(D)  # undoes the scale of the logits
     for position in token_chunks(L, q.device):
         features = [
-            seek[text.segment[position]] * (traits.gain * scale / content),
+            seek[text.segment[position]] * text.strength[position, None] * (traits.gain * scale / content),
             local_features(position, local) * (traits.local * scale / local),
             torch.full((len(position), 1), sink, device=q.device),
         ]
@@ -177,7 +177,7 @@ def draw_traits(generator: torch.Generator) -> HeadTraits:
     def between(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    return HeadTraits(gain=between(6.0, 8.5), local=between(2.0, 9.0), sink=between(0.05, 0.5))
+    return HeadTraits(gain=between(6.5, 9.0), local=between(5.0, 11.0), sink=between(0.05, 0.5))
 
 
 def log_mass_of_content(text: Text, sought: Int[Tensor, "3 segments"], gain: float) -> float:

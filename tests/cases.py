@@ -99,7 +99,7 @@ def mask_by_name(name, shape, seed=0):
         return frames(draw(1, 150, 1).item(), draw(1, 3, 1).item(), offset), None
     if name == "window and sink":
         return both(causal(offset), either(sliding_window(draw(1, 150, 1).item(), offset), sink(20))), None
-    side, lengths = name.split()[0], draw(1, Lk, B)
+    side, lengths = name.split()[0], draw(0, Lk, B)
     return both(causal(offset), padding(lengths, side=side, total=Lk, offset=offset)), real_keys(lengths, Lk, side)
 
 

@@ -1,7 +1,9 @@
 import os
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+# For planted_defects.py: whether a test fails, not the smallest case in which it does.
+settings.register_profile("planted", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "local"))

@@ -3,11 +3,11 @@
 import oracle
 import pytest
 import torch
-from cases import AHEAD, SQUARE, assert_attends, compiled_flex, eager_flex, real_keys, seeds, tensors
+from cases import AHEAD, MASKS, SQUARE, assert_attends, compiled_flex, eager_flex, mask_by_name, seeds, tensors
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mask_mods import document, padding
+from mask_mods import document
 from rr_flex import RRConfig, create_rr_block_mask, rr_attention, select_blocks
 
 # No shrinking: an example takes a while, and shapes are fixed anyway.
@@ -15,11 +15,11 @@ few = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
 tau_values = st.sampled_from([0.2, 0.5, 0.9])
 
 
-def allowed_pairs(q, k, element=None, block_size=(128, 128), **chosen):
+def allowed_pairs(q, k, mask=None, block_size=(128, 128), **chosen):
     """The pairs that the mask shows and the selection keeps: bool [B, Hq, Lq, Lk]."""
     (B, Hq, Lq, _), Lk = q.shape, k.shape[2]
-    shown = oracle.pairs(element or oracle.causal_element(Lk - Lq), B, Hq, Lq, Lk)
-    kept = select_blocks(q, k, block_size=block_size, **chosen).kept
+    shown = oracle.pairs(mask or oracle.causal_element(Lk - Lq), B, Hq, Lq, Lk)
+    kept = select_blocks(q, k, mask_mod=mask, block_size=block_size, **chosen).kept
     return shown & oracle.expand(kept, (Lq, Lk), block_size)
 
 
@@ -64,21 +64,35 @@ def test_every_extension_at_once(seed):
 
 
 @few
-@given(seed=seeds, lengths=st.lists(st.integers(0, 300), min_size=2, max_size=2))
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_never_seen_and_its_rows_are_zero(side, lengths, seed):
-    lengths = torch.tensor(lengths)
+@given(seed=seeds)
+@pytest.mark.parametrize("name", MASKS)
+def test_any_mask_attends_as_float64(name, seed):
     q, k, v = tensors(SQUARE, seed)
-    mask, real = padding(lengths, side=side, total=300), real_keys(lengths, 300, side)
-    chosen = {"mask_mod": mask, "causal": True, "tau": 0.5}
-    out = rr_attention(q, k, v, **chosen)
-    shown = oracle.pairs(oracle.causal_element(0), 2, 4, 300, 300) & real[:, None, :, None] & real[:, None, None]
-    kept = oracle.expand(select_blocks(q, k, **chosen).kept, (300, 300), (128, 128))
-    assert_attends(out, q, k, v, shown & kept)
+    mask, _ = mask_by_name(name, SQUARE, seed)
+    assert_attends(rr_attention(q, k, v, mask_mod=mask, tau=0.5), q, k, v, allowed_pairs(q, k, mask, tau=0.5))
+
+
+@few
+@given(seed=seeds)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_padding_holds_never_matters_and_its_rows_are_zero(side, seed):
+    q, k, v = tensors(SQUARE, seed)
+    mask, real = mask_by_name(f"{side} padding", SQUARE, seed)
     at_real = real[:, None, :, None]
     others = [50 * x for x in tensors(SQUARE, seed + 1)]
     changed = [torch.where(at_real, x, y) for x, y in zip((q, k, v), others, strict=True)]
-    assert torch.equal(rr_attention(*changed, **chosen), out)
+    out = rr_attention(q, k, v, mask_mod=mask, tau=0.5)
+    assert (out.masked_fill(at_real, 0) == 0).all()
+    assert torch.equal(rr_attention(*changed, mask_mod=mask, tau=0.5), out)
+
+
+def test_causal_with_a_mask_means_both():
+    q, k, v = tensors(SQUARE)
+    ids = torch.tensor([[0] * 100 + [1] * 200, [0] * 150 + [1] * 150])
+    shown = oracle.pairs(oracle.causal_element(0), 2, 4, 300, 300) & (ids[:, None, :, None] == ids[:, None, None])
+    chosen = {"mask_mod": document(ids), "causal": True, "tau": 0.5}
+    kept = oracle.expand(select_blocks(q, k, **chosen).kept, (300, 300), (128, 128))
+    assert_attends(rr_attention(q, k, v, **chosen), q, k, v, shown & kept)
 
 
 @few
@@ -115,17 +129,6 @@ def test_a_scale_is_used_by_the_estimate_and_by_attention():
     assert torch.equal(allowed_pairs(q, k, tau=0.5, scale=0.1), expected)
     exact = oracle.attend(scaled, k, v, expected)[0]
     torch.testing.assert_close(rr_attention(q, k, v, tau=0.5, scale=0.1).double(), exact, rtol=0, atol=1e-5)
-
-
-@few
-@given(seed=seeds)
-def test_packed_documents_never_meet(seed):
-    q, k, v = tensors(SQUARE, seed)
-    ids = torch.randint(0, 4, (2, 300), generator=torch.Generator().manual_seed(seed)).sort(1).values
-    chosen = {"mask_mod": document(ids), "causal": True, "tau": 0.5}
-    shown = oracle.pairs(oracle.causal_element(0), 2, 4, 300, 300) & (ids[:, None, :, None] == ids[:, None, None])
-    kept = oracle.expand(select_blocks(q, k, **chosen).kept, (300, 300), (128, 128))
-    assert_attends(rr_attention(q, k, v, **chosen), q, k, v, shown & kept)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -71,6 +71,8 @@ BAD_CALLS = [
     ("tau", {"tau": [0.5, 0.5, 0.5]}, ValueError),
     ("tau", {"tau": torch.full((5,), 0.5)}, ValueError),
     ("q_offset", {"q_offset": -1}, ValueError),
+    ("q_offset", {"q_offset": 65}, ValueError),  # the first query would stand past the end of the 64 keys
+    ("q_offset", {"q_offset": 2**70}, ValueError),
     ("q_offset", {"q_offset": 1.5}, TypeError),
     ("q_offset", {"q_offset": "end"}, TypeError),
     ("head_offset", {"head_offset": -1}, ValueError),

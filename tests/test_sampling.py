@@ -6,6 +6,7 @@ import torch
 from cases import Shape, seeds, shapes, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rr_flex.sampling import pool_keys, sample_queries
 
 strides = st.sampled_from([1, 2, 4, 8, 16, 32, 64])

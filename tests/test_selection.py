@@ -8,10 +8,10 @@ import torch
 from cases import LAYOUTS, MASKS, Shape, kept_by_rule, mask_by_name, seeds, shapes, taus, tensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rr_flex.selection import select_top_tau
 
 from mask_mods import both, causal
 from rr_flex import RRConfig, Selection, select_blocks
+from rr_flex.selection import select_top_tau
 
 exact_taus = st.sampled_from([0.125, 0.25, 0.5, 0.75, 0.875, 1.0])
 

@@ -96,7 +96,9 @@ def compare_prefill(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     timed = Stopwatch(device)
-    attend = torch.compile(flex_attention, fullgraph=True)
+    # Every layer has one shape. A dynamic one can fail to compile on a CPU (torch 2.13): its kernel template renames
+    # size symbols by substring, and the mask_mod's captured map has sizes.
+    attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     n_layers = model.config.get_text_config().num_hidden_layers
     layers: dict[int, LayerMeasures] = {}
     maps: dict[int, LayerMaps] = {}

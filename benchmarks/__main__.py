@@ -1,0 +1,135 @@
+"""`python -m benchmarks run | tune | report`: measure, tune the kernels' options, tabulate and draw."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import report, tune
+from benchmarks.cases import SUITES, Case
+from benchmarks.environment import describe
+from benchmarks.runner import Bench, run, with_length
+from benchmarks.timing import OutOfTime, Progress
+from benchmarks.workloads import captured
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return options.command(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    running = commands.add_parser("run", help="measure suites of cases; one JSON line each")
+    running.set_defaults(command=run_suites)
+    running.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
+    running.add_argument("--only", default="", help="run the cases whose name holds this text")
+    running.add_argument("--lengths", type=int, nargs="+", help="tokens; those of the suite, or its cases moved there")
+    running.add_argument(
+        "--captured", help="file of q, k, v from a real model (.pt, .safetensors) in place of structured ones"
+    )
+    running.add_argument(
+        "--dense", nargs="*", help="dense kernels to compare with; all that are installed unless given"
+    )
+    running.add_argument("--seed", type=int, default=0)
+    running.add_argument("--profile", action="store_true", help="add the kernels of one call and their times")
+    running.add_argument("--list", action="store_true", help="only print the names of the cases")
+    common(running)
+
+    tuning = commands.add_parser("tune", help="find kernel options and the break-even with dense attention")
+    tuning.set_defaults(command=tune_options)
+    tuning.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
+    tuning.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    tuning.add_argument("--what", nargs="+", choices=tune.PARTS, default=list(tune.PARTS))
+    tuning.add_argument("--length", type=int, default=32768, help="tokens, for the kernel options")
+    tuning.add_argument("--density", type=float, default=0.3, help="of the blocks, for the kernel options")
+    tuning.add_argument("--full", action="store_true", help="every option for every dtype; else the best of the first")
+    tuning.add_argument("--table", type=Path, help="table to update; results/tuned.json unless given")
+    common(tuning)
+
+    reporting = commands.add_parser("report", help="write the README's table and draw time against length")
+    reporting.set_defaults(command=write_report)
+    reporting.add_argument("--results", type=Path, default=RESULTS)
+    reporting.add_argument("--readme", type=Path, default=README)
+    reporting.add_argument("--plot", type=Path, help="results/time-against-length.png unless given")
+    reporting.add_argument("--suites", nargs="+", help="only rows of these suites")
+    return parser
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--budget-seconds", type=float, help="start no step after this; rows so far are kept")
+    parser.add_argument("--seconds", type=float, default=1.0, help="about how long to repeat each timing")
+    parser.add_argument("--commit", help="named in the rows where there is no git history")
+
+
+def run_suites(options: argparse.Namespace) -> int:
+    cases = [(suite, case) for suite in options.suite for case in chosen_cases(suite, options)]
+    if options.list:
+        print("\n".join(f"{suite}: {case.name}" for suite, case in cases))
+        return 0
+    device = torch.device(options.device)
+    about = describe(device, options.commit)
+    bench = Bench(device, Progress(len(cases), options.budget_seconds), options.seconds)
+    rows = []
+    try:
+        for suite in options.suite:
+            of_suite = [case for name, case in cases if name == suite]
+            out = options.out / f"{suite}.jsonl"
+            for row in run(of_suite, bench, out=out, suite=suite, about=about, profile=options.profile):
+                rows.append(row)
+                print("\n" + report.one_line(row), file=sys.stderr)
+    except OutOfTime as reason:
+        print(f"\nstopped: {reason}; {len(rows)} of {len(cases)} rows are written", file=sys.stderr)
+    print(report.text_table(rows))
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
+def chosen_cases(suite: str, options: argparse.Namespace) -> list[Case]:
+    cases = SUITES[suite]
+    if options.lengths:
+        cases = with_length(cases, options.lengths)
+    changes = {"seed": options.seed}
+    if options.captured:
+        changes |= captured_shape(options.captured)
+    if options.dense is not None:
+        changes["dense"] = tuple(options.dense)
+    cases = list(dict.fromkeys(replace(case, **changes) for case in cases))
+    return [case for case in cases if options.only in case.name]
+
+
+def captured_shape(path: str) -> dict[str, object]:
+    """The fields of a case that a file of q, k, v decides."""
+    q, k, _ = captured(path, "cpu", torch.float16)
+    B, Hq, L, D = q.shape
+    if k.shape[2] != L:
+        raise SystemExit(f"--captured must hold as many queries as keys, got {L} and {k.shape[2]}")
+    return {"workload": path, "batch": B, "heads": Hq, "kv_heads": k.shape[1], "length": L, "head_dim": D}
+
+
+def tune_options(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    if device.type != "cuda":
+        raise SystemExit(f"--device must be a CUDA device for tune, whose options are the GPU kernels', got {device}")
+    return tune.tune(options, device)
+
+
+def write_report(options: argparse.Namespace) -> int:
+    rows = report.load(options.results, options.suites)
+    if not rows:
+        raise SystemExit(f"--results must hold rows, got none in {options.results}")
+    report.write_readme(options.readme, rows)
+    report.draw(rows, options.plot or options.results / "time-against-length.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

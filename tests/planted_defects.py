@@ -1,0 +1,186 @@
+"""Plants one defect at a time in a copy of the packages and sees the named test fail; run as a program.
+
+A defect that no longer finds its text, or that its test survives, is an error: `python tests/planted_defects.py [word]`
+(only the defects whose file or test contains `word`).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Defect(NamedTuple):
+    path: str  # file, under the project's root
+    text: str  # occurs once
+    wrong: str  # put in its place
+    test: str  # fails then: test_file.py::name, without "tests/"
+
+
+EACH = "test_mask_mods.py::test_each_mask_equals_its_definition"
+BLOCKS = "test_mask_mods.py::test_block_rule_of_each_mask_equals_brute_force"
+COMPOSED = "test_mask_mods.py::test_block_rule_of_compositions_equals_brute_force"
+ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
+MASKED = "test_selection.py::test_any_mask_selects_as_the_oracle"
+ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
+LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
+
+DEFECTS = [
+    Defect("mask_mods/spans.py", "(kv_idx <= last)", "(kv_idx < last)", EACH),
+    Defect("mask_mods/spans.py", "value[0] if value.shape[0] == 1 else value[b]", "value[0]", EACH),
+    Defect("mask_mods/causal.py", "q_idx + per_batch(offset, b)", "q_idx + 1 + per_batch(offset, b)", EACH),
+    Defect("mask_mods/sliding_window.py", "position - (window - 1)", "position - window", EACH),
+    Defect("mask_mods/document.py", "torch.where(token == position, last, -1)", "last", EACH),
+    Defect("mask_mods/prefix.py", "per_batch(length, b) - 1", "per_batch(length, b)", EACH),
+    Defect("mask_mods/padding.py", "torch.where(real, last, first - 1)", "last", EACH),
+    Defect("mask_mods/sink.py", "(0, count - 1)", "(0, count)", EACH),
+    Defect("mask_mods/frames.py", "(frame - past) * tokens_per_frame", "(frame - past + 1) * tokens_per_frame", EACH),
+    Defect("mask_mods/bidirectional.py", "((0, _BEYOND", "((1, _BEYOND", EACH),
+    Defect(
+        "mask_mods/compose.py",
+        "reduce(smaller, [last for",
+        "reduce(larger, [last for",
+        "test_mask_mods.py::test_compositions_equal_their_definition",
+    ),
+    Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
+    Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
+    Defect("mask_mods/blocks.py", "other_first <= last + 1,", "other_first <= last,", COMPOSED),
+    Defect(
+        "mask_mods/blocks.py",
+        "smaller(k_first + length, Lk) - 1",
+        "k_first + length - 1",
+        "test_mask_mods.py::test_any_key_visible_equals_brute_force",
+    ),
+    Defect("rr_flex/geometry.py", "head % stride", "0 * head", ORACLE),
+    Defect("rr_flex/geometry.py", "(column <= last)", "(column < last)", ORACLE),
+    Defect("rr_flex/config.py", "0 < share <= 1", "0 <= share <= 1", "test_errors.py::test_a_bad_setting_dies_at"),
+    Defect("rr_flex/checks.py", "if Hq % k.shape[1]:", "if False:", "test_errors.py::test_a_bad_tensor_is_refused"),
+    Defect(
+        "rr_flex/sampling.py",
+        "live.sum(3).clamp(min=1)",
+        "live.sum(3).clamp(min=stride)",
+        "test_sampling.py::test_pools_each_stride_to_its_mean",
+    ),
+    Defect("rr_flex/sampling.py", "0.5 * scale * sampled", "scale * sampled", ORACLE),
+    Defect("rr_flex/mass.py", "scores = torch.where(visible, scores, -torch.inf)", "pass", ORACLE),
+    Defect(
+        "rr_flex/mass.py", "start, stop = row * q", "start, stop = 0 * q", "test_mass_by_attention.py::test_the_size"
+    ),
+    Defect(
+        "rr_flex/mass_by_attention.py",
+        "(b // B * segment + kv_idx)",
+        "(b * segment + kv_idx)",
+        "test_mass_by_attention.py::test_both_forms_agree",
+    ),
+    Defect(
+        "rr_flex/mass_by_attention.py",
+        "share = weight / weight",
+        "share = weight / weight[:1]",
+        "test_mass_by_attention.py::test_segments_are_merged_exactly",
+    ),
+    Defect(
+        "rr_flex/selection.py",
+        "keepdim=True) >= need",
+        "keepdim=True) > need",
+        "test_selection.py::test_keeps_the_fewest_blocks_that_reach_tau",
+    ),
+    Defect(
+        "rr_flex/selection.py",
+        "(level.cumsum(-1) <= take)",
+        "level",
+        "test_selection.py::test_the_rule_and_its_ties_equal_the_oracle",
+    ),
+    Defect(
+        "rr_flex/selection.py",
+        "torch.isfinite(total) & (total > 0)",
+        "total > 0",
+        "test_selection.py::test_a_row_without_a_finite_total_keeps_what_is_visible",
+    ),
+    Defect("rr_flex/selection.py", "(mass > threshold * total)", "(mass > threshold)", ANY),
+    Defect("rr_flex/mandatory.py", "nQ - config.dense_last_rows", "nQ + 1 - config.dense_last_rows", ANY),
+    Defect("rr_flex/mandatory.py", "(column >= start)", "(column >= 0 * start)", MASKED),
+    Defect("rr_flex/block_mask.py", "list_blocks(kept & ~whole)", "list_blocks(kept)", LISTS),
+    Defect("rr_flex/block_mask.py", "place - 1, nK", "place - 1 + (place > 1).int(), nK", LISTS),
+    Defect(
+        "rr_flex/block_mask.py",
+        "kept_mask_mod if look_up else mask_mod",
+        "mask_mod",
+        "test_block_mask.py::test_eager_attention_sees_the_kept_blocks_only",
+    ),
+    Defect(
+        "rr_flex/pipeline.py",
+        "both(causal_mask(q_offset), mask_mod) if causal else",
+        "",
+        "test_selection.py::test_causal_with_a_mask_means_both",
+    ),
+    Defect(
+        "rr_flex/pipeline.py",
+        "k_stride, key_head_mask(valid_keys, Hq, k.shape[1])",
+        "k_stride",
+        "test_selection_symmetries.py::test_what_padding_holds_never_matters",
+    ),
+    Defect(
+        "rr_flex/pipeline.py",
+        "sample_queries(q, q_stride, head_offset)",
+        "sample_queries(q, q_stride)",
+        "test_selection_symmetries.py::test_a_shard_of_heads_selects_its_slice",
+    ),
+    Defect("rr_flex/kernel.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
+    Defect("rr_flex/compiling.py", ", fullgraph=True)", ")", "test_kernel.py::test_past_the_limit_a_call_raises"),
+    Defect(
+        "rr_flex/attention.py",
+        "block_mask=block_mask, scale=scale",
+        "block_mask=block_mask",
+        "test_attention.py::test_a_scale_is_used_by_the_estimate_and_by_attention",
+    ),
+]
+
+
+def survives(defect: Defect) -> str:
+    """What is wrong with this entry: "" if its test fails as it should."""
+    source = (ROOT / defect.path).read_text()
+    if source.count(defect.text) != 1:
+        return f"the text occurs {source.count(defect.text)} times, not once"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("mask_mods", "rr_flex", "tests", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, Path(folder) / name)
+        (Path(folder) / defect.path).write_text(source.replace(defect.text, defect.wrong))
+        file, name = defect.test.split("::")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", name]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": folder,
+            "HYPOTHESIS_PROFILE": "planted",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return "the test passed"
+    # 1: a test failed. Anything else (no such test, a syntax error in the defect) says nothing.
+    return "" if done.returncode == 1 else f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+
+
+def main() -> int:
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [defect for defect in DEFECTS if word in defect.path or word in defect.test]
+    failures = 0
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2))) as pool:
+        for defect, fault in zip(chosen, pool.map(survives, chosen), strict=True):
+            print(
+                f"{'missed' if fault else 'caught'}  {defect.path}: {defect.wrong!r:.60} by {defect.test} {fault}",
+                flush=True,
+            )
+            failures += bool(fault)
+    print(f"{len(chosen) - failures} of {len(chosen)} planted defects caught")
+    return 1 if failures or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The benchmark program: its workload has structure, its rules reach their density, its rows say what they should."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as program
+from benchmarks import dense, report, rivals, stages, tune
+from benchmarks.cases import COARSE_QUERIES, SUITES, Case
+from benchmarks.runner import Bench, run
+from benchmarks.timing import OutOfTime, Progress, measure
+from benchmarks.workloads import captured, structured
+from rr_flex import RRConfig
+from rr_flex.evaluation.true_mass import true_block_mass
+
+CPU = torch.device("cpu")
+SHAPE = {"L": 2048, "Hq": 4, "Hkv": 2, "D": 64, "dtype": torch.float32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return structured(**SHAPE, seed=0)
+
+
+def test_workload_is_decided_by_its_seed(inputs):
+    again, other = structured(**SHAPE, seed=0), structured(**SHAPE, seed=1)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, again, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(inputs, other, strict=True))
+    assert all(torch.isfinite(x).all() for x in inputs)
+
+
+def test_workload_has_a_sink_a_local_band_and_heavy_tails():
+    q, k, _ = structured(**SHAPE | {"L": 6144, "D": 128}, seed=3)
+    mass = true_block_mass(q, k)
+    share = (mass / mass.sum(-1, keepdim=True))[0, :, 8:]  # heads, rows, columns
+    kept = rivals.at_density(share[None], share[None] > 0, torch.zeros_like(share[None], dtype=torch.bool), 0.3)
+    assert (share * kept).sum() > 0.9 * share.sum()
+    even = torch.stack([1 / (row > 0).sum() for row in share[0]]).mean()
+    assert share[..., 0].mean() > 2 * even  # sink
+    assert share.diagonal(8, 1, 2).mean() > 2 * even  # band
+    assert share[..., 0].mean(-1).std() > 0.02  # heads differ
+
+
+def test_captured_tensors_come_back(tmp_path, inputs):
+    saved = {name: x[0].half() for name, x in zip("qkv", inputs, strict=True)}
+    torch.save(saved, tmp_path / "layer.pt")
+    loaded = captured(tmp_path / "layer.pt", "cpu", torch.float32)
+    assert [tuple(x.shape) for x in loaded] == [(1, 4, 2048, 64), (1, 2, 2048, 64), (1, 2, 2048, 64)]
+    assert torch.equal(loaded.q[0], saved["q"].float())
+    torch.save({"q": saved["q"]}, tmp_path / "short.pt")
+    with pytest.raises(ValueError, match="must hold tensors q, k and v"):
+        captured(tmp_path / "short.pt", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("block_size", [(128, 128), (128, 64)])
+@pytest.mark.parametrize("rule", rivals.RULES)
+def test_rivals_reach_the_density(inputs, rule, block_size):
+    q, k = inputs.q[:, :, :1500], inputs.k[:, :, :1500]
+    blocks = stages.causal_blocks(RRConfig(block_size=block_size), 1500, CPU)
+    score = rivals.RULES[rule](q, k, block_size)
+    kept = rivals.at_density(score, blocks.visible, blocks.mandatory, 0.6)
+    assert kept.shape == (1, 4, 12, 1500 // block_size[1] + 1)
+    assert (kept & ~blocks.visible).sum() == 0 and (blocks.mandatory & ~kept).sum() == 0
+    assert 0.6 <= stages.density(kept, blocks.visible) < 0.63
+
+
+def test_rules_that_look_keep_more_mass_than_chance(inputs):
+    q, k, _ = inputs
+    blocks = stages.causal_blocks(RRConfig(), 2048, CPU)
+    mass = true_block_mass(q, k)
+
+    def recalled(rule):
+        kept = rivals.at_density(rivals.RULES[rule](q, k, (128, 128)), blocks.visible, blocks.mandatory, 0.5)
+        return ((mass * kept).sum() / mass.sum()).item()
+
+    chance, most = recalled("random"), recalled("oracle")
+    for rule in ("antidiagonal", "block-mean-keys", "pooled-top-k"):
+        assert chance + 0.02 < recalled(rule) <= most + 1e-6
+
+
+@pytest.mark.parametrize("budget", ["top_tau", "threshold"])
+def test_level_gives_the_density(inputs, budget):
+    config = RRConfig(budget=budget)
+    mass = true_block_mass(inputs.q, inputs.k)
+    for wanted in (0.5, 0.7):
+        found = stages.config_for_density(mass, config, 2048, wanted)
+        level = found.tau if budget == "top_tau" else found.threshold
+        assert abs(stages.density_at(mass, level, config, 2048) - wanted) < 0.02
+
+
+def test_exact_rows_are_dense_attention(inputs):
+    rows = dense.sampled_rows(2048, 100, CPU)
+    assert len(rows.unique()) == 100 and rows.max() < 2048
+    q, k, v = inputs
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert dense.relative_error(out, dense.exact_rows(q, k, v, rows), rows) < 1e-5
+
+
+def test_a_kernel_that_cannot_run_says_why(inputs):
+    with pytest.raises(dense.Absent, match=r"\w"):
+        dense.prepare("cudnn", *inputs)
+
+
+def test_measure_rotates_the_inputs():
+    used = []
+    timing = measure(used.append, sets=3, device=CPU, seconds=0, repeats=(6, 6))
+    assert used[-6:] == [0, 1, 2, 0, 1, 2] and timing.repeats == 6
+    assert timing.first_quartile <= timing.median <= timing.third_quartile
+
+
+def test_a_cpu_case_gives_a_whole_row(tmp_path):
+    bench = Bench(CPU, Progress(2), seconds=0.1)
+    cases = [SUITES["cpu"][1], SUITES["cpu"][2]]
+    about = {
+        "card": "CPU",
+        "torch": torch.__version__,
+        "triton": None,
+        "flash_attn_4": None,
+        "commit": "0",
+        "date": "0",
+    }
+    ours, rival = run(cases, bench, out=tmp_path / "cpu.jsonl", suite="cpu", about=about)
+    for row in (ours, rival):
+        assert row["failed"] is None
+        assert 0 < row["density"] <= 1 and abs(row["density"] - row["wanted_density"]) < 0.03
+        assert 1e-6 < row["error"] < 0.2
+        assert row["attention_ms"] > 0 and row["attention_tflops"] > 0
+        assert row["dense"]["fa2"]["error"] < 1e-4 and row["fastest_dense_ms"] > 0
+    stages_ms = [ours[f"{stage}_ms"] for stage in ("estimate", "select", "lists", "attention", "total")]
+    assert all(ms > 0 for ms in stages_ms)
+    assert ours["over_limit"] == pytest.approx(ours["total_ms"] / (ours["density"] * ours["fastest_dense_ms"]))
+    assert ours["peak_gib"] > 0 and ours["settings"] == {
+        "order": 2,
+        "query_stride": 16,
+        "key_stride": 8,
+        "budget": "threshold",
+    }
+    assert rival["total_ms"] is None and rival["over_limit"] is None
+    assert report.load(tmp_path) == [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert "query_stride=16" in report.text_table([ours, rival])
+
+
+def test_a_case_that_fails_gives_a_row_and_the_budget_stops_the_run(tmp_path):
+    out = tmp_path / "x.jsonl"
+    bench = Bench(CPU, Progress(1))
+    odd = Case(length=256, heads=3, kv_heads=2, dtype="float32")
+    (row,) = run([odd], bench, out=out, suite="x", about={"date": "0", "card": "CPU"})
+    assert row["failed"].startswith("ValueError") and "FAILED" in report.text_table([row])
+    assert report.load(tmp_path) == []
+    with pytest.raises(OutOfTime):
+        list(run([odd], Bench(CPU, Progress(1, budget_seconds=-1)), out=out, suite="x", about={}))
+
+
+def test_tuning_ranks_what_runs_and_logs_what_does_not():
+    logged = []
+
+    def make(options):
+        if options["BLOCK_N"] == 64:
+            raise RuntimeError("out of shared memory\nmore")
+        return lambda index: torch.ones(options["num_warps"] << 18).sum()
+
+    tried = [{"BLOCK_N": n, "num_warps": w} for n, w in ((128, 8), (64, 4), (128, 1))]
+    bench = Bench(CPU, Progress(1), seconds=0.05)
+    bench.sets = [None]
+    ranked = tune.best_options("attention", tried, make, bench, Case(length=1024), logged.append)
+    assert ranked == [tried[2], tried[0]]
+    assert [each["failed"] for each in logged] == [None, "RuntimeError: out of shared memory", None]
+    assert len(tune.candidates(full=True)) == 32 and tune.candidates(False) == tune.candidates(True)[:16]
+
+
+FIXTURE = {
+    "suite": "128k", "case": "128K a", "label": "rr order=2", "length": 131072, "heads": 32, "kv_heads": 8,
+    "head_dim": 128, "batch": 1, "dtype": "bfloat16", "workload": "structured", "method": "rr", "seed": 0,
+    "density": 0.3011, "error": 0.0204, "estimate_ms": 5.5, "select_ms": 0.2, "lists_ms": 0.2, "attention_ms": 80.0,
+    "total_ms": 86.0, "peak_gib": 3.2, "fastest_dense": "fa4", "fastest_dense_ms": 202.0, "speedup": 2.349,
+    "over_limit": 1.414, "attention_tflops": 529.5, "wanted_density": 0.3, "wanted_error": None, "failed": None,
+    "dense": {"fa4": {"ms": 202.0}, "cudnn": {"ms": 257.0}, "fa2": {"absent": "no kernel"}},
+    "card": "Some Card", "torch": "2.11.0", "triton": "3.6.0", "flash_attn_4": None, "commit": "abc",
+    "date": "2026-01-01T",
+}  # fmt: skip
+
+
+def test_report_puts_table_and_picture(tmp_path):
+    later = FIXTURE | {"density": 0.5, "date": "2026-01-02T"}
+    shorter = FIXTURE | {"case": "64K a", "length": 65536}
+    rows = "".join(json.dumps(row) + "\n" for row in (FIXTURE, later, shorter, FIXTURE | {"case": "b", "failed": "x"}))
+    (tmp_path / "128k.jsonl").write_text(rows)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["report", "--results", str(tmp_path), "--readme", str(readme), "--plot", str(tmp_path / "a.png")]
+    assert program.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "131,072 tokens, 32/8 heads of 128, bfloat16" in text and "Some Card, torch 2.11.0" in text
+    assert (
+        "| rr order=2 | 0.500 | 0.0204 | 5.50 | 0.40 | 80.00 | 86.00 | 202.00 (fa4) | 2.35× | 1.41 | 530 | 3.2 |"
+        in text
+    )
+    assert "0.301" in text and text.count("131,072 tokens") == 1
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        program.main(arguments)
+
+
+def test_cases_have_names_of_their_own():
+    for suite, cases in SUITES.items():
+        assert len({case.name for case in cases}) == len(cases), suite
+    assert Case(config=COARSE_QUERIES).settings["query_stride"] == 16
+    with pytest.raises(ValueError, match="must not both"):
+        Case(density=0.3, error=0.1)
+
+
+def test_the_program_lists_its_cases(capsys):
+    assert program.main(["run", "--suite", "quick", "--lengths", "8192", "--only", "antidiagonal", "--list"]) == 0
+    assert capsys.readouterr().out == "quick: 8K 1x32/8x128 bfloat16 antidiagonal density 0.30\n"
+
+
+def test_nothing_in_the_packages_imports_the_benchmarks():
+    root = Path(__file__).parent.parent
+    files = [path for package in ("rr_flex", "mask_mods") for path in (root / package).rglob("*.py")]
+    assert files and not [
+        path for path in files if "import benchmarks" in (text := path.read_text()) or "from benchmarks" in text
+    ]

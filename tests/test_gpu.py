@@ -1,0 +1,126 @@
+"""What only an accelerator's kernels do: the estimate as attention, log-sum-exp, gradients, dynamic lengths."""
+
+import oracle
+import pytest
+import torch
+from cases import Shape, assert_attends, compiled_flex, eager_flex, tensors
+from torch._dynamo.utils import counters
+
+from mask_mods import both, causal, padding
+from rr_flex import create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.compiling import compile_whole
+from rr_flex.mass import block_mass
+from rr_flex.mass_by_attention import block_mass_by_attention
+from rr_flex.pipeline import resolve_mask
+from rr_flex.sampling import pool_keys, sample_queries
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+LONG = Shape(B=2, Hq=4, Hkv=2, Lq=1000, Lk=1300, D=64)
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch._dynamo.reset()
+
+
+def on_gpu(shape, seed=0, dtype=torch.float32):
+    return [x.cuda() for x in tensors(shape, seed, dtype)]
+
+
+def allowed_pairs(q, k, mask_mod=None, block_size=(128, 128), **chosen):
+    """The pairs that the mask shows and the selection keeps, on the CPU: bool [B, Hq, Lq, Lk]."""
+    (B, Hq, Lq, _), Lk = q.shape, k.shape[2]
+    kept = select_blocks(q, k, block_size=block_size, mask_mod=mask_mod, **chosen).kept.cpu()
+    mask_mod = resolve_mask(mask_mod, None, torch.tensor(Lk - Lq))
+    return oracle.pairs(mask_mod, B, Hq, Lq, Lk) & oracle.expand(kept, (Lq, Lk), block_size)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_the_estimate_as_attention_equals_the_strips(dtype, error):
+    q, k, _ = on_gpu(Shape(B=2, Lq=300, Lk=128 * 130, D=64), dtype=dtype)
+    facts = {"mask_mod": causal(128 * 130 - 300), "Lq": 300, "Lk": 128 * 130, "strides": (8, 8)}
+    facts |= {"block_size": (128, 128), "scale": 0.125}
+    sampled, pooled = sample_queries(q, 8), pool_keys(k, 8)
+    attention = compile_whole(lambda sampled, pooled: block_mass_by_attention(sampled, pooled, **facts))
+    torch.testing.assert_close(attention(sampled, pooled), block_mass(sampled, pooled, **facts), rtol=0, atol=error)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"block_size": (128, 64), "order": 2, "query_stride": 16}, {"block_size": (64, 64), "causal": False}],
+)
+def test_the_kernel_keeps_the_oracle_s_blocks(chosen):
+    q, k, _ = on_gpu(LONG)
+    settings = {"tau": 0.6, **chosen}
+    on_cpu = select_blocks(q.cpu(), k.cpu(), **settings)
+    selection = select_blocks(q, k, **settings)
+    torch.testing.assert_close(selection.mass.cpu(), on_cpu.mass, rtol=0, atol=1e-4)
+    assert torch.equal(selection.kept.cpu(), on_cpu.kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_three_ways_to_attend_agree_with_float64(dtype):
+    q, k, v = on_gpu(LONG, dtype=dtype)
+    allowed = allowed_pairs(q, k, tau=0.5)
+    mask = create_rr_block_mask(q, k, tau=0.5)
+    outs = [
+        rr_attention(q, k, v, tau=0.5),
+        compiled_flex(q, k, v, block_mask=mask, enable_gqa=True),
+        eager_flex(q, k, v, mask),
+    ]
+    for out in outs:
+        assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), allowed)
+
+
+@pytest.mark.parametrize("block_size", [(128, 64), (64, 64)])
+def test_small_blocks_and_few_queries(block_size):
+    q, k, v = on_gpu(Shape(B=1, Hq=8, Hkv=2, Lq=3, Lk=700, D=64), dtype=torch.bfloat16)
+    chosen = {"block_size": block_size, "order": 2, "budget": "threshold", "threshold": 0.05, "dense_last_rows": 0}
+    assert_attends(rr_attention(q, k, v, **chosen).cpu(), q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, **chosen))
+
+
+def test_padding_batches():
+    shape = LONG._replace(Lk=1000)
+    q, k, v = on_gpu(shape)
+    here, there = (
+        padding(torch.tensor([300, 907], device=device), side="left", total=1000) for device in ("cpu", "cuda")
+    )
+    out = rr_attention(q, k, v, mask_mod=there, causal=True, tau=0.5)
+    kept = select_blocks(q.cpu(), k.cpu(), mask_mod=here, causal=True, tau=0.5).kept
+    shown = oracle.pairs(both(causal(), here), 2, 4, 1000, 1000)
+    assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), shown & oracle.expand(kept, (1000, 1000), (128, 128)))
+
+
+def test_the_log_sum_exp_is_natural():
+    q, k, v = on_gpu(LONG)
+    lse = rr_attention(q, k, v, tau=0.5, return_lse=True)[1]
+    exact = oracle.attend(q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, tau=0.5))[1]
+    torch.testing.assert_close(lse.cpu().double(), exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("block_size", [(128, 128), (128, 64)])
+def test_gradients_are_those_of_attention_over_the_same_blocks(block_size):
+    q, k, v = (x.requires_grad_() for x in on_gpu(LONG))
+    chosen = {"tau": 0.5, "block_size": block_size}
+    direction = torch.randn(*q.shape, generator=torch.Generator().manual_seed(0)).cuda()
+    found = torch.autograd.grad((rr_attention(q, k, v, **chosen) * direction).sum(), (q, k, v))
+    allowed = allowed_pairs(q, k, **chosen).cuda()
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    many_k, many_v = (x.repeat_interleave(2, 1) for x in exact[1:])
+    score = (exact[0] @ many_k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    expected = torch.autograd.grad(((score.softmax(-1) @ many_v) * direction).sum(), exact)
+    for gradient, true in zip(found, expected, strict=True):
+        assert (gradient - true).norm() <= 1e-5 * true.norm()
+
+
+def test_new_lengths_compile_three_times_at_most():
+    counters.clear()
+    for length in (1024, 1100, 2048, 3333, 4096, 9000, 17000, 20001, 32768, 65536):
+        q, k, v = (torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 1, 1))
+        out = rr_attention(q, k, v, tau=0.9)
+        # The first block row sees one block: dense, whatever the selection.
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, :128], k[:, :, :128], v[:, :, :128], is_causal=True, enable_gqa=True
+        )
+        assert (out[:, :, :128] - exact).abs().max() < 0.05
+    assert counters["stats"]["unique_graphs"] <= 3

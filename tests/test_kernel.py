@@ -1,0 +1,48 @@
+"""Kernel options fit the mask's blocks, and a compiled call never falls back to eager, which would be dense."""
+
+import pytest
+import torch
+
+from rr_flex import compiling
+from rr_flex.compiling import compile_whole
+from rr_flex.kernel import TUNED, attention_options, estimate_options
+
+
+def elsewhere(head_dim):
+    """Queries on a device that is neither the CPU nor a card in the table."""
+    return torch.empty(1, 1, 1, head_dim, device="meta")
+
+
+def test_the_cpu_kernel_has_no_options():
+    assert attention_options(torch.empty(1, 1, 1, 64), (64, 64)) == {}
+
+
+@pytest.mark.parametrize("block_size", [(128, 128), (128, 64), (64, 128), (64, 64)])
+def test_tiles_divide_the_blocks(block_size):
+    options = attention_options(elsewhere(64), block_size)
+    for size, names in zip(block_size, (("BLOCK_M", "BLOCK_M2"), ("BLOCK_N", "BLOCK_N1")), strict=True):
+        for name in names:
+            assert size % options.get(name, 128) == 0
+
+
+def test_an_unknown_card_gets_the_compiler_s_defaults():
+    assert estimate_options(elsewhere(128)) == {"FORCE_USE_FLEX_ATTENTION": True}
+
+
+def test_the_table_names_cards_head_dims_and_dtypes():
+    for card, by_head_dim in TUNED.items():
+        assert len([int(number) for number in card.split(".")]) == 2
+        for head_dim, by_dtype in by_head_dim.items():
+            assert int(head_dim) > 0
+            for dtype, entry in by_dtype.items():
+                assert isinstance(getattr(torch, dtype), torch.dtype)
+                assert set(entry) <= {"attention", "estimate", "min_length"}
+
+
+def test_past_the_limit_a_call_raises(monkeypatch):
+    monkeypatch.setattr(compiling, "RECOMPILE_LIMIT", 2)
+    scaled = compile_whole(lambda x, factors: x * len(factors))
+    x = torch.ones(3)
+    assert scaled(x, [1]).sum() == 3 and scaled(x, [1, 2]).sum() == 6
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        scaled(x, [1, 2, 3])

@@ -1,0 +1,61 @@
+"""The estimate as attention over one-hot values equals the estimate in strips, to rounding."""
+
+import warnings
+
+import pytest
+import torch
+from cases import MASKS, Shape, mask_by_name, seeds, tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mask_mods import causal
+from rr_flex import mass
+from rr_flex.mass import block_mass
+from rr_flex.mass_by_attention import block_mass_by_attention
+from rr_flex.sampling import pool_keys, sample_queries
+
+few = settings(max_examples=8)
+
+
+def both_forms(shape, mask_mod, strides, block_size, head_offset=0, seed=0):
+    """Eager on both sides: FlexAttention's own eager form, which does return the log-sum-exp on a CPU."""
+    q, k, _ = tensors(shape, seed)
+    sampled, pooled = sample_queries(q, strides[0], head_offset), pool_keys(k, strides[1])
+    facts = {"mask_mod": mask_mod, "Lq": shape.Lq, "Lk": shape.Lk, "strides": strides, "block_size": block_size}
+    facts |= {"scale": 0.25, "head_offset": head_offset}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
+        return block_mass(sampled, pooled, **facts), block_mass_by_attention(sampled, pooled, **facts)
+
+
+@few
+@given(seed=seeds, head_offset=st.integers(0, 9), name=st.sampled_from(["causal", *MASKS]))
+@pytest.mark.parametrize(
+    ("strides", "block_size"), [((8, 8), (128, 128)), ((16, 8), (128, 64)), ((8, 16), (64, 128)), ((8, 4), (128, 64))]
+)
+def test_both_forms_agree(strides, block_size, name, head_offset, seed):
+    shape = Shape(Lq=300, Lk=700)
+    mask = causal(400) if name == "causal" else mask_by_name(name, shape, seed)[0]
+    strips, attention = both_forms(shape, mask, strides, block_size, head_offset, seed)
+    torch.testing.assert_close(attention, strips, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("Lk", [128 * 128, 128 * 128 + 1, 300 * 128])
+def test_segments_are_merged_exactly(Lk):
+    """More than 128 key blocks: several segments, some of which a row may not see at all."""
+    shape = Shape(B=2, Hq=2, Hkv=1, Lq=260, Lk=Lk)
+    for offset in (Lk - 260, Lk // 3):
+        strips, attention = both_forms(shape, causal(offset), (8, 8), (128, 128))
+        torch.testing.assert_close(attention, strips, rtol=0, atol=1e-5)
+
+
+@few
+@given(seed=seeds, strip=st.integers(1, 5000))
+def test_the_size_of_a_strip_never_matters(seed, strip):
+    q, k, _ = tensors(Shape(Lq=700, Lk=900), seed)
+    sampled, pooled = sample_queries(q, 8), pool_keys(k, 8)
+    facts = {"mask_mod": causal(200), "Lq": 700, "Lk": 900, "strides": (8, 8), "block_size": (128, 64), "scale": 0.25}
+    whole = block_mass(sampled, pooled, **facts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mass, "STRIP_ELEMENTS", strip)
+        torch.testing.assert_close(block_mass(sampled, pooled, **facts), whole, rtol=0, atol=1e-5)
