@@ -30,7 +30,7 @@ def mandatory_blocks(
         k_block = config.block_sizes[1]
         padded = F.pad(valid_keys, (0, nK * k_block - valid_keys.shape[-1]))
         start = padded.unflatten(-1, (nK, k_block)).any(-1).int().argmax(-1)[..., None, None]
-    kept = (column >= start) & (column < start + config.sink_blocks)
+    kept = column < start + config.sink_blocks  # what lies before the start is not visible
     if config.local_blocks:
         kept = kept | diagonal_blocks(nQ, nK, Lq, config.block_sizes, q_offset, config.local_blocks - 1)
     return visible & (kept | (row >= nQ - config.dense_last_rows))

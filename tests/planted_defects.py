@@ -104,7 +104,12 @@ DEFECTS = [
     ),
     Defect("rr_flex/selection.py", "(mass > threshold * total)", "(mass > threshold)", ANY),
     Defect("rr_flex/mandatory.py", "nQ - config.dense_last_rows", "nQ + 1 - config.dense_last_rows", ANY),
-    Defect("rr_flex/mandatory.py", "(column >= start)", "(column >= 0 * start)", MASKED),
+    Defect(
+        "rr_flex/mandatory.py",
+        "column < start + config.sink_blocks",
+        "column < config.sink_blocks",
+        "test_mandatory.py::test_the_sink_of",
+    ),
     Defect("rr_flex/block_mask.py", "list_blocks(kept & ~whole)", "list_blocks(kept)", LISTS),
     Defect("rr_flex/block_mask.py", "place - 1, nK", "place - 1 + (place > 1).int(), nK", LISTS),
     Defect(
@@ -117,7 +122,7 @@ DEFECTS = [
         "rr_flex/pipeline.py",
         "both(causal_mask(q_offset), mask_mod) if causal else",
         "",
-        "test_selection.py::test_causal_with_a_mask_means_both",
+        "test_mandatory.py::test_causal_cuts_a_mask_that_looks_ahead",
     ),
     Defect(
         "rr_flex/pipeline.py",
