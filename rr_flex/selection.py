@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def select_top_tau(
@@ -56,11 +57,23 @@ def _prepare(mass: Tensor, visible: Tensor | None, mandatory: Tensor | None):
 
 
 def _largest_reaching(mass: Float[Tensor, "... nK"], need: Float[Tensor, "... 1"]) -> Bool[Tensor, "... nK"]:
-    """The fewest largest entries of each row whose sum is at least `need`, ties from the left; none if need ≤ 0.
+    """The fewest largest entries of each row whose sum is at least `need`, ties from the left; none if need ≤ 0."""
+    # On an accelerator the passes over the bits fuse into one kernel: 0.45 ms against a sort's 1.63 (131,072 tokens, 32
+    # heads, H100). On a CPU the compiler makes thousands of lines of them, and a sort is one call.
+    return (largest_by_sort if mass.device.type == "cpu" else largest_by_bits)(mass, need)
 
-    No sort: the bits of non-negative floats are ordered as the floats are, so the cut is found one bit at a time. The
-    passes fuse into one kernel under torch.compile.
-    """
+
+def largest_by_sort(mass: Float[Tensor, "... nK"], need: Float[Tensor, "... 1"]) -> Bool[Tensor, "... nK"]:
+    """`_largest_reaching` by a stable sort and a running sum."""
+    value, order = mass.sort(dim=-1, descending=True, stable=True)
+    before = F.pad(value.cumsum(-1), (1, -1))  # sum of the larger ones
+    kept = (before < need) & (value > 0)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def largest_by_bits(mass: Float[Tensor, "... nK"], need: Float[Tensor, "... 1"]) -> Bool[Tensor, "... nK"]:
+    """`_largest_reaching` without a sort: non-negative floats are ordered as their bits are, so the cut between kept
+    and dropped is found one bit at a time."""
     whole = {torch.float32: torch.int32, torch.float64: torch.int64}[mass.dtype]
     bits = mass.contiguous().view(whole)
     cut = torch.zeros_like(need, dtype=whole)

@@ -29,6 +29,7 @@ COMPOSED = "test_mask_mods.py::test_block_rule_of_compositions_equals_brute_forc
 ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
 MASKED = "test_selection.py::test_any_mask_selects_as_the_oracle"
 ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
+SEARCHES = "test_searches.py::test_both_searches_agree"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
 
 DEFECTS = [
@@ -86,16 +87,18 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/selection.py",
-        "keepdim=True) >= need",
-        "keepdim=True) > need",
+        "(before < need)",
+        "(before <= need)",
         "test_selection.py::test_keeps_the_fewest_blocks_that_reach_tau",
     ),
     Defect(
         "rr_flex/selection.py",
-        "(level.cumsum(-1) <= take)",
-        "level",
+        "descending=True, stable=True",
+        "descending=False, stable=True",
         "test_selection.py::test_the_rule_and_its_ties_equal_the_oracle",
     ),
+    Defect("rr_flex/selection.py", "keepdim=True) >= need", "keepdim=True) > need", SEARCHES),
+    Defect("rr_flex/selection.py", "(level.cumsum(-1) <= take)", "level", SEARCHES),
     Defect(
         "rr_flex/selection.py",
         "torch.isfinite(total) & (total > 0)",
