@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mask_mods.spans import Index, MaskMod, SpanMask, check_count, larger, smaller
+from mask_mods.spans import Index, MaskMod, SpanMask, buffered, check_count, larger, smaller
 
 STRIP_PAIRS = 2**26  # pairs of a plain mask_mod that are evaluated at once in eager mode
 
@@ -55,7 +55,8 @@ def block_visibility(
     b = torch.arange(B, device=device)
     h = torch.arange(H, device=device)
     # A ragged last block repeats the last query (below, the last key): a real pair twice changes neither answer.
-    q_idx = torch.arange(nQ * q_block, device=device).clamp(max=Lq - 1)
+    # Buffered: inductor (2.13) fails to simplify quotients of bounds that are nothing but arithmetic of an arange.
+    q_idx = buffered(torch.arange(nQ * q_block, device=device).clamp(max=Lq - 1))
     if isinstance(mask_mod, SpanMask):
         spans = mask_mod.spans(b.view(B, 1, 1), h.view(1, H, 1), q_idx.view(1, 1, -1))
         return _blocks_of_spans(spans, q_idx, Lk, block_size)

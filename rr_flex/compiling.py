@@ -18,7 +18,8 @@ def compile_whole(function: Function) -> Function:
 
     @wraps(function)
     def call(*args, **kwargs):
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        # An int that changes (a stride, a window) is a setting: as a symbol it would fail inside a mask_mod's kernel.
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_int=True):
             return compiled(*args, **kwargs)
 
     return call

@@ -39,8 +39,9 @@ def block_mass(
     first_key = torch.arange(nk, device=sampled.device) * strides[1]
 
     strips = []
-    for row in range(0, nQ, rows):
-        start, stop = row * queries_per_block, min((row + rows) * queries_per_block, nq)
+    # One strip is no loop: that keeps a graph open to other lengths.
+    for row in (0,) if nQ <= rows else range(0, nQ, rows):
+        start, stop = row * queries_per_block, min((row + min(rows, nQ)) * queries_per_block, nq)
         stride_index = torch.arange(start, stop, device=sampled.device)[:, None]
         q_idx = sampled_index(head + head_offset, stride_index, strides[0], Lq - 1)
         visible = any_key_visible(mask_mod, batch, head, q_idx, first_key, strides[1], Lk)

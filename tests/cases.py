@@ -1,11 +1,13 @@
 """What the tests draw: shapes, settings, masks, and tensors from a seed."""
 
+import contextlib
 import warnings
 from typing import NamedTuple
 
 import oracle
 import torch
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from mask_mods import both, causal, document, either, frames, padding, prefix, sink, sliding_window
@@ -22,9 +24,10 @@ class Shape(NamedTuple):
     D: int = 16
 
 
-# Compiling costs seconds a shape, so the compiled tests share these.
+# Compiling costs seconds a shape, so the compiled tests share this one.
 SQUARE = Shape()
-AHEAD = Shape(B=1, Lq=257, Lk=384)
+# By default three block rows keep all that they see: sink, diagonal and last row. This leaves tau something to drop.
+FREE = {"sink_blocks": 0, "dense_last_rows": 0}
 
 LAYOUTS = [  # (query stride, key stride), (query block, key block)
     ((8, 8), (128, 128)),
@@ -111,6 +114,15 @@ def eager_flex(q, k, v, block_mask, scale=None):
 
 
 compiled_flex = torch.compile(flex_attention, fullgraph=True)
+
+
+@contextlib.contextmanager
+def no_compile():
+    """Nothing inside may compile a graph."""
+    before = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    assert counters["stats"]["unique_graphs"] == before
 
 
 def eager_attention(q, k, v, allowed):

@@ -142,3 +142,13 @@ def test_the_worked_example():
     lone = kept(q, k, tau=1e-6, sink_blocks=0, dense_last_rows=0)
     assert torch.equal(lone, torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1]]).bool().expand_as(lone))
     assert torch.equal(oracle.select(q, k, tau=1e-6, sink_blocks=0, dense_last_rows=0).kept, lone)
+
+
+def test_the_sink_is_where_the_first_real_key_is():
+    """Left padding of 0 and of 300: the sinks are blocks 0 and 4, and a tiny tau asks for nothing else."""
+    q, k, _ = tensors(Shape(Hq=2, Lq=500, Lk=500))
+    mask = padding(torch.tensor([500, 200]), side="left", total=500)
+    chosen = {"block_size": 64, "tau": 1e-6, "local_blocks": 0, "dense_last_rows": 0, "mask_mod": mask, "causal": True}
+    expected = torch.zeros(2, 2, 8, 8, dtype=torch.bool)
+    expected[0, :, :, 0] = expected[1, :, 4:, 4] = True
+    assert torch.equal(kept(q, k, **chosen), expected)
