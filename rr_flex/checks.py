@@ -65,7 +65,7 @@ def check_call(q: Tensor, k: Tensor, *, config, mask_mod, scale, q_offset, head_
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
     _check_offset("q_offset", q_offset, min(0, Lk - Lq), Lk)
-    _check_offset("head_offset", head_offset, 0, None)
+    _check_offset("head_offset", head_offset, 0, 2**31 - 1)
 
 
 def check_differentiable(*tensors: Tensor) -> None:
@@ -77,7 +77,7 @@ def check_differentiable(*tensors: Tensor) -> None:
         )
 
 
-def _check_offset(name: str, value: object, lowest: int, highest: int | None) -> None:
+def _check_offset(name: str, value: object, lowest: int, highest: int) -> None:
     """An int in range, or a 0-dim integer tensor, whose value is not read."""
     if value is None:
         return
@@ -87,6 +87,5 @@ def _check_offset(name: str, value: object, lowest: int, highest: int | None) ->
         return
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int or a 0-dim integer tensor, got {value!r}")
-    if value < lowest or (highest is not None and value > highest):
-        rule = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise ValueError(f"{name} must be an int {rule}, got {value}")
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name} must be an int from {lowest} to {highest}, got {value}")

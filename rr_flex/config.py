@@ -36,7 +36,8 @@ class RRConfig:
     def __post_init__(self) -> None:
         if isinstance(self.tau, Tensor):
             _check_tau_tensor(self.tau)
-            if self.tau.device.type == "cpu":
+            # Nor in a graph, where reading a tensor is not possible.
+            if self.tau.device.type == "cpu" and not torch.compiler.is_compiling():
                 object.__setattr__(self, "tau", self.tau.tolist())
         if isinstance(self.tau, Sequence):
             object.__setattr__(self, "tau", tuple(self.tau))

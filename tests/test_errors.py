@@ -71,6 +71,7 @@ BAD_CALLS = [
     ("tau", {"tau": [0.5, 0.5, 0.5]}, ValueError),
     ("tau", {"tau": torch.full((5,), 0.5)}, ValueError),
     ("q_offset", {"q_offset": -1}, ValueError),
+    ("head_offset", {"head_offset": 2**63}, ValueError),
     ("q_offset", {"q_offset": 65}, ValueError),  # the first query would stand past the end of the 64 keys
     ("q_offset", {"q_offset": 2**70}, ValueError),
     ("q_offset", {"q_offset": 1.5}, TypeError),
