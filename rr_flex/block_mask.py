@@ -5,6 +5,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from mask_mods.spans import MaskMod, buffered
+
 
 def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"], Int[Tensor, "B H nQ nK"]]:
     """How many blocks each row keeps, and their key-block indices in ascending order; int32.
@@ -23,7 +25,7 @@ def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"],
 def build_block_mask(
     kept: Bool[Tensor, "B H nQ nK"],
     whole: Bool[Tensor, "#B #H nQ nK"],
-    mask_mod,
+    mask_mod: MaskMod,
     *,
     block_size: tuple[int, int],
     seq_lengths: tuple[int, int],
@@ -40,8 +42,10 @@ def build_block_mask(
     partial_count, partial = list_blocks(kept & ~whole)
     full_count, full = list_blocks(kept & whole)
 
+    looked_up = buffered(kept)
+
     def kept_mask_mod(b, h, q_idx, kv_idx):
-        return kept[b, h, q_idx // q_block, kv_idx // k_block] & mask_mod(b, h, q_idx, kv_idx)
+        return looked_up[b, h, q_idx // q_block, kv_idx // k_block] & mask_mod(b, h, q_idx, kv_idx)
 
     return BlockMask.from_kv_blocks(
         partial_count,

@@ -18,12 +18,15 @@ def sampled_index(head: Index, stride_index: Tensor, stride: int, last: Index) -
 
 
 def diagonal_blocks(
-    nQ: int, nK: int, Lq: int, block_size: tuple[int, int], q_offset: Tensor, reach: int
+    row: Int[Tensor, "nQ 1"],
+    column: Int[Tensor, " nK"],
+    Lq: int,
+    block_size: tuple[int, int],
+    q_offset: Index,
+    reach: int,
 ) -> Bool[Tensor, "nQ nK"]:
     """Key blocks that a block row's diagonal crosses, and `reach` more before the first of them."""
     q_block, k_block = block_size
-    row: Int[Tensor, "nQ 1"] = torch.arange(nQ, device=q_offset.device)[:, None]
-    column = torch.arange(nK, device=q_offset.device)
     first = torch.div(row * q_block + q_offset, k_block, rounding_mode="floor")
     last = torch.div(((row + 1) * q_block).clamp(max=Lq) - 1 + q_offset, k_block, rounding_mode="floor")
     return (column >= first - reach) & (column <= last)

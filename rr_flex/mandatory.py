@@ -5,6 +5,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
+from mask_mods.spans import Index
 from rr_flex.config import RRConfig
 from rr_flex.geometry import diagonal_blocks
 
@@ -14,13 +15,13 @@ def mandatory_blocks(
     config: RRConfig,
     *,
     Lq: int,
-    q_offset: Tensor,
+    q_offset: Index,
     valid_keys: Bool[Tensor, "#B #H Lk"] | None = None,
 ) -> Bool[Tensor, "b h nQ nK"]:
     """Visible blocks that are the sink, lie at the diagonal, or belong to the last block rows.
 
     The sink is the first `sink_blocks` key blocks, counted from the first block with a valid key (padding on the left
-    has no sink in it). Query i stands at position i + q_offset, a 0-dim integer tensor.
+    has no sink in it). Query i stands at position i + q_offset.
     """
     nQ, nK = visible.shape[2:]
     column = torch.arange(nK, device=visible.device)
@@ -32,5 +33,5 @@ def mandatory_blocks(
         start = padded.unflatten(-1, (nK, k_block)).any(-1).int().argmax(-1)[..., None, None]
     kept = column < start + config.sink_blocks  # what lies before the start is not visible
     if config.local_blocks:
-        kept = kept | diagonal_blocks(nQ, nK, Lq, config.block_sizes, q_offset, config.local_blocks - 1)
+        kept = kept | diagonal_blocks(row, column, Lq, config.block_sizes, q_offset, config.local_blocks - 1)
     return visible & (kept | (row >= nQ - config.dense_last_rows))

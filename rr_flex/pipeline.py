@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mask_mods import bidirectional, block_visibility, both, visible_keys
 from mask_mods import causal as causal_mask
-from mask_mods.spans import MaskMod
+from mask_mods.spans import Index, MaskMod
 from rr_flex.block_mask import build_block_mask
 from rr_flex.checks import check_call, check_queries_and_keys
 from rr_flex.compiling import compile_whole
@@ -38,6 +38,10 @@ class Selection:
     @cached_property
     def block_mask(self) -> BlockMask:
         """The BlockMask of the kept blocks; it means the same in eager and in compiled flex_attention."""
+        return self.build_block_mask()
+
+    def build_block_mask(self) -> BlockMask:
+        """`block_mask`, built anew: what a caller's own compiled function uses, where nothing can be cached."""
         return build_block_mask(
             self.kept, self.whole, self.mask_mod, block_size=self.block_size, seq_lengths=self.seq_lengths
         )
@@ -89,7 +93,7 @@ def create_rr_block_mask(q: Tensor, k: Tensor, **options: Any) -> BlockMask:
 
     Takes the arguments of `select_blocks` and raises what it raises.
     """
-    return select_blocks(q, k, **options).block_mask
+    return select_blocks(q, k, **options).build_block_mask()
 
 
 def select_blocks(
@@ -126,23 +130,28 @@ def select_blocks(
         )
 
 
-def device_arguments(q: Tensor, k: Tensor, config: RRConfig, q_offset, head_offset) -> tuple[Tensor, Tensor, Tensor]:
+def device_arguments(
+    q: Tensor, k: Tensor, config: RRConfig, q_offset: Index | None, head_offset: Index
+) -> tuple[Tensor, Index, Index]:
     """Budget level [Hq], q_offset and head_offset as tensors on q's device: new values of them compile nothing anew."""
     if q_offset is None:
         q_offset = k.shape[2] - q.shape[2]
-    offsets = [
+    level = config.level_per_head(q.shape[1], q.device)
+    # In a caller's graph on a CPU they stay ints: its kernel (torch 2.13) can't capture a constant made in the graph.
+    if torch.compiler.is_compiling() and q.device.type == "cpu":
+        return level, q_offset, head_offset
+    return level, *(
         x.to(q.device) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device=q.device)
         for x in (q_offset, head_offset)
-    ]
-    return config.level_per_head(q.shape[1], q.device), *offsets
+    )
 
 
 def select(
     q: Float[Tensor, "B Hq Lq D"],
     k: Float[Tensor, "B Hkv Lk D"],
     level: Float[Tensor, " Hq"],
-    q_offset: Tensor,
-    head_offset: Tensor,
+    q_offset: Index,
+    head_offset: Index,
     config: RRConfig,
     mask_mod: MaskMod | None,
     causal: bool | None,
@@ -184,7 +193,7 @@ def select(
     return Selection(kept, mass, visible, whole, config.block_sizes, (Lq, Lk), mask_mod)
 
 
-def resolve_mask(mask_mod: MaskMod | None, causal: bool | None, q_offset: Tensor) -> MaskMod:
+def resolve_mask(mask_mod: MaskMod | None, causal: bool | None, q_offset: Index) -> MaskMod:
     """The one mask that holds: `mask_mod`, the causal mask, where both are asked for their intersection, or none."""
     if mask_mod is None:
         return bidirectional() if causal is False else causal_mask(q_offset)

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from cases import FREE, SQUARE, compiled_flex, mask_by_name, no_compile, seeds, tensors
 from hypothesis import Phase, given, settings
+from torch.nn.attention.flex_attention import flex_attention
 
 from rr_flex import create_rr_block_mask, rr_attention, select_blocks
 
@@ -82,3 +83,20 @@ def test_new_masks_compile_nothing_in_the_caller_s_own_flex():
         for seed in (1, 2, 3):
             q, k, v = tensors(SQUARE, seed)
             compiled_flex(q, k, v, block_mask=create_rr_block_mask(q, k, tau=0.1 * seed, **FREE), enable_gqa=True)
+
+
+def test_both_calls_work_inside_the_caller_s_graph():
+    """A model that is compiled as a whole: selection and attention are part of its graph, and not eager, not dense."""
+    q, k, v = tensors(SQUARE)
+
+    def two_calls(q, k, v):
+        block_mask = create_rr_block_mask(q, k, tau=0.3, **FREE)
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+
+    def one_call(q, k, v):
+        return rr_attention(q, k, v, tau=0.3, **FREE)
+
+    expected = one_call(q, k, v)
+    for call in (two_calls, one_call):
+        out = torch.compile(call, fullgraph=True)(q, k, v)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
