@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from mask_mods.spans import MaskMod
-from rr_flex.block_mask import build_block_mask
 from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_values
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
@@ -52,15 +51,7 @@ def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, sca
     for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with torch.no_grad():
         chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
-        block_mask = build_block_mask(
-            chosen.kept,
-            chosen.whole,
-            chosen.mask_mod,
-            block_size=config.block_sizes,
-            seq_lengths=chosen.seq_lengths,
-            look_up=False,
-            for_backward=for_backward,
-        )
+        block_mask = chosen.build_block_mask(look_up=False, for_backward=for_backward)
     aux = AuxRequest(lse=True) if return_lse else None
     options = attention_options(q, config.block_sizes)
     out = flex_attention(
