@@ -27,6 +27,7 @@ LINES = [
     ["rr_flex.evaluation"],
     ["rr_flex.plots"],
     ["rr_flex.demo"],
+    ["rr_flex.commands"],
     ["rr_flex.cli", "rr_flex.__main__"],
 ]
 LINE_OF = {name: number for number, names in enumerate(LINES) for name in names}

@@ -1,0 +1,91 @@
+"""`rr-flex demo`. transformers and matplotlib are imported only when it runs."""
+
+import argparse
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+from rr_flex.commands.options import (
+    USAGE_ERROR,
+    Progress,
+    add_settings,
+    check_writable,
+    config_of,
+    device_and_dtype,
+    quiet,
+)
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="prefill a real model dense and with RRAttention, and compare",
+        description="Prefills a real model with a long text, dense and with RRAttention, and compares the two.",
+    )
+    demo.set_defaults(run=run)
+    demo.add_argument("--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]")
+    demo.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to prefill [Python's own documentation]")
+    demo.add_argument("--length", type=int, default=2048, metavar="TOKENS", help="tokens to prefill [%(default)s]")
+    demo.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    demo.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+    demo.add_argument("--heads", type=head_list, default=(), metavar="LAYER:HEAD,...", help="to draw [three of them]")
+    demo.add_argument("--output", type=Path, default=Path("rr-flex-demo.png"), metavar="PNG", help="[%(default)s]")
+    demo.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or in the table's place")
+    demo.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_settings(demo)
+
+
+def head_list(text: str) -> tuple[tuple[int, int], ...]:
+    """5:0,15:3 is head 0 of layer 5 and head 3 of layer 15."""
+    pairs = [pair.split(":") for pair in text.split(",")]
+    return tuple((int(layer), int(head)) for layer, head in pairs)
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    progress = quiet if arguments.quiet else Progress()
+    try:
+        config = config_of(arguments)
+        check_writable("--output", arguments.output)
+        if arguments.json not in (None, "-"):
+            check_writable("--json", Path(arguments.json))
+        progress("importing torch and transformers")
+        demo = import_demo()
+        options = demo.DemoOptions(
+            config=config,
+            model=arguments.model,
+            text=arguments.text,
+            length=arguments.length,
+            heads=arguments.heads,
+            **device_and_dtype(arguments.device, arguments.dtype),
+        )
+        # The model's own loading bars go to stderr.
+        with contextlib.redirect_stderr(io.StringIO()) if arguments.quiet else contextlib.nullcontext():
+            prepared = demo.prepare(options, progress)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")
+
+    report = demo.measure(options, prepared, progress)
+    progress("drawing")
+    demo.write_atomically(arguments.output, lambda stream: demo.draw(options, prepared, report, stream))
+    if arguments.json not in (None, "-"):
+        document = demo.as_json(options, prepared, report).encode()
+        demo.write_atomically(Path(arguments.json), lambda stream: stream.write(document))
+    progress("done")
+    print(file=sys.stderr)
+    print(demo.as_json(options, prepared, report) if arguments.json == "-" else demo.table(options, prepared, report))
+    print(f"block maps: {arguments.output}", file=sys.stderr)
+    return 0
+
+
+def import_demo():
+    try:
+        from rr_flex import demo
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("rr_flex"):
+            raise
+        raise ModuleNotFoundError(
+            f"the demo needs {error.name}; install it with: pip install 'rr-flex[demo]'"
+        ) from error
+    return demo

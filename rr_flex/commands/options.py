@@ -1,0 +1,94 @@
+"""What the subcommands of `rr-flex` share: flags of RRConfig, devices, progress on stderr, checks of paths."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import get_args
+
+from rr_flex.config import Budget, Mandatory, RRConfig
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+SETTINGS_HELP = {
+    "stride": "tokens per sampled query and per pooled key",
+    "query_stride": "tokens per sampled query; the stride without it",
+    "key_stride": "tokens per pooled key; the stride without it",
+    "block_size": "64, 128 or QUERYxKEY tokens, as in 128x64",
+    "order": "1: mean of a stride's logits, 2: and half their variance",
+    "budget": "the rule that turns mass into kept blocks",
+    "tau": "for top_tau: share of a row's estimated mass to keep, in (0, 1]",
+    "threshold": "for threshold: keep blocks with a larger share of their row's mass than this",
+    "mandatory": "mandatory blocks count towards tau, or are added to it",
+    "sink_blocks": "key blocks always kept at the start",
+    "local_blocks": "key blocks always kept up to the diagonal",
+    "dense_last_rows": "block rows at the end that keep every visible block",
+}
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of RRConfig."""
+    settings = parser.add_argument_group("settings of the selection (RRConfig)")
+    types = {"block_size": block_size, "budget": str, "mandatory": str}
+    choices = {"budget": get_args(Budget), "mandatory": get_args(Mandatory), "order": (1, 2)}
+    for field in dataclasses.fields(RRConfig):
+        kind = types.get(field.name, float if isinstance(field.default, float) else int)
+        text = SETTINGS_HELP[field.name] + ("" if field.default is None else " [%(default)s]")
+        shown = {"choices": choices[field.name]} if field.name in choices else {"metavar": kind.__name__.upper()}
+        flag = "--" + field.name.replace("_", "-")
+        settings.add_argument(flag, type=kind, default=field.default, help=text, **shown)
+
+
+def config_of(arguments: argparse.Namespace) -> RRConfig:
+    """The RRConfig that `add_settings`'s flags describe; raises what RRConfig raises."""
+    return RRConfig(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(RRConfig)})
+
+
+def block_size(text: str) -> int | tuple[int, int]:
+    """128, or 128x64: query tokens by key tokens."""
+    sizes = tuple(int(size) for size in text.split("x"))
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def device_and_dtype(device: str, dtype: str) -> dict[str, object]:
+    """auto: a GPU if there is one; bfloat16 on a GPU, float32 on a CPU."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one that torch can use, got {device!r}: {error}") from error
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return {"device": device, "dtype": getattr(torch, dtype)}
+
+
+def check_writable(flag: str, path: Path) -> None:
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"{flag} must name a file in an existing folder, got {str(path)!r}")
+
+
+def quiet(stage: str, done: int = 0, of: int = 0) -> None:
+    pass
+
+
+class Progress:
+    """The stage on stderr, with the seconds since the start: one line, rewritten; off a terminal a line every 5 s."""
+
+    def __init__(self) -> None:
+        self.start, self.shown, self.stage = perf_counter(), 0.0, ""
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, stage: str, done: int = 0, of: int = 0) -> None:
+        now = perf_counter()
+        line = f"{now - self.start:6.1f} s  {stage}" + (f": layer {done} of {of}" if of else "")
+        if self.terminal:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        elif stage != self.stage or now - self.shown > 5:
+            self.shown = now
+            print(line, file=sys.stderr, flush=True)
+        self.stage = stage
