@@ -81,7 +81,7 @@ NARROW_BLOCKS = replace(COARSE_QUERIES, block_size=(128, 64))
 COARSE_BOTH = RRConfig(order=2, stride=16, budget="threshold")
 
 RIVALS = ("antidiagonal", "block-mean-keys", "pooled-top-k", "oracle", "random")
-BACKENDS = (None, "flash")
+BACKENDS = ("flash", "triton")
 
 
 def _rivals(densities: tuple[float, ...], **shape: Any) -> list[Case]:
@@ -101,7 +101,7 @@ def _shapes() -> list[Case]:
 
 
 def _million() -> list[Case]:
-    shape = {"length": 1024 * K, "density": 0.085, "dense": ("fa4", "cudnn")}
+    shape = {"length": 1024 * K, "density": 0.085, "dense": ()}
     return [
         Case(config=config, backend=backend, **shape)
         for config in (COARSE_BOTH, COARSE_QUERIES)
@@ -120,7 +120,7 @@ SUITES: dict[str, list[Case]] = {
     # How near to the limit.
     "128k": [
         Case(config=config, density=density, backend=backend)
-        for config in (COARSE_QUERIES, PUBLISHED)
+        for config in (COARSE_QUERIES, PUBLISHED, COARSEST_QUERIES)
         for backend in BACKENDS
         for density in (0.3, 0.25, 0.4)
     ],
@@ -128,7 +128,7 @@ SUITES: dict[str, list[Case]] = {
     "lengths": [
         Case(length=length * K, config=config, density=0.3, backend=backend)
         for length in (128, 8, 32, 64, 16)
-        for config, backend in ((COARSE_QUERIES, None), (COARSE_QUERIES, "flash"), (PUBLISHED, None))
+        for config, backend in ((COARSE_QUERIES, "flash"), (COARSE_QUERIES, "triton"), (PUBLISHED, "triton"))
     ],
     # As users call it, with the library's own choice of when to be dense.
     "short": [Case(length=length * K, config=PUBLISHED) for length in (8, 4, 2, 16)],

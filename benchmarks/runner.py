@@ -15,7 +15,9 @@ from benchmarks import dense, rivals, stages
 from benchmarks.cases import Case
 from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, peak_bytes
 from benchmarks.workloads import Inputs, captured, structured
-from rr_flex import RRConfig, rr_attention
+from rr_flex import RRConfig, rr_attention, select_blocks
+from rr_flex.attention import calls
+from rr_flex.head_strips import head_strips
 from rr_flex.kernel import attention_options
 
 Row = dict[str, Any]
@@ -24,6 +26,7 @@ ERROR_ROWS = 2048  # queries whose output is compared with float32
 SETS = 3  # input sets that rotate, memory permitting
 SHARE_OF_MEMORY = 0.15  # that input sets may take
 ERROR_BISECTIONS = 8
+STAGES = ("estimate", "select", "lists", "selection", "attention", "total")
 
 
 class Bench:
@@ -157,7 +160,7 @@ def run_case(case: Case, bench: Bench, profile: bool = False) -> Row:
     row["error_rows"] = len(bench.rows)
     row["sets"] = len(bench.sets)
     flops = dense.attention_flops(bench.sets[0].q) * row["density"]
-    row["attention_tflops"] = flops / row["attention_ms"] / 1e9
+    row["attention_tflops"] = None if row["attention_ms"] is None else flops / row["attention_ms"] / 1e9
     if fastest is not None and row["total_ms"] is not None:
         row["speedup"] = times[fastest] / row["total_ms"]
         row["over_limit"] = row["total_ms"] / (row["density"] * times[fastest])
@@ -168,10 +171,43 @@ def run_case(case: Case, bench: Bench, profile: bool = False) -> Row:
 
 def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     config = budgeted(case, bench)
-    step, sets, device = bench.progress.step, bench.sets, bench.device
+    sets, device = bench.sets, bench.device
+    if len(strips_of(case)) == 1:
+        timings, densities, options = measure_stages(case, config, bench)
+    else:  # a few heads at a time: no stage is run for all of them
+        timings, options = {}, kernel_options(case, sets[0].q)
+        densities = [density_in_strips(each, config) for each in sets]
+
+    def total(index: int) -> Tensor:
+        backend = {} if case.backend is None else {"backend": case.backend}
+        return rr_attention(*sets[index], config=config, **backend)
+
+    bench.progress.step("rr_attention")
+    before = calls.copy()
+    error = dense.relative_error(total(0), bench.exact, bench.rows)
+    ways = sorted(calls - before)
+    timings["total"] = bench.time(total)
+    qkv = sum(x.numel() * x.element_size() for x in sets[0])
+    return {
+        "level": config.tau if config.budget == "top_tau" else config.threshold,
+        # Over the sets whose times are averaged; the error is the first one's.
+        "density": 1.0 if ways == ["dense"] else sum(densities) / len(densities),
+        "error": error,
+        "ran": ways,
+        **{f"{stage}_ms": timings[stage]["median"] if stage in timings else None for stage in STAGES},
+        "peak_gib": (peak_bytes(lambda: total(0), device) + qkv) / 2**30,
+        "attention_options": options,
+        "timings": timings,
+        "kernels": kernel_times(lambda: total(0), device) if profile else None,
+    }
+
+
+def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str, Row], list[float], Row]:
+    """Each stage by itself, and all before attention as one graph."""
+    step, sets = bench.progress.step, bench.sets
     q = sets[0].q
     Hq, L = q.shape[1:3]
-    level = config.level_per_head(Hq, device)
+    level = config.level_per_head(Hq, bench.device)
     same = stages.without_level(config)  # so that levels share compiled code
 
     step("estimate")
@@ -186,30 +222,23 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
     masks = [stages.block_mask(kept, blocks.whole, config, L) for kept, blocks in chosen]
     del chosen
+    step("selection")
+    timings["selection"] = bench.time(lambda index: stages.selection(sets[index].q, sets[index].k, level, config))
     step("attention")
     options = kernel_options(case, q)
     timings["attention"] = bench.time(lambda index: attend(sets[index], masks[index], options))
-    del masks
+    return timings, densities, options
 
-    def total(index: int) -> Tensor:
-        backend = {} if case.backend is None else {"backend": case.backend}
-        return rr_attention(*sets[index], config=config, **backend)
 
-    step("rr_attention")
-    timings["total"] = bench.time(total)
-    error = dense.relative_error(total(0), bench.exact, bench.rows)
-    qkv = sum(x.numel() * x.element_size() for x in sets[0])
-    return {
-        "level": config.tau if config.budget == "top_tau" else config.threshold,
-        # Over the sets whose times are averaged; the error is the first one's.
-        "density": sum(densities) / len(densities),
-        "error": error,
-        **{f"{stage}_ms": timing["median"] for stage, timing in timings.items()},
-        "peak_gib": (peak_bytes(lambda: total(0), device) + qkv) / 2**30,
-        "attention_options": options,
-        "timings": timings,
-        "kernels": kernel_times(lambda: total(0), device) if profile else None,
-    }
+def strips_of(case: Case) -> list:
+    L = case.length
+    return head_strips(case.batch, case.heads, case.kv_heads, L, L, case.config)
+
+
+def density_in_strips(inputs: Inputs, config: RRConfig) -> float:
+    selection = select_blocks(inputs.q, inputs.k, config=config)
+    kept = selection.kept.sum()
+    return (kept / selection.visible.expand_as(selection.kept).sum()).item()
 
 
 def measure_rival(case: Case, bench: Bench) -> Row:
@@ -233,6 +262,8 @@ def measure_rival(case: Case, bench: Bench) -> Row:
         "estimate_ms": None,
         "select_ms": None,
         "lists_ms": None,
+        "selection_ms": None,
+        "ran": None,
         "attention_ms": timing["median"],
         "total_ms": None,
         "peak_gib": None,
@@ -248,15 +279,20 @@ def attend(inputs: Inputs, mask, options: dict[str, Any]) -> Tensor:
 
 def kernel_options(case: Case, q: Tensor) -> dict[str, Any]:
     """What rr_attention would use, and the case's own."""
-    if case.backend == "flash":
-        return {"BACKEND": "FLASH", **dict(case.kernel_options)}
-    return attention_options(q, case.config.block_sizes) | dict(case.kernel_options)
+    return attention_options(q, case.config.block_sizes, case.backend or "triton") | dict(case.kernel_options)
 
 
 def budgeted(case: Case, bench: Bench) -> RRConfig:
-    """The case's configuration at the level that gives the wanted density or error on the first input set."""
+    """The case's configuration at the level that gives the wanted density or error on the first input set.
+
+    Sparse whatever the length, unless neither is wanted: that is the library as users call it.
+    """
     if case.density is None and case.error is None:
         return case.config
+    return replace(budgeted_selection(case, bench), min_length=0)
+
+
+def budgeted_selection(case: Case, bench: Bench) -> RRConfig:
     q, k, _ = bench.sets[0]
     L = q.shape[2]
     bench.progress.step("level")

@@ -14,7 +14,9 @@ from mask_mods import block_visibility, causal
 from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import build_block_mask, list_blocks
 from rr_flex.compiling import RECOMPILE_LIMIT
+from rr_flex.head_strips import head_strips
 from rr_flex.mandatory import mandatory_blocks
+from rr_flex.pipeline import select
 from rr_flex.selection import select_threshold, select_top_tau
 
 BISECTIONS = 24
@@ -47,6 +49,8 @@ def estimate_of(config: RRConfig) -> Callable[[Tensor, Tensor], Float[Tensor, "B
 
 
 def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Float[Tensor, "B Hq nQ nK"]:
+    if len(head_strips(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], config)) > 1:
+        return select_blocks(q, k, config=without_level(config)).mass  # one graph for all strips
     return estimate_of(without_level(config))(q, k)
 
 
@@ -82,6 +86,17 @@ choose_compiled = compile_static(choose)
 def lists(kept: Bool[Tensor, "B Hq nQ nK"], whole: Bool[Tensor, "1 1 nQ nK"]) -> tuple[Tensor, ...]:
     """Kept blocks to the partial and full lists of a BlockMask."""
     return *list_blocks(kept & ~whole), *list_blocks(kept & whole)
+
+
+def selection(q: Tensor, k: Tensor, level: Float[Tensor, " Hq"], config: RRConfig) -> tuple[Tensor, ...]:
+    """Everything before attention, as one graph: q and k to both lists."""
+    return _selection(q, k, level, q.new_zeros((), dtype=torch.int64), without_level(config))
+
+
+@compile_static
+def _selection(q, k, level, offset, config):
+    chosen = select(q, k, level, offset, offset, config, None, None, None)
+    return *list_blocks(chosen.kept & ~chosen.whole), *list_blocks(chosen.kept & chosen.whole)
 
 
 def block_mask(kept: Tensor, whole: Tensor, config: RRConfig, L: int) -> BlockMask:

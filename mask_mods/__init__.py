@@ -6,6 +6,7 @@ from mask_mods.causal import causal
 from mask_mods.compose import both, either
 from mask_mods.document import document, documents_from_lengths
 from mask_mods.frames import frames
+from mask_mods.heads import from_head
 from mask_mods.padding import padding
 from mask_mods.prefix import prefix
 from mask_mods.sink import sink
@@ -23,6 +24,7 @@ __all__ = [
     "documents_from_lengths",
     "either",
     "frames",
+    "from_head",
     "padding",
     "prefix",
     "sink",

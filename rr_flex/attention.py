@@ -1,5 +1,6 @@
 """Queries, keys and values to outputs: selection and block-sparse attention in one compiled graph."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -8,11 +9,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from mask_mods.spans import MaskMod
+from rr_flex.backends import Backend, check_backend, check_flash, choose_kernel, offset_per_batch
 from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_values
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
-from rr_flex.kernel import attention_options
-from rr_flex.pipeline import device_arguments, select
+from rr_flex.dense import dense_attention, dense_kernel_serves
+from rr_flex.kernel import attention_options, break_even
+from rr_flex.pipeline import device_arguments, in_strips, select
+
+# How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
+# torch.compile is not counted.
+calls: Counter[str] = Counter()
 
 
 def rr_attention(
@@ -27,13 +34,18 @@ def rr_attention(
     q_offset: int | Tensor | None = None,
     head_offset: int | Tensor = 0,
     return_lse: bool = False,
+    backend: Backend = "auto",
     **settings: Any,
 ) -> Float[Tensor, "B Hq Lq Dv"] | tuple[Float[Tensor, "B Hq Lq Dv"], Float[Tensor, "B Hq Lq"]]:
     """Attention over the blocks that `select_blocks` keeps; arguments and errors as there.
 
     Compiled as one graph; the first call for a shape takes seconds. A query that sees nothing gives 0. The selection
     is held fixed under differentiation. `return_lse` adds the natural log-sum-exp of each query's kept logits.
-    NotImplementedError on the CPU for `return_lse` or tensors that require grad.
+    Under `config.min_length` keys (None: where the card was measured to gain nothing) it is dense attention.
+    `backend` on CUDA: "triton", "flash" (FlashAttention 4, an extra) or "auto": flash where it is installed, passes a
+    self-check and the mask is only causal or none.
+    NotImplementedError on the CPU for `return_lse` or tensors that require grad; RuntimeError for a "flash" that
+    cannot run.
     """
     check_queries_and_keys(q, k)
     check_values(q, k, v)
@@ -42,18 +54,38 @@ def rr_attention(
     if return_lse and q.device.type == "cpu":
         raise NotImplementedError("return_lse must be False on the CPU, whose compiled kernel has none, got True")
     config = (config or RRConfig()).with_settings(settings)
-    level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
-    arguments = (q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse)
-    return (_attend if torch.compiler.is_compiling() else _attend_compiled)(*arguments)
+    check_backend(backend, q)
+    min_length = break_even(q) if config.min_length is None else config.min_length
+    dense = k.shape[2] < min_length
+    if dense and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
+        count("dense")
+        return dense_attention(q, k, v, causal=causal is not False, scale=scale)
 
-
-def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse):
     for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    kernel = choose_kernel(backend, q, v, config.block_sizes, plain_mask=mask_mod is None, for_backward=for_backward)
+    count("dense" if dense else kernel)
+    config = config.with_settings({"min_length": min_length if dense else 0})
+    level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
+    attend = _attend if torch.compiler.is_compiling() else _attend_compiled
+    parts = [
+        attend(*strip, config, mask, causal, scale, return_lse, kernel, for_backward)
+        for *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
+    ]
+    if not return_lse:
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    out, lse = (x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+    if kernel == "flash":
+        lse = lse * check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
+    return out, lse
+
+
+def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse, kernel, for_backward):
+    mask_offset = offset_per_batch(q_offset, q.shape[0]) if kernel == "flash" else q_offset
     with torch.no_grad():
-        chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
+        chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, mask_offset)
         block_mask = chosen.build_block_mask(look_up=False, for_backward=for_backward)
     aux = AuxRequest(lse=True) if return_lse else None
-    options = attention_options(q, config.block_sizes)
+    options = attention_options(q, config.block_sizes, kernel)
     out = flex_attention(
         q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, return_aux=aux, kernel_options=options
     )
@@ -61,3 +93,8 @@ def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, sca
 
 
 _attend_compiled = compile_whole(_attend)
+
+
+def count(way: str) -> None:
+    if not torch.compiler.is_compiling():
+        calls[way] += 1

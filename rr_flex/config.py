@@ -32,6 +32,9 @@ class RRConfig:
     sink_blocks: int = 1  # key blocks kept at the start of the keys
     local_blocks: int = 1  # key blocks kept up to the diagonal, those it crosses counting as one; 0 keeps none
     dense_last_rows: int = 1  # block rows at the end of the queries that keep every visible block
+    # Keys under which nothing is dropped or estimated. None: in rr_attention the card's measured break-even with dense
+    # attention, elsewhere 0.
+    min_length: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.tau, Tensor):
@@ -82,6 +85,8 @@ class RRConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("sink_blocks", "local_blocks", "dense_last_rows"):
             _check_int(name, getattr(self, name), 0)
+        if self.min_length is not None:
+            _check_int("min_length", self.min_length, 0)
         _check_number("threshold", self.threshold)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {self.threshold}")

@@ -9,15 +9,19 @@ from torch import Tensor
 
 # Compute capability -> head dim -> dtype -> options, as `python -m benchmarks tune` writes it.
 TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
+COLUMNS = 128  # key blocks that the estimate as attention takes at once, where the table says nothing
 
 
-def attention_options(q: Tensor, block_size: tuple[int, int]) -> dict[str, Any]:
+def attention_options(q: Tensor, block_size: tuple[int, int], backend: str = "triton") -> dict[str, Any]:
     """Kernel options of block-sparse attention over blocks of `block_size` (queries, keys).
 
     Empty on the CPU. Elsewhere the tuned entry for the card where there is one, and tiles that fit the blocks.
+    FlashAttention ("flash") has no options but its name.
     """
     if q.device.type == "cpu":
         return {}
+    if backend == "flash":
+        return {"BACKEND": "FLASH"}
     q_block, k_block = block_size
     options = {"FORCE_USE_FLEX_ATTENTION": True}  # the decoding kernel, for few queries, takes other lists
     options |= tuned(q.device, q.shape[-1], q.dtype).get("attention", {})
@@ -32,6 +36,17 @@ def estimate_options(sampled: Tensor) -> dict[str, Any]:
     """Kernel options of the estimate as attention, whose tiles are 128 × 128."""
     options = {"FORCE_USE_FLEX_ATTENTION": True}
     return options | tuned(sampled.device, sampled.shape[-1], sampled.dtype).get("estimate", {})
+
+
+def estimate_columns(sampled: Tensor, keys_per_block: int, tile: int) -> int:
+    """Key blocks that the estimate takes at once, the width of its one-hot values: whole tiles of pooled keys."""
+    columns = tuned(sampled.device, sampled.shape[-1], sampled.dtype).get("estimate_columns", COLUMNS)
+    return max(columns, tile // keys_per_block)
+
+
+def break_even(q: Tensor) -> int:
+    """Keys from which on sparse attention was measured to pay on q's card; 0 where nothing was measured."""
+    return tuned(q.device, q.shape[-1], q.dtype).get("min_length", 0)
 
 
 def tuned(device: torch.device, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:

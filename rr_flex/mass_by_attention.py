@@ -1,6 +1,6 @@
 """Block mass on an accelerator: softmax(QKᵀ)·V with one-hot block indicators for V, through FlexAttention.
 
-Pooled keys are cut into segments of 128 key blocks, a batch axis, so that V has 128 columns and is shared. Each segment
+Pooled keys are cut into segments of some key blocks, a batch axis, so that V is shared, a column a block. Each segment
 returns its log-sum-exp, and exp(lse − logsumexp(lse)) merges them: exact, one pass, and no score is stored.
 """
 
@@ -14,10 +14,9 @@ from mask_mods import any_key_visible, block_visibility
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import list_blocks
 from rr_flex.geometry import ceil_div, sampled_index
-from rr_flex.kernel import estimate_options
+from rr_flex.kernel import estimate_columns, estimate_options
 
 TILE = 128  # sampled queries, or pooled keys, in a tile that the kernel visits or skips whole
-COLUMNS = 128  # key blocks in a segment
 FEATURES = (16, 256)  # least and greatest width of q and k that the kernel takes
 
 
@@ -44,14 +43,15 @@ def block_mass_by_attention(
     device = sampled.device
     nQ, nK = ceil_div(Lq, block_size[0]), ceil_div(Lk, block_size[1])
     queries_per_block, keys_per_block = block_size[0] // strides[0], block_size[1] // strides[1]
-    segment = COLUMNS * keys_per_block  # pooled keys, a whole number of tiles
-    segments = ceil_div(nK, COLUMNS)
+    columns = estimate_columns(sampled, keys_per_block, TILE)
+    segment = columns * keys_per_block  # pooled keys, a whole number of tiles
+    segments = ceil_div(nK, columns)
 
     keys = F.pad(pooled, (0, 0, 0, segments * segment - nk)).unflatten(2, (segments, segment))
     keys = keys.permute(2, 0, 1, 3, 4).flatten(0, 1)  # segments*B Hkv segment E
     queries = sampled.expand(segments, -1, -1, -1, -1).flatten(0, 1)
     block = torch.arange(segment, device=device) // keys_per_block
-    one_hot = (block[:, None] == torch.arange(COLUMNS, device=device)).to(sampled.dtype)
+    one_hot = (block[:, None] == torch.arange(columns, device=device)).to(sampled.dtype)
     values = one_hot.expand(segments * B, Hkv, -1, -1)
 
     block_mask = _tiles(
@@ -80,9 +80,9 @@ def block_mass_by_attention(
     highest = lse.amax(0)
     weight = torch.exp(lse - torch.where(highest == -torch.inf, 0, highest))
     share = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
-    weighted = out.unflatten(0, (segments, B)) * share[..., None]  # segments B Hq nq COLUMNS
+    weighted = out.unflatten(0, (segments, B)) * share[..., None]  # segments B Hq nq columns
     rows = F.pad(weighted, (0, 0, 0, nQ * queries_per_block - nq)).unflatten(3, (nQ, queries_per_block))
-    mass = rows.sum(4, dtype=torch.float32)  # segments B Hq nQ COLUMNS
+    mass = rows.sum(4, dtype=torch.float32)  # segments B Hq nQ columns
     return mass.permute(1, 2, 3, 0, 4).flatten(3)[..., :nK]
 
 

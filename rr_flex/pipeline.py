@@ -1,5 +1,6 @@
 """From q and k to the blocks worth attending to: the steps of RRAttention in their order."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,13 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from mask_mods import bidirectional, block_visibility, both, visible_keys
+from mask_mods import bidirectional, block_visibility, both, from_head, visible_keys
 from mask_mods import causal as causal_mask
 from mask_mods.spans import Index, MaskMod
 from rr_flex.block_mask import build_block_mask
 from rr_flex.checks import check_call, check_queries_and_keys
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
+from rr_flex.head_strips import head_strips
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention, kernel_can_estimate
@@ -34,6 +36,7 @@ class Selection:
     block_size: tuple[int, int]  # tokens: (queries, keys)
     seq_lengths: tuple[int, int]  # tokens: (Lq, Lk)
     mask_mod: MaskMod  # the element rule inside kept blocks
+    dense: bool = False  # fewer keys than `min_length`: every visible block is kept, and the mass is 0
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -133,10 +136,52 @@ def select_blocks(
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
     # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
     compiled = q.device.type != "cpu" and not torch.compiler.is_compiling()
+    choose = _select_compiled if compiled else select
     with torch.no_grad():
-        return (_select_compiled if compiled else select)(
-            q, k, level, q_offset, head_offset, config, mask_mod, causal, scale
-        )
+        parts = [
+            choose(*strip, config, mask, causal, scale)
+            for *strip, mask in in_strips(q, (k,), level, q_offset, head_offset, config, mask_mod)
+        ]
+    return parts[0] if len(parts) == 1 else join(parts, resolve_mask(mask_mod, causal, q_offset))
+
+
+def in_strips(
+    q: Tensor,
+    keys: tuple[Tensor, ...],
+    level: Tensor,
+    q_offset: Index,
+    head_offset: Index,
+    config: RRConfig,
+    mask_mod: MaskMod | None,
+) -> Iterator[tuple]:
+    """The same arguments, `keys` spread out, for each of `head_strips`."""
+    B, Hq, Lq = q.shape[:3]
+    Hkv, Lk = keys[0].shape[1:3]
+    strips = head_strips(B, Hq, Hkv, Lq, Lk, config)
+    if len(strips) == 1:
+        yield q, *keys, level, q_offset, head_offset, mask_mod
+        return
+    for heads, key_heads in strips:
+        mask = mask_mod
+        if mask_mod is not None:
+            mask = from_head(mask_mod, torch.full((), heads.start, dtype=torch.int64, device=q.device))
+        shared = [x[:, key_heads] for x in keys]
+        yield q[:, heads], *shared, level[heads], q_offset, head_offset + heads.start, mask
+
+
+def join(parts: list[Selection], mask_mod: MaskMod) -> Selection:
+    """The Selection of all heads from those of strips of heads."""
+
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts], dim=1)
+
+    # Strips of which none looks at the head have one and the same map.
+    first = parts[0]
+    shared = first.visible.shape[1] == 1 < first.kept.shape[1]
+    visible, whole = (first.visible, first.whole) if shared else (together("visible"), together("whole"))
+    return Selection(
+        together("kept"), together("mass"), visible, whole, first.block_size, first.seq_lengths, mask_mod, first.dense
+    )
 
 
 def device_arguments(
@@ -165,15 +210,23 @@ def select(
     mask_mod: MaskMod | None,
     causal: bool | None,
     scale: float | None,
+    mask_offset: Index | None = None,
 ) -> Selection:
-    """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True)."""
+    """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True).
+
+    `mask_offset` is q_offset in a form that the causal mask may capture, where that must be another.
+    """
     B, Hq, Lq, D = q.shape
     Lk = k.shape[2]
     scale = D**-0.5 if scale is None else scale
-    mask_mod = resolve_mask(mask_mod, causal, q_offset)
+    mask_mod = resolve_mask(mask_mod, causal, q_offset if mask_offset is None else mask_offset)
     visible, whole = block_visibility(mask_mod, B=B, H=Hq, Lq=Lq, Lk=Lk, block_size=config.block_sizes, device=q.device)
-    valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
+    if config.min_length is not None and Lk < config.min_length:
+        kept = visible.expand(B, Hq, -1, -1)
+        mass = torch.zeros_like(kept, dtype=torch.float32)
+        return Selection(kept, mass, visible, whole, config.block_sizes, (Lq, Lk), mask_mod, dense=True)
 
+    valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
     q_stride, k_stride = config.strides
     sampled = sample_queries(q, q_stride, head_offset)
     mean, variance = key_moments(k, k_stride, key_head_mask(valid_keys, Hq, k.shape[1]))

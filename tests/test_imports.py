@@ -13,13 +13,14 @@ PACKAGES = ("mask_mods", "rr_flex")
 # A module imports from its own line or one above. A package's name stands for all its modules.
 LINES = [
     ["mask_mods"],
-    ["rr_flex.geometry", "rr_flex.config", "rr_flex.checks", "rr_flex.compiling", "rr_flex.kernel"],
+    ["rr_flex.geometry", "rr_flex.config", "rr_flex.checks", "rr_flex.compiling", "rr_flex.kernel", "rr_flex.dense"],
+    ["rr_flex.head_strips"],
     ["rr_flex.sampling"],
     ["rr_flex.mass"],
     ["rr_flex.mandatory", "rr_flex.selection"],
     ["rr_flex.block_mask"],
     ["rr_flex.mass_by_attention"],
-    ["rr_flex.pipeline"],
+    ["rr_flex.pipeline", "rr_flex.backends"],
     ["rr_flex.attention"],
     ["rr_flex.correction"],
     ["rr_flex"],

@@ -36,7 +36,7 @@ def test_the_table_names_cards_head_dims_and_dtypes():
             assert int(head_dim) > 0
             for dtype, entry in by_dtype.items():
                 assert isinstance(getattr(torch, dtype), torch.dtype)
-                assert set(entry) <= {"attention", "estimate", "min_length"}
+                assert set(entry) <= {"attention", "estimate", "estimate_columns", "min_length"}
 
 
 def test_past_the_limit_a_call_raises(monkeypatch):

@@ -25,6 +25,7 @@ SETTINGS_HELP = {
     "sink_blocks": "key blocks always kept at the start",
     "local_blocks": "key blocks always kept up to the diagonal",
     "dense_last_rows": "block rows at the end that keep every visible block",
+    "min_length": "keys under which attention is dense",
 }
 
 

@@ -90,8 +90,11 @@ def compare_prefill(
 ) -> PrefillReport:
     """Runs `ids` dense, measuring what RR would change in each layer, then with RR in every layer.
 
-    Models whose attention is causal, optionally with a sliding window; batch 1, no padding.
+    Models whose attention is causal, optionally with a sliding window; batch 1, no padding. Without a `min_length`
+    every length is selected from: what is measured is the selection.
     """
+    if config.min_length is None:
+        config = config.with_settings({"min_length": 0})
     device = ids.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,85 @@
+"""Which kernel a call gets, and what an impossible choice says. What FLASH computes is tested in test_gpu.py."""
+
+import pytest
+import torch
+from cases import SQUARE, tensors
+
+from rr_flex import backends, rr_attention
+from rr_flex.backends import FlashCheck, choose_kernel
+
+
+class Cuda:
+    """As much of a tensor on a CUDA device as the choice looks at."""
+
+    def __init__(self, dtype=torch.bfloat16, head_dim=64):
+        self.device, self.dtype, self.shape = torch.device("cuda", 0), dtype, (1, 4, 1000, head_dim)
+
+
+def choose(backend="auto", q=None, block_size=(128, 128), plain_mask=True, for_backward=False):
+    q = q or Cuda()
+    return choose_kernel(backend, q, q, block_size, plain_mask=plain_mask, for_backward=for_backward)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """FLASH is installed and right."""
+    monkeypatch.setattr(backends, "flash_is_installed", lambda: True)
+    monkeypatch.setattr(backends, "_checks", {})
+    monkeypatch.setattr(backends, "_run_check", lambda *key: FlashCheck(None))
+
+
+def test_auto_takes_flash_where_it_is_right(flash):
+    assert choose() == "flash" and choose("flash") == "flash" and choose("triton") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"q": Cuda(torch.float32)}, "float32"),
+        ({"block_size": (128, 64)}, "128 × 64"),
+        ({"for_backward": True}, "gradients"),
+    ],
+)
+def test_where_flash_can_t_run_auto_is_triton_and_flash_an_error(flash, case, reason):
+    assert choose(**case) == "triton"
+    with pytest.raises(RuntimeError, match=rf"^backend must be 'auto' or 'triton' here, got 'flash': .*{reason}"):
+        choose("flash", **case)
+
+
+def test_a_mask_of_the_caller_s_own_is_flash_s_only_by_name(flash):
+    assert choose(plain_mask=False) == "triton" and choose("flash", plain_mask=False) == "flash"
+
+
+def test_a_failed_self_check_is_remembered_and_named(flash, monkeypatch):
+    runs = []
+
+    def failing(*key):
+        runs.append(key)
+        return FlashCheck("its self-check was off by 0.5 of the output's norm")
+
+    monkeypatch.setattr(backends, "_run_check", failing)
+    assert choose() == "triton" and choose() == "triton" and len(runs) == 1
+    with pytest.raises(RuntimeError, match="self-check was off"):
+        choose("flash")
+    assert choose(q=Cuda(head_dim=128)) == "triton" and len(runs) == 2
+
+
+def test_without_the_package_flash_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "flash_is_installed", lambda: False)
+    assert choose() == "triton"
+    with pytest.raises(RuntimeError, match="not installed"):
+        choose("flash")
+
+
+def test_the_cpu_has_no_choice():
+    q, k, v = tensors(SQUARE)
+    for backend in ("triton", "flash"):
+        with pytest.raises(ValueError, match=f"^backend must be 'auto' where .* got '{backend}'"):
+            rr_attention(q, k, v, backend=backend)
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, triton, flash, got .cudnn."):
+        rr_attention(q, k, v, backend="cudnn")
+
+
+def test_an_offset_for_flash_has_an_index():
+    assert backends.offset_per_batch(torch.tensor(5), 1).tolist() == [5, 5]
+    assert backends.offset_per_batch(torch.tensor(5), 3).tolist() == [5, 5, 5]

@@ -1,0 +1,74 @@
+"""Under `min_length` keys attention is dense, and says so."""
+
+import pytest
+import torch
+from cases import FREE, SQUARE, tensors
+from torch.nn import functional as F
+
+from mask_mods import both, causal, sliding_window
+from rr_flex import attention, create_rr_block_mask, kernel, rr_attention, select_blocks
+
+DENSE = {"tau": 0.1, "min_length": 301, **FREE}
+
+
+def count_of(call):
+    before = attention.calls.copy()
+    out = call()
+    return out, dict(attention.calls - before)
+
+
+def test_a_short_context_is_dense_and_counted():
+    q, k, v = tensors(SQUARE)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out, counted = count_of(lambda: rr_attention(q, k, v, **DENSE))
+    torch.testing.assert_close(out, exact)
+    assert counted == {"dense": 1}
+    everything = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(rr_attention(q, k, v, causal=False, **DENSE), everything)
+
+
+def test_a_long_context_is_sparse_and_counted():
+    q, k, v = tensors(SQUARE)
+    sparse = {**DENSE, "min_length": 300}
+    out, counted = count_of(lambda: rr_attention(q, k, v, **sparse))
+    assert counted == {"cpu": 1}
+    assert (out - rr_attention(q, k, v, **DENSE)).norm() > 0.1 * out.norm()
+    assert not select_blocks(q, k, **sparse).dense
+
+
+def test_other_masks_and_offsets_are_dense_too():
+    q, k, v = tensors(SQUARE)
+    window = both(causal(), sliding_window(150))
+    position = torch.arange(300)
+    shown = window(torch.tensor(0), torch.tensor(0), position[:, None], position)
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, enable_gqa=True)
+    out, counted = count_of(lambda: rr_attention(q, k, v, mask_mod=window, **DENSE))
+    torch.testing.assert_close(out, exact)
+    assert counted == {"dense": 1}
+    # Half the queries, at the end of the keys.
+    last = rr_attention(q[:, :, 150:], k, v, q_offset=150, **DENSE)
+    torch.testing.assert_close(
+        last, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, :, 150:]
+    )
+
+
+def test_a_dense_selection_says_so():
+    q, k, _ = tensors(SQUARE)
+    selection = select_blocks(q, k, **DENSE)
+    assert selection.dense and selection.density == 1 and (selection.covered == 1).all() and (selection.mass == 0).all()
+    assert torch.equal(selection.kept, selection.visible.expand_as(selection.kept))
+    assert (create_rr_block_mask(q, k, **DENSE).kv_num_blocks == 1).all()  # the diagonal's; the others are whole
+
+
+@pytest.mark.parametrize("given", [None, 0])
+def test_only_attention_asks_the_card(monkeypatch, given):
+    """The measured break-even decides in rr_attention alone, and only where nothing else was said."""
+    monkeypatch.setattr(attention, "break_even", lambda q: 1000)
+    q, k, v = tensors(SQUARE)
+    assert not select_blocks(q, k, **{**DENSE, "min_length": given}).dense
+    counted = count_of(lambda: rr_attention(q, k, v, **{**DENSE, "min_length": given}))[1]
+    assert counted == ({"dense": 1} if given is None else {"cpu": 1})
+
+
+def test_nothing_was_measured_on_the_cpu():
+    assert kernel.break_even(torch.empty(1, 1, 1, 128)) == 0
