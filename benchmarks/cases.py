@@ -27,6 +27,7 @@ class Case:
     kernel_options: tuple[tuple[str, Any], ...] = ()  # of the attention stage, over the library's own
     dense: tuple[str, ...] | None = None  # dense kernels to compare with; None: all that are installed
     seed: int = 0
+    every_stage: bool = False  # select and lists by themselves too, beside all before attention as one graph
 
     def __post_init__(self) -> None:
         if self.density is not None and self.error is not None:
@@ -119,7 +120,7 @@ SUITES: dict[str, list[Case]] = {
     ],
     # How near to the limit.
     "128k": [
-        Case(config=config, density=density, backend=backend)
+        Case(config=config, density=density, backend=backend, every_stage=True)
         for config in (COARSE_QUERIES, PUBLISHED, COARSEST_QUERIES)
         for backend in BACKENDS
         for density in (0.3, 0.25, 0.4)

@@ -203,7 +203,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
 
 
 def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str, Row], list[float], Row]:
-    """Each stage by itself, and all before attention as one graph."""
+    """All before attention as one graph, its stages by themselves, and attention."""
     step, sets = bench.progress.step, bench.sets
     q = sets[0].q
     Hq, L = q.shape[1:3]
@@ -212,13 +212,15 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
 
     step("estimate")
     timings = {"estimate": bench.time(lambda index: stages.estimate(sets[index].q, sets[index].k, config))}
-    step("select")
     masses = [stages.estimate(each.q, each.k, config) for each in sets]
-    timings["select"] = bench.time(lambda index: stages.choose_compiled(masses[index], level, same, L))
-    chosen = [stages.choose_compiled(mass, level, same, L) for mass in masses]
+    if case.every_stage:
+        step("select")
+        timings["select"] = bench.time(lambda index: stages.choose_compiled(masses[index], level, same, L))
+    chosen = [stages.choose(mass, level, same, L) for mass in masses]
     del masses
-    step("lists")
-    timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
+    if case.every_stage:
+        step("lists")
+        timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
     densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
     masks = [stages.block_mask(kept, blocks.whole, config, L) for kept, blocks in chosen]
     del chosen

@@ -43,7 +43,7 @@ def rr_attention(
     is held fixed under differentiation. `return_lse` adds the natural log-sum-exp of each query's kept logits.
     Under `config.min_length` keys (None: where the card was measured to gain nothing) it is dense attention.
     `backend` on CUDA: "triton", "flash" (FlashAttention 4, an extra) or "auto": flash where it is installed, passes a
-    self-check and the mask is only causal or none.
+    self-check and the mask is only causal or none; inside a caller's torch.compile always triton.
     NotImplementedError on the CPU for `return_lse` or tensors that require grad; RuntimeError for a "flash" that
     cannot run.
     """
@@ -66,9 +66,11 @@ def rr_attention(
     count("dense" if dense else kernel)
     config = config.with_settings({"min_length": min_length if dense else 0})
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
+    # Made here, since FLASH reads freed memory for what its mask captures from inside the graph (torch 2.11).
+    mask_offset = offset_per_batch(q_offset, q.shape[0]) if kernel == "flash" else None
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
     parts = [
-        attend(*strip, config, mask, causal, scale, return_lse, kernel, for_backward)
+        attend(*strip, config, mask, causal, scale, mask_offset, return_lse, kernel, for_backward)
         for *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
     ]
     if not return_lse:
@@ -79,11 +81,25 @@ def rr_attention(
     return out, lse
 
 
-def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse, kernel, for_backward):
-    mask_offset = offset_per_batch(q_offset, q.shape[0]) if kernel == "flash" else q_offset
+def _attend(
+    q,
+    k,
+    v,
+    level,
+    q_offset,
+    head_offset,
+    config,
+    mask_mod,
+    causal,
+    scale,
+    mask_offset,
+    return_lse,
+    kernel,
+    for_backward,
+):
     with torch.no_grad():
         chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, mask_offset)
-        block_mask = chosen.build_block_mask(look_up=False, for_backward=for_backward)
+        block_mask = chosen.build_block_mask(look_up=False, for_backward=backward)
     aux = AuxRequest(lse=True) if return_lse else None
     options = attention_options(q, config.block_sizes, kernel)
     out = flex_attention(

@@ -64,6 +64,8 @@ def choose_kernel(
 
 def why_not_flash(q: Tensor, v: Tensor, block_size: tuple[int, int], *, for_backward: bool) -> str | None:
     """What speaks against FLASH, or None."""
+    if torch.compiler.is_compiling():
+        return "inside a caller's torch.compile its mask can't capture what the graph computes"
     if not flash_is_installed():
         return "flash-attn-4 is not installed"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -83,14 +85,9 @@ def flash_is_installed() -> bool:
 
 
 def check_flash(device: torch.device, head_dim: int, value_dim: int, dtype: torch.dtype) -> FlashCheck:
-    """The self-check for these head dims and dtype: run at first use, remembered afterwards.
-
-    It compiles a kernel, which can't be done while a caller's graph is traced: there an unknown answer is a refusal.
-    """
+    """The self-check for these head dims and dtype: run at first use, remembered afterwards."""
     key = (device.index, head_dim, value_dim, dtype)
     if key not in _checks:
-        if torch.compiler.is_compiling():
-            return FlashCheck("its self-check can't run inside torch.compile; call rr_attention once outside before")
         _checks[key] = _run_check(device, head_dim, value_dim, dtype)
     return _checks[key]
 

@@ -64,6 +64,13 @@ def test_a_failed_self_check_is_remembered_and_named(flash, monkeypatch):
     assert choose(q=Cuda(head_dim=128)) == "triton" and len(runs) == 2
 
 
+def test_inside_a_caller_s_graph_it_is_triton(flash, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose() == "triton"
+    with pytest.raises(RuntimeError, match="inside a caller's"):
+        choose("flash")
+
+
 def test_without_the_package_flash_is_an_error(monkeypatch):
     monkeypatch.setattr(backends, "flash_is_installed", lambda: False)
     assert choose() == "triton"
