@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     running = commands.add_parser("run", help="measure suites of cases; one JSON line each")
     running.set_defaults(command=run_suites)
     running.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
-    running.add_argument("--only", default="", help="run the cases whose name holds this text")
+    running.add_argument("--only", nargs="+", default=[""], help="run the cases whose name holds one of these texts")
     running.add_argument("--lengths", type=int, nargs="+", help="tokens; those of the suite, or its cases moved there")
     running.add_argument(
         "--captured", help="file of q, k, v from a real model (.pt, .safetensors) in place of structured ones"
@@ -103,7 +103,7 @@ def chosen_cases(suite: str, options: argparse.Namespace) -> list[Case]:
     if options.dense is not None:
         changes["dense"] = tuple(options.dense)
     cases = list(dict.fromkeys(replace(case, **changes) for case in cases))
-    return [case for case in cases if options.only in case.name]
+    return [case for case in cases if any(text in case.name for text in options.only)]
 
 
 def captured_shape(path: str) -> dict[str, object]:

@@ -181,10 +181,8 @@ def break_even(case: Case, bench: Bench, log: Log) -> int:
         short = replace(case, length=length, config=PUBLISHED, density=None, dense=DENSE)
         bench.use(short)
         bench.progress.step("rr_attention")
-        config = replace(short.config, min_length=0)
-        sparse = bench.time(
-            lambda index, config=config: rr_attention(*bench.sets[index], config=config, backend="triton")
-        )["median"]
+        choice = {"config": replace(short.config, min_length=0), "backend": "triton"}
+        sparse = bench.time(lambda index, choice=choice: rr_attention(*bench.sets[index], **choice))["median"]
         times = {name: result.get("ms", math.inf) for name, result in bench.dense.items()}
         log({"tuned": "break-even", "shape": short.name, "ms": sparse, "dense_ms": times, "failed": None})
         if sparse > min(times.values()):

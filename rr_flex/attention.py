@@ -99,7 +99,7 @@ def _attend(
 ):
     with torch.no_grad():
         chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, mask_offset)
-        block_mask = chosen.build_block_mask(look_up=False, for_backward=backward)
+        block_mask = chosen.build_block_mask(look_up=False, for_backward=for_backward)
     aux = AuxRequest(lse=True) if return_lse else None
     options = attention_options(q, config.block_sizes, kernel)
     out = flex_attention(
