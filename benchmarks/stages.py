@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mask_mods import block_visibility, causal
 from rr_flex import RRConfig, select_blocks
-from rr_flex.block_mask import build_block_mask, list_blocks
+from rr_flex.block_mask import build_block_mask, list_partial_and_full
 from rr_flex.compiling import RECOMPILE_LIMIT
 from rr_flex.head_strips import head_strips
 from rr_flex.mandatory import mandatory_blocks
@@ -85,7 +85,7 @@ choose_compiled = compile_static(choose)
 @compile_static
 def lists(kept: Bool[Tensor, "B Hq nQ nK"], whole: Bool[Tensor, "1 1 nQ nK"]) -> tuple[Tensor, ...]:
     """Kept blocks to the partial and full lists of a BlockMask."""
-    return *list_blocks(kept & ~whole), *list_blocks(kept & whole)
+    return list_partial_and_full(kept, whole)
 
 
 def selection(q: Tensor, k: Tensor, level: Float[Tensor, " Hq"], config: RRConfig) -> tuple[Tensor, ...]:
@@ -96,7 +96,7 @@ def selection(q: Tensor, k: Tensor, level: Float[Tensor, " Hq"], config: RRConfi
 @compile_static
 def _selection(q, k, level, offset, config):
     chosen = select(q, k, level, offset, offset, config, None, None, None)
-    return *list_blocks(chosen.kept & ~chosen.whole), *list_blocks(chosen.kept & chosen.whole)
+    return list_partial_and_full(chosen.kept, chosen.whole)
 
 
 def block_mask(kept: Tensor, whole: Tensor, config: RRConfig, L: int) -> BlockMask:

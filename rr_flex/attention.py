@@ -10,12 +10,13 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from mask_mods.spans import MaskMod
 from rr_flex.backends import Backend, check_backend, check_flash, choose_kernel, offset_per_batch
+from rr_flex.block_mask import block_mask_of_lists, list_partial_and_full
 from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_values
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
 from rr_flex.dense import dense_attention, dense_kernel_serves
 from rr_flex.kernel import attention_options, break_even
-from rr_flex.pipeline import device_arguments, in_strips, select
+from rr_flex.pipeline import device_arguments, in_strips, resolve_mask, select
 
 # How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
 # torch.compile is not counted.
@@ -39,8 +40,9 @@ def rr_attention(
 ) -> Float[Tensor, "B Hq Lq Dv"] | tuple[Float[Tensor, "B Hq Lq Dv"], Float[Tensor, "B Hq Lq"]]:
     """Attention over the blocks that `select_blocks` keeps; arguments and errors as there.
 
-    Compiled as one graph; the first call for a shape takes seconds. A query that sees nothing gives 0. The selection
-    is held fixed under differentiation. `return_lse` adds the natural log-sum-exp of each query's kept logits.
+    Compiled as one graph (two with FLASH); the first call for a shape takes seconds. A query that sees nothing gives 0.
+    The selection is held fixed under differentiation. `return_lse` adds the natural log-sum-exp of each query's kept
+    logits.
     Under `config.min_length` keys (None: where the card was measured to gain nothing) it is dense attention.
     `backend` on CUDA: "triton", "flash" (FlashAttention 4, an extra) or "auto": flash where it is installed, passes a
     self-check and the mask is only causal or none; inside a caller's torch.compile always triton.
@@ -66,11 +68,11 @@ def rr_attention(
     count("dense" if dense else kernel)
     config = config.with_settings({"min_length": min_length if dense else 0})
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
-    # Made here, since FLASH reads freed memory for what its mask captures from inside the graph (torch 2.11).
-    mask_offset = offset_per_batch(q_offset, q.shape[0]) if kernel == "flash" else None
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
+    if kernel == "flash":
+        attend = _attend_in_two_graphs
     parts = [
-        attend(*strip, config, mask, causal, scale, mask_offset, return_lse, kernel, for_backward)
+        attend(*strip, config, mask, causal, scale, return_lse, for_backward)
         for *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
     ]
     if not return_lse:
@@ -81,27 +83,34 @@ def rr_attention(
     return out, lse
 
 
-def _attend(
-    q,
-    k,
-    v,
-    level,
-    q_offset,
-    head_offset,
-    config,
-    mask_mod,
-    causal,
-    scale,
-    mask_offset,
-    return_lse,
-    kernel,
-    for_backward,
-):
+def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse, for_backward):
     with torch.no_grad():
-        chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, mask_offset)
+        chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
         block_mask = chosen.build_block_mask(look_up=False, for_backward=for_backward)
+    return _flex(q, k, v, block_mask, scale, return_lse, attention_options(q, config.block_sizes))
+
+
+def _attend_in_two_graphs(
+    q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse, for_backward
+):
+    """`_attend` for FLASH, whose kernel reads what its mask captures after the graph has freed it, if anything else in
+    that graph uses it too (torch 2.11: its reads are unknown to the scheduler)."""
+    lists = _lists_compiled(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
+    mask = resolve_mask(mask_mod, causal, offset_per_batch(q_offset, q.shape[0]))
+    sizes = {"block_size": config.block_sizes, "seq_lengths": (q.shape[2], k.shape[2])}
+    options = attention_options(q, config.block_sizes, "flash")
+    # FLASH can't capture an int that may change; a plain causal mask has none.
+    flex = _flex_for_any_length if mask_mod is None and causal is not False else _flex_for_one_length
+    return flex(q, k, v, block_mask_of_lists(lists, mask, **sizes), scale, return_lse, options)
+
+
+def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale):
+    chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
+    return list_partial_and_full(chosen.kept, chosen.whole)
+
+
+def _flex(q, k, v, block_mask, scale, return_lse, options):
     aux = AuxRequest(lse=True) if return_lse else None
-    options = attention_options(q, config.block_sizes, kernel)
     out = flex_attention(
         q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, return_aux=aux, kernel_options=options
     )
@@ -109,6 +118,9 @@ def _attend(
 
 
 _attend_compiled = compile_whole(_attend)
+_lists_compiled = compile_whole(_lists)
+_flex_for_any_length = compile_whole(_flex, dynamic=True, specialize_int=False)
+_flex_for_one_length = compile_whole(_flex, dynamic=False)
 
 
 def count(way: str) -> None:

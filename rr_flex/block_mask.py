@@ -39,21 +39,41 @@ def build_block_mask(
     it only the compiled kernel is right. `for_backward` adds the query-side lists.
     """
     q_block, k_block = block_size
-    partial_count, partial = list_blocks(kept & ~whole)
-    full_count, full = list_blocks(kept & whole)
-
     looked_up = buffered(kept)
 
     def kept_mask_mod(b, h, q_idx, kv_idx):
         return looked_up[b, h, q_idx // q_block, kv_idx // k_block] & mask_mod(b, h, q_idx, kv_idx)
 
+    return block_mask_of_lists(
+        list_partial_and_full(kept, whole),
+        kept_mask_mod if look_up else mask_mod,
+        block_size=block_size,
+        seq_lengths=seq_lengths,
+        for_backward=for_backward,
+    )
+
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # count and indices of partial blocks, then of full ones
+
+
+def list_partial_and_full(kept: Bool[Tensor, "B H nQ nK"], whole: Bool[Tensor, "#B #H nQ nK"]) -> Lists:
+    """`list_blocks` of the kept blocks that the mask cuts, and of those that it leaves whole."""
+    return *list_blocks(kept & ~whole), *list_blocks(kept & whole)
+
+
+def block_mask_of_lists(
+    lists: Lists,
+    mask_mod: MaskMod,
+    *,
+    block_size: tuple[int, int],
+    seq_lengths: tuple[int, int],
+    for_backward: bool = False,
+) -> BlockMask:
+    """The BlockMask of lists that were made elsewhere; right in the compiled kernel only."""
     return BlockMask.from_kv_blocks(
-        partial_count,
-        partial,
-        full_count,
-        full,
+        *lists,
         BLOCK_SIZE=block_size,
-        mask_mod=kept_mask_mod if look_up else mask_mod,
+        mask_mod=mask_mod,
         seq_lengths=seq_lengths,
         compute_q_blocks=for_backward,
     )

@@ -12,14 +12,18 @@ RECOMPILE_LIMIT = 256
 Function = TypeVar("Function", bound=Callable)
 
 
-def compile_whole(function: Function) -> Function:
-    """`function` under torch.compile(fullgraph=True), with room for many graphs."""
-    compiled = torch.compile(function, fullgraph=True)
+def compile_whole(function: Function, *, dynamic: bool | None = None, specialize_int: bool = True) -> Function:
+    """`function` under torch.compile(fullgraph=True), with room for many graphs.
+
+    `dynamic` is torch.compile's: None compiles the first sizes as they are and all that follow as symbols. Ints are
+    settings, compiled in: as symbols they would fail inside a mask_mod's kernel. Without `specialize_int` they are
+    symbols, for a function that takes lengths as ints.
+    """
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
 
     @wraps(function)
     def call(*args, **kwargs):
-        # An int that changes (a stride, a window) is a setting: as a symbol it would fail inside a mask_mod's kernel.
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_int=True):
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_int=specialize_int):
             return compiled(*args, **kwargs)
 
     return call

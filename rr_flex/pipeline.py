@@ -210,16 +210,12 @@ def select(
     mask_mod: MaskMod | None,
     causal: bool | None,
     scale: float | None,
-    mask_offset: Index | None = None,
 ) -> Selection:
-    """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True).
-
-    `mask_offset` is q_offset in a form that the causal mask may capture, where that must be another.
-    """
+    """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True)."""
     B, Hq, Lq, D = q.shape
     Lk = k.shape[2]
     scale = D**-0.5 if scale is None else scale
-    mask_mod = resolve_mask(mask_mod, causal, q_offset if mask_offset is None else mask_offset)
+    mask_mod = resolve_mask(mask_mod, causal, q_offset)
     visible, whole = block_visibility(mask_mod, B=B, H=Hq, Lq=Lq, Lk=Lk, block_size=config.block_sizes, device=q.device)
     if config.min_length is not None and Lk < config.min_length:
         kept = visible.expand(B, Hq, -1, -1)
