@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -113,15 +114,17 @@ def _run_check(device: torch.device, head_dim: int, value_dim: int, dtype: torch
         kept.to(device), whole, causal(offset), block_size=(128, 128), seq_lengths=(L, L), look_up=False
     )
     try:
-        out, aux = torch.compile(flex_attention, fullgraph=True, dynamic=False)(
-            q,
-            k,
-            v,
-            block_mask=mask,
-            enable_gqa=True,
-            return_aux=AuxRequest(lse=True),
-            kernel_options=attention_options(q, (128, 128), "flash"),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own deprecations are no reason against it
+            out, aux = torch.compile(flex_attention, fullgraph=True, dynamic=False)(
+                q,
+                k,
+                v,
+                block_mask=mask,
+                enable_gqa=True,
+                return_aux=AuxRequest(lse=True),
+                kernel_options=attention_options(q, (128, 128), "flash"),
+            )
     except Exception as error:  # a beta's compilation may fail in any way
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         return FlashCheck(f"its self-check stopped with {type(error).__name__}: {reason}")

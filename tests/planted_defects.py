@@ -30,6 +30,8 @@ ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
 MASKED = "test_selection.py::test_any_mask_selects_as_the_oracle"
 ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
 SEARCHES = "test_searches.py::test_both_searches_agree"
+STRIPS = "test_head_strips.py::test_a_selection_in_strips_is_the_selection"
+DENSE = "test_dense.py::test_a_long_context_is_sparse_and_counted"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
 
 DEFECTS = [
@@ -113,6 +115,18 @@ DEFECTS = [
         "column < config.sink_blocks",
         "test_mandatory.py::test_the_sink_of",
     ),
+    Defect("mask_mods/heads.py", "mask_mod.spans(b, h + first, q_idx)", "mask_mod.spans(b, h, q_idx)", STRIPS),
+    Defect("mask_mods/heads.py", "mask_mod(b, h + first, q_idx", "mask_mod(b, h, q_idx", STRIPS),
+    Defect("rr_flex/pipeline.py", "head_offset + heads.start, mask", "head_offset, mask", STRIPS),
+    Defect("rr_flex/pipeline.py", "level[heads], q_offset", "level[: len(level[heads])], q_offset", STRIPS),
+    Defect(
+        "rr_flex/head_strips.py",
+        "slice(first // group, ",
+        "slice(0, ",
+        "test_head_strips.py::test_strips_cover_the_heads_and_share_keys_rightly",
+    ),
+    Defect("rr_flex/pipeline.py", "Lk < config.min_length", "Lk <= config.min_length", DENSE),
+    Defect("rr_flex/attention.py", "k.shape[2] < min_length", "k.shape[2] <= min_length", DENSE),
     Defect("rr_flex/block_mask.py", "list_blocks(kept & ~whole)", "list_blocks(kept)", LISTS),
     Defect("rr_flex/block_mask.py", "place - 1, nK", "place - 1 + (place > 1).int(), nK", LISTS),
     Defect(
