@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rr_flex import demo
 from rr_flex.models import loading
+from rr_flex.writing import write_atomically
 
 LENGTH = 300
 WORDS = [f"word{number}" for number in range(50)]
@@ -127,7 +128,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.write_atomically(path, interrupted)
+        write_atomically(path, interrupted)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("map.png", b"old")]
 
 

@@ -19,7 +19,7 @@ LINES = [
     ["rr_flex.mass"],
     ["rr_flex.mandatory", "rr_flex.selection"],
     ["rr_flex.block_mask"],
-    ["rr_flex.cells"],
+    ["rr_flex.cells", "rr_flex.writing"],
     ["rr_flex.drawing"],
     ["rr_flex.mass_by_attention"],
     ["rr_flex.pipeline", "rr_flex.backends"],
