@@ -58,7 +58,7 @@ def prepare(options: DemoOptions, progress: Callable[..., None]) -> Prepared:
         if layer >= model_config.num_hidden_layers:
             raise ValueError(f"--maps must name layers below {model_config.num_hidden_layers}, got {layer}")
     ids = tokenize(tokenizer, text, options.length).to(options.device)
-    tokens = tokenizer.batch_decode(ids[0].tolist())
+    tokens = [tokenizer.decode([token]) for token in ids[0].tolist()]
     return Prepared(name=name, model=model, ids=ids, tokens=tokens)
 
 

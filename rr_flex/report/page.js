@@ -9,7 +9,9 @@ const CIVIDIS = ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a5
 const PUOR = ["b35806", "e08214", "fdb863", "f0e6dc", "e4e2ee", "b2abd2", "8073ac", "542788"];
 
 const dark = () => darkScreen.matches && !printing;
-const ink = name => getComputedStyle(document.documentElement).getPropertyValue(name);
+// Before a page prints, its styles are still the screen's.
+const PRINTED = { "--quiet": "#5c5c5c", "--rule": "#d5d5d5", "--line5": "#d55e00" };
+const ink = name => printing ? PRINTED[name] : getComputedStyle(document.documentElement).getPropertyValue(name);
 // The faintest mass is the colour nearest to the page's own.
 const massStops = () => dark() ? VIRIDIS : [...VIRIDIS].reverse();
 
