@@ -4,10 +4,10 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.commands import demo, report
+from rr_flex.commands import completion, demo, doctor, report, tune
 from rr_flex.commands.options import INTERRUPTED
 
-COMMANDS = (demo, report)
+COMMANDS = (demo, report, tune, doctor, completion)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ LINES = [
     ["rr_flex.evaluation"],
     ["rr_flex.plots", "rr_flex.notebook"],
     ["rr_flex.report"],
-    ["rr_flex.demo"],
+    ["rr_flex.demo", "rr_flex.doctor"],
     ["rr_flex.commands"],
     ["rr_flex.cli", "rr_flex.__main__"],
 ]

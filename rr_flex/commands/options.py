@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import get_args
+from typing import Any, get_args
 
 from rr_flex.config import Budget, Mandatory, RRConfig
 
@@ -22,10 +22,11 @@ def add_command(
     help: str,
     description: str,
     examples: str,
+    **settings: Any,
 ) -> argparse.ArgumentParser:
-    """A subcommand whose help ends with examples, one a line."""
+    """A subcommand whose help ends with examples, one a line; further `settings` are ArgumentParser's."""
     shown = {"epilog": examples.strip(), "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = commands.add_parser(name, help=help, description=description, **shown)
+    parser = commands.add_parser(name, help=help, description=description, **shown, **settings)
     parser.set_defaults(run=run)
     return parser
 

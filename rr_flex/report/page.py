@@ -74,7 +74,10 @@ def maps_html(number: int, run: Run) -> str:
 
 
 def options(choices: dict[Scalar, Scalar]) -> str:
-    return "".join(f'<option value="{html.escape(str(value))}">{html.escape(str(label))}</option>' for value, label in choices.items())
+    return "".join(
+        f'<option value="{html.escape(str(value))}">{html.escape(str(label))}</option>'
+        for value, label in choices.items()
+    )
 
 
 def table_html(table: Table) -> str:
