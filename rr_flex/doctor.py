@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from rr_flex.attention import rr_attention
+from rr_flex.backends import why_not_flash
 from rr_flex.kernel import TUNED
 
 State = Literal["ok", "missing", "optional"]  # missing: without it rr_attention does not run here
@@ -98,14 +99,25 @@ def gpu_backends() -> Iterator[Finding]:
     triton = version_of("triton")
     remedy = None if triton else "pip install triton   (Windows: triton-windows)"
     yield Finding(name="Triton", state="ok" if triton else "missing", found=triton or "none", remedy=remedy)
-    flash = version_of("flash-attn-4")
-    remedy = None if flash else "for Hopper and Blackwell: pip install --pre flash-attn-4"
-    yield Finding(name="FLASH backend", state="ok" if flash else "optional", found=flash or "none", remedy=remedy)
+    yield flash_backend()
     card = torch.cuda.get_device_properties(0)
     head_dims = sorted(TUNED.get(f"{card.major}.{card.minor}", {}), key=int)
     remedy = None if head_dims else "rr-flex tune   (in a clone of the repository, about half an hour)"
     found = f"head dims {', '.join(head_dims)}" if head_dims else "none for this card: the compiler's own defaults"
     yield Finding(name="tuned options", state="ok" if head_dims else "optional", found=found, remedy=remedy)
+
+
+def flash_backend() -> Finding:
+    """What rr_attention's own self-check says of bfloat16 at head dim 128."""
+    install = "for Hopper and Blackwell: pip install --pre flash-attn-4"
+    version = version_of("flash-attn-4")
+    if version is None:
+        return Finding(name="FLASH backend", state="optional", found="none; Triton serves", remedy=install)
+    q = torch.empty(1, 1, 128, 128, device="cuda", dtype=torch.bfloat16)
+    refused = why_not_flash(q, q, (128, 128), for_backward=False)
+    if refused:
+        return Finding(name="FLASH backend", state="optional", found=f"{version}, not used: {refused}; Triton serves")
+    return Finding(name="FLASH backend", state="ok", found=f"flash-attn-4 {version}, self-check passed")
 
 
 def attempted() -> Finding:
@@ -115,7 +127,7 @@ def attempted() -> Finding:
     q, k, v = (torch.randn(1, heads, 256, 32, generator=generator).to(where) for heads in (2, 1, 1))
     start = perf_counter()
     try:
-        out = rr_attention(q, k, v, tau=1.0)
+        out = rr_attention(q, k, v, tau=1.0, min_length=0)
     except Exception as error:  # whatever a compiler may raise is what is wrong here
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         return Finding(name="compiled attention", state="missing", found=reason, remedy="mend what is missing above")

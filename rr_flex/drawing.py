@@ -31,7 +31,8 @@ def selection_html(selection) -> str:
     visible, whole = (x.expand_as(selection.kept)[0].cpu() for x in (selection.visible, selection.whole))
     kept = selection.kept[0].cpu()
     pictures = [_picture(kept[h] & whole[h], kept[h] & ~whole[h], visible[h], f"head {h}") for h in heads]
-    return _page(f"{about}, density {selection.density.item():.1%}", pictures, Hq, DROPPED_TOO)
+    dense = ", dense: shorter than min_length" if selection.dense else ""
+    return _page(f"{about}, density {selection.density.item():.1%}{dense}", pictures, Hq, DROPPED_TOO)
 
 
 def block_mask_html(block_mask: BlockMask) -> str:

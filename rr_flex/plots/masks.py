@@ -8,7 +8,6 @@ from jaxtyping import Bool
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import Tensor
 
 from mask_mods import block_visibility
 from mask_mods.spans import MaskMod
@@ -79,16 +78,16 @@ def dynamic_blocks_figure(selection, *, head: int = 0, batch: int = 0, title: st
     return figure
 
 
-def pairs_of(mask_mod: MaskMod, Lq: int, Lk: int, head: int, batch: int) -> Bool[Tensor, "rows columns"]:
+def pairs_of(mask_mod: MaskMod, Lq: int, Lk: int, head: int, batch: int) -> Bool[np.ndarray, "rows columns"]:
     """The element rule at every pair of tokens, or at evenly spaced ones of a long sequence."""
     q_idx, kv_idx = (torch.arange(0, length, -(-length // PAIRS)) for length in (Lq, Lk))
     b, h = torch.tensor(batch), torch.tensor(head)
     visible = mask_mod(b, h, q_idx[:, None], kv_idx[None])
-    return visible.expand(len(q_idx), len(kv_idx))
+    return visible.expand(len(q_idx), len(kv_idx)).numpy()
 
 
-def block_states(mask_mod: MaskMod, Lq: int, Lk: int, block_size: tuple[int, int], head: int, batch: int) -> Tensor:
+def block_states(mask_mod: MaskMod, Lq: int, Lk: int, block_size: tuple[int, int], head: int, batch: int) -> np.ndarray:
     """0 hidden, 1 cut, 2 whole; [nQ, nK]."""
     shape = {"Lq": Lq, "Lk": Lk, "block_size": block_size, "device": "cpu"}
     seen, whole = block_visibility(mask_mod, B=batch + 1, H=head + 1, **shape)
-    return sum(x[min(batch, x.shape[0] - 1), min(head, x.shape[1] - 1)].int() for x in (seen, whole))
+    return sum(x[min(batch, x.shape[0] - 1), min(head, x.shape[1] - 1)].int() for x in (seen, whole)).numpy()
