@@ -42,17 +42,17 @@ from rr_flex.plots import HeadMap, block_map_figure, top_tau_figure
 
 
 # %%
-def topical(length: int, heads: int, head_dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v as [1, heads, length, head_dim]: topics last some 60 tokens; each head heeds them more or less."""
+def topical(length: int, heads: int, head_dim: int, *, seed: int, lasts: int = 60, sink: float = 3.0):
+    """q, k, v as [1, heads, length, head_dim]: topics last some `lasts` tokens; each head heeds them more or less."""
     generator = torch.Generator().manual_seed(seed)
-    change = torch.rand(length, generator=generator) < 1 / 60
+    change = torch.rand(length, generator=generator) < 1 / lasts
     topic = torch.randint(12, (length,), generator=generator)[change.long().cumsum(0)]
     directions = torch.randn(12, head_dim, generator=generator)
-    strength = torch.linspace(1.0, 2.2, heads)[:, None, None]
+    strength = torch.linspace(0.7, 1.3, heads)[:, None, None]
     noise = torch.randn(3, heads, length, head_dim, generator=generator)
     q = noise[0] + strength * directions[topic]
     k = noise[1] + strength * directions[topic]
-    k[:, :4] = 0.5 * q.mean(1, keepdim=True) * head_dim**0.5
+    k[:, :4] += sink * q.mean(1, keepdim=True)
     return q[None], k[None], noise[2][None]
 
 
@@ -64,7 +64,7 @@ def topical(length: int, heads: int, head_dim: int, seed: int) -> tuple[torch.Te
 # framed rows are the queries that each head samples, the columns between white lines are pooled into one key.
 
 # %%
-q, k, v = topical(32, 4, 32, seed=5)
+q, k, v = topical(32, 4, 32, seed=5, lasts=8, sink=0)
 stride = 4
 scores = (q @ k.mT * 32**-0.5).masked_fill(torch.ones(32, 32).triu(1).bool(), -torch.inf).softmax(-1)[0]
 
@@ -139,17 +139,17 @@ selection
 #
 # `selection.block_mask` is an ordinary BlockMask of PyTorch's FlexAttention. The kernel that `torch.compile` makes of
 # it visits only the listed blocks. Is that the same as dense attention under the same mask? The mask is written out
-# here for every pair of tokens, which is what one avoids at length.
+# here for every pair of tokens, which is what one avoids at length, and attended in float64.
 
 # %%
 attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 sparse = attend(q, k, v, block_mask=selection.block_mask)
 
 pairs = selection.kept.repeat_interleave(128, 2).repeat_interleave(128, 3).tril()
-masked_dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pairs)
+exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=pairs)
 dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-difference = (sparse - masked_dense).abs().max().item()
+difference = (sparse - exact).abs().max().item()
 assert difference < 1e-5
 error = ((sparse - dense).norm() / dense.norm()).item()
 print(f"largest difference from masked dense attention: {difference:.1e}")

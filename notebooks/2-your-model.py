@@ -21,7 +21,7 @@
 # %load_ext rr_flex.notebook
 import torch
 
-from rr_flex import RRConfig, select_blocks
+from rr_flex import select_blocks
 from rr_flex.demo import default_text
 from rr_flex.evaluation import compare_logits, recalled_mass, true_block_mass
 from rr_flex.models import enable
@@ -109,29 +109,24 @@ print(f"KL(dense, sparse) {comparison.kl:.2e} nats a token")
 # %% [markdown]
 # ## Does it still say the same?
 #
-# A question at the end of a long prompt, answered by both. The prompt is filled to the same length, so that nothing
-# compiles again; decoding is dense in both.
+# The text continued by both. Only the prompt is sparse; decoding is dense in both, and the report says so.
+
 
 # %%
-question = "\n\nIn one sentence, what is the text above about?\nAnswer:"
-tail = tokenizer(question, return_tensors="pt").input_ids
-prompt = torch.cat([ids[:, : LENGTH - tail.shape[1]], tail], 1)
-
-
-def answer() -> str:
-    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+def continuation() -> str:
+    settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     with torch.no_grad():
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return tokenizer.decode(out[0, LENGTH:], skip_special_tokens=True).strip()
 
 
-dense_answer = answer()
-with enable(model, config=RRConfig(tau=0.95)) as enabled:
-    sparse_answer = answer()
-print("dense :", dense_answer)
-print("sparse:", sparse_answer)
-print()
-print("calls:", enabled.report().sparse, "sparse;", dict(enabled.report().dense))
+dense_text = continuation()
+with enable(model, tau=0.95) as enabled:
+    sparse_text = continuation()
+print("…", tokenizer.decode(ids[0, -30:]))
+print("\ndense :", dense_text)
+print("\nsparse:", sparse_text)
+print("\ncalls:", enabled.report().sparse, "sparse;", dict(enabled.report().dense))
 
 # %% [markdown]
 # A model of 135 million parameters says what it can. What counts here is that both say the same, or where they part.

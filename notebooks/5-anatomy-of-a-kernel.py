@@ -102,9 +102,9 @@ MARKS = {
         "the running maximum of the online softmax": r"m_ij = tl.maximum",
     },
     "C++": {
-        "how many blocks this row has": r"kv_num_blocks_data|full_kv_num_blocks_data",
-        "the loop over the listed blocks, not over all keys": r"for \(int64_t n_idx|for \(.*num_block|kv_indice_num",
-        "which block that is": r"kv_indices_data\[|kv_logical_data|kv_indices_list",
+        "how many blocks this row has": r"kv_logical_num_data =",
+        "the loop over the listed blocks, not over all keys": r"for.*n < kv_indice_num|for.*kv_indice_list|int64_t n = 0",
+        "which block that is": r"kv_logical_data =",
         "scores of one block: a matrix product": r"cpublas::(brgemm|gemm)",
         "the running maximum of the online softmax": r"tmp_max = |qk_max",
     },
