@@ -103,7 +103,7 @@ MARKS = {
     },
     "C++": {
         "how many blocks this row has": r"kv_logical_num_data =",
-        "the loop over the listed blocks, not over all keys": r"for.*n < kv_indice_num|for.*kv_indice_list|int64_t n = 0",
+        "the loop over the listed blocks, not over all keys": r"for.*(n < kv_indice_num|kv_indice_list)|int64_t n = 0",
         "which block that is": r"kv_logical_data =",
         "scores of one block: a matrix product": r"cpublas::(brgemm|gemm)",
         "the running maximum of the online softmax": r"tmp_max = |qk_max",
