@@ -115,18 +115,37 @@ def test_lines_of_different_shapes_are_not_joined(write):
     assert not run.charts
 
 
-def test_any_record_lists_become_tables(write):
-    curve = [{"rule": rule, "density": d, "error": 1 - d} for rule in ("rr", "best") for d in (0.3, 0.5)]
-    document = {
-        "model": "tiny",
-        "curves": curve,
-        "versions": {"torch": "2.13"},
-        "texts": [{"name": "prose", "scores": []}],
-    }
+def test_evaluations_become_curves_of_means(write):
+    records = [
+        {"rule": rule, "text": text, "layer": layer, "density": d, "error": d * scale, "recall": 1 - d}
+        for rule, scale in (("rr", 2.0), ("best", 1.0))
+        for text in ("prose", "code")
+        for layer in range(20)
+        for d in (0.25, 0.5)
+    ]
+    predictions = [
+        {"rule": "rr", "text": text, "level": tau, "density": tau / 2 + shift, "kl": tau, "agreement": 0.5}
+        for tau in (0.5, 1.0)
+        for text, shift in (("prose", 0.125), ("code", -0.125))
+    ]
+    document = {"model": "tiny", "versions": {"torch": "2.13"}, "records": records, "predictions": predictions}
     (run,) = read_runs(write(document))
-    assert [table.caption for table in run.tables] == ["curves", "versions", "texts"]
-    assert run.charts[0].lines["best"] == [(0.3, 0.7), (0.5, 0.5)]
-    assert "prose" in report_page([run])
+    captions = [table.caption for table in run.tables]
+    assert captions == ["records, means", "predictions, means", "versions", "records", "predictions"]
+    assert run.tables[0].columns == ["rule", "density", "error", "recall"]
+    assert ["rr", 0.25, 0.5, 0.75] in run.tables[0].rows and len(run.tables[0].rows) == 4
+    charts = {chart.caption: chart.lines for chart in run.charts}
+    assert charts["records: error"]["best"] == [(0.25, 0.25), (0.5, 0.5)]
+    assert charts["predictions: kl"]["rr"] == [(0.25, 0.5), (0.5, 1.0)]
+    page = report_page([run])
+    assert "<summary>records: 160 rows</summary>" in page and page.count("<svg") == 4
+
+
+def test_json_lines_of_records_are_one_table(write):
+    cells = [{"task": task, "length": 2048, "score": 0.5, "density": None} for task in ("vt", "cwe")]
+    (run,) = read_runs(write(*cells, name="tasks.jsonl"))
+    assert run.title == "tasks" and run.tables[0].rows == [["vt", 2048, 0.5, None], ["cwe", 2048, 0.5, None]]
+    assert "cwe" in report_page([run])
 
 
 BAD = [

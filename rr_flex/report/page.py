@@ -51,6 +51,8 @@ def run_html(run: Run, number: int) -> str:
     return "\n".join(part for part in parts if part)
 
 
+LONG = 100  # rows; a longer table is folded
+
 VIEWS = {"true": "true mass", "estimated": "estimated mass", "difference": "estimate − truth", "kept": "kept blocks"}
 
 
@@ -85,10 +87,13 @@ def table_html(table: Table) -> str:
     digits = [decimals([row[column] for row in table.rows]) for column in range(len(table.columns))]
     cells = [[cell_html(value, count) for value, count in zip(row, digits, strict=True)] for row in table.rows]
     rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
-    return (
+    shown = (
         f'<div class="table"><table><caption>{text(table.caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+    if len(table.rows) <= LONG:
+        return shown
+    return f"<details><summary>{text(table.caption)}: {len(table.rows):,} rows</summary>{shown}</details>"
 
 
 def cell_html(value: Scalar, digits: int | None) -> str:

@@ -46,6 +46,8 @@ def read_runs(path: Path) -> list[Run]:
     documents = parse(text, path)
     if all(isinstance(document, dict) and "case" in document for document in documents):
         return [benchmark_run(path, documents)]
+    if len(documents) > 1 and all(isinstance(document, dict) and not is_demo(document) for document in documents):
+        return [other_run(path, {"title": path.stem, "results": documents})]
     runs = []
     for document in documents:
         if not isinstance(document, dict):
@@ -169,7 +171,13 @@ def other_run(path: Path, document: dict[str, Any]) -> Run:
             "list of records"
         )
     title = str(facts.pop("title", None) or facts.get("model") or path.stem)
-    return Run(title=title, facts=facts, tables=tables, charts=[c for t in tables for c in density_charts(t)])
+    curves = [found for table in tables if (found := curves_in(table))]
+    return Run(
+        title=title,
+        facts=facts,
+        tables=[means for means, _ in curves] + tables,
+        charts=[chart for _, charts in curves for chart in charts],
+    )
 
 
 def tables_in(value: Any, name: tuple[str, ...]):
@@ -191,21 +199,44 @@ def tables_in(value: Any, name: tuple[str, ...]):
             yield from tables_in(inner, (*name, key))
 
 
-def density_charts(table: Table):
-    """Records with a rule and a density are points of that rule's curve."""
-    label = next((name for name in ("rule", "label", "method", "budget") if name in table.columns), None)
-    if label is None or "density" not in table.columns:
-        return
-    for measure in ("error", "output_error", "recall", "kl"):
-        if measure in table.columns:
-            at = {name: table.columns.index(name) for name in (label, "density", measure)}
-            lines: dict[str, list[tuple[float, float]]] = {}
-            for row in table.rows:
-                density, value = row[at["density"]], row[at[measure]]
-                if isinstance(density, int | float) and isinstance(value, int | float):
-                    lines.setdefault(str(row[at[label]]), []).append((density, value))
-            if lines:
-                yield Chart(caption=f"{table.caption}: {measure}", x="density", y=measure, lines=lines)
+RULES = ("rule", "label", "method", "budget")
+MEASURES = ("error", "layer_error", "output_error", "recall", "kl", "agreement", "perplexity_ratio")
+
+
+def curves_in(table: Table) -> tuple[Table, list[Chart]] | None:
+    """Records with a rule and a density are points of that rule's curve: means over texts, layers and the like.
+
+    Points of one rule belong together by `level` (τ or a threshold) where the records have one, else by density.
+    """
+    label = next((name for name in RULES if name in table.columns), None)
+    measures = [name for name in MEASURES if name in table.columns]
+    if label is None or "density" not in table.columns or not measures:
+        return None
+    records = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    records = [record for record in records if all(is_number(record[name]) for name in ("density", *measures))]
+    scopes = {record.get("scope") for record in records}
+    points: dict[tuple, list[dict[str, Any]]] = {}
+    for record in records:
+        rule = str(record[label]) + (f", {record['scope']}" if len(scopes) > 1 else "")
+        level = record.get("level")
+        points.setdefault((rule, record["density"] if level is None else level), []).append(record)
+    columns = ["density", *measures]
+    rows = [
+        [rule, *(sum(record[name] for record in group) / len(group) for name in columns)]
+        for (rule, _), group in points.items()
+    ]
+    charts = []
+    for place, measure in enumerate(measures, start=2):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            lines.setdefault(row[0], []).append((row[1], row[place]))
+        charts.append(Chart(caption=f"{table.caption}: {measure}", x="density", y=measure, lines=lines))
+    means = Table(caption=f"{table.caption}, means", columns=[label, *columns], rows=rows)
+    return (means, charts) if rows else None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_scalar(value: Any) -> bool:
