@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -23,22 +24,36 @@ REFERENCE = {
     "rr_flex": ("rr_flex",),
     "mask_mods": ("mask_mods",),
     "evaluation": ("rr_flex.evaluation",),
+    "models": ("rr_flex.models",),
     "plots": ("rr_flex.plots", "rr_flex.notebook"),
 }
 
 
-def gather(pages: Path, executed: Path | None) -> None:
-    """Every page of the site into one folder, which is thrown away."""
+def gather(pages: Path, executed: Path | None) -> list[dict]:
+    """Every page of the site into one folder, which is thrown away; returns the navigation."""
     for source, page in (("README.md", "index.md"), ("CONTRIBUTING.md",) * 2, ("CHANGELOG.md",) * 2):
         text = (ROOT / source).read_text(encoding="utf-8")
         (pages / page).write_text(REPOSITORY_LINK.sub(partial(on_site, source), text), encoding="utf-8")
     for name, modules in REFERENCE.items():
         text = f"# {modules[0]}\n\n" + "\n".join(f"::: {module}\n" for module in modules)
         (pages / f"{name}.md").write_text(text, encoding="utf-8")
-    for path in sorted((ROOT / "notebooks").glob("[0-9]-*.py")):
+    titles = {}
+    for path in notebooks():
         done = executed and executed / f"{path.stem}.ipynb"
         notebook = jupytext.read(done if done and done.exists() else path)
+        titles[notebook.cells[0].source.splitlines()[0].removeprefix("# ")] = f"{path.stem}.ipynb"
         jupytext.write(without_widgets(notebook), pages / f"{path.stem}.ipynb")
+    return [
+        {"Start": "index.md"},
+        {"Notebooks": [{title: page} for title, page in titles.items()]},
+        {"Reference": [{modules[0]: f"{name}.md"} for name, modules in REFERENCE.items()]},
+        {"Contributing": "CONTRIBUTING.md"},
+        {"Changes": "CHANGELOG.md"},
+    ]
+
+
+def notebooks() -> list[Path]:
+    return sorted(path for path in (ROOT / "notebooks").glob("*.py") if path.name != "run.py")
 
 
 def on_site(source: str, link: re.Match) -> str:
@@ -69,15 +84,20 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "site", help="[build/site]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        gather(Path(folder), options.notebooks)
-        paths = {
-            "RR_FLEX_SITE_PAGES": folder,
-            "RR_FLEX_SITE": str(options.output.resolve()),
-            "NO_MKDOCS_2_WARNING": "1",
+        pages = Path(folder, "pages")
+        pages.mkdir()
+        config = {
+            "INHERIT": str(ROOT / ".ci" / "mkdocs.yml"),
+            "docs_dir": str(pages),
+            "site_dir": str(options.output.resolve()),
+            "nav": gather(pages, options.notebooks),
         }
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / ".ci/mkdocs.yml")]
+        Path(folder, "mkdocs.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+        # Without it the theme advertises its successor at every build.
+        environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", f"{folder}/mkdocs.yml"]
         shutil.rmtree(options.output, ignore_errors=True)
-        return subprocess.run(command, env={**os.environ, **paths}, check=False).returncode
+        return subprocess.run(command, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def excerpt(text: str, pattern: str, before: int = 0, after: int = 6) -> str:
 
 MARKS = {
     "Triton": {
-        "the loop over the listed blocks, not over all keys": r"block_n_end = |for start_n in",
+        "the loop over the listed blocks, not over all keys": r"for start_n in",
         "how many blocks this row has": r"kv_num_blocks = tl.load|tl.load\(KV_NUM_BLKS",
         "to the next listed block: the jump that skips the others": r"def get_offset_for_next_block",
         "scores of one block: the tensor cores": r"qk = tl.dot",

@@ -13,7 +13,7 @@ LIMIT = 180  # seconds a notebook, on two cores
 
 
 def notebooks() -> list[Path]:
-    return sorted(FOLDER.glob("[0-9]-*.py"))
+    return sorted(path for path in FOLDER.glob("*.py") if path.name != Path(__file__).name)
 
 
 def run(path: Path, output: Path | None) -> float:

@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import run as runner  # noqa: E402
 
 
-def test_there_are_five():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["1-", "2-", "3-", "4-", "5-"] and runner.notebooks() == NOTEBOOKS
+def test_there_are_five_and_the_runner_knows_them():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["1-", "2-", "3-", "4-", "5-"]
+    assert set(NOTEBOOKS) <= set(runner.notebooks())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
