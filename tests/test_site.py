@@ -26,7 +26,7 @@ def test_links_lead_to_pages_or_become_text():
 
 
 def test_a_dead_link_stops_the_build():
-    with pytest.raises(SystemExit, match="README.md must link to files that exist, got missing.md"):
+    with pytest.raises(SystemExit, match=r"README\.md must link to files that exist, got missing\.md"):
         linked("[x](missing.md)")
 
 
