@@ -4,10 +4,18 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.commands import demo
+from rr_flex.commands import completion, demo, doctor, report, tune
 from rr_flex.commands.options import INTERRUPTED
 
-COMMANDS = (demo,)
+COMMANDS = (demo, report, tune, doctor, completion)
+
+EPILOG = """\
+start here:
+  rr-flex doctor           what this machine can do, and what is missing
+  rr-flex demo             a real model, dense and sparse, in about a minute
+  rr-flex demo --help      every command's help ends with examples
+
+exit codes: 0 done, 1 it ran and found something bad, 2 wrong usage, 130 interrupted"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +29,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rr-flex", description="RRAttention block-sparse prefill on FlexAttention.")
+    parser = argparse.ArgumentParser(
+        prog="rr-flex",
+        description="RRAttention block-sparse prefill on FlexAttention.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the installed version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from rr_flex.config import RRConfig
 from rr_flex.evaluation.prefill import PrefillReport, compare_prefill
 from rr_flex.models.loading import embedded_gguf, load_causal_lm, tokenize
 from rr_flex.plots import HeadMap, block_map_figure
+from rr_flex.report.maps import maps_as_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class DemoOptions:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     heads: tuple[tuple[int, int], ...] = ()  # (layer, head) to draw; (): one head of each of three layers
+    maps: tuple[int, ...] | None = ()  # layers whose block maps go into the JSON; None: all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Prepared:
     name: str
     model: torch.nn.Module
     ids: Tensor
+    tokens: list[str]  # as text, one an id
 
 
 def prepare(options: DemoOptions, progress: Callable[..., None]) -> Prepared:
@@ -52,13 +54,23 @@ def prepare(options: DemoOptions, progress: Callable[..., None]) -> Prepared:
         if layer >= model_config.num_hidden_layers or head >= model_config.num_attention_heads:
             shape = f"{model_config.num_hidden_layers} layers of {model_config.num_attention_heads} heads"
             raise ValueError(f"--heads must lie within {shape}, got {layer}:{head}")
+    for layer in options.maps or ():
+        if layer >= model_config.num_hidden_layers:
+            raise ValueError(f"--maps must name layers below {model_config.num_hidden_layers}, got {layer}")
     ids = tokenize(tokenizer, text, options.length).to(options.device)
-    return Prepared(name=name, model=model, ids=ids)
+    tokens = [tokenizer.decode([token]) for token in ids[0].tolist()]
+    return Prepared(name=name, model=model, ids=ids, tokens=tokens)
 
 
 def measure(options: DemoOptions, prepared: Prepared, progress: Callable[..., None]) -> PrefillReport:
-    layers = tuple(layer for layer, _ in options.heads) or spread_layers(prepared.model.config.get_text_config())
+    drawn = drawn_layers(options, prepared)
+    every = range(prepared.model.config.get_text_config().num_hidden_layers)
+    layers = tuple(sorted({*drawn, *(every if options.maps is None else options.maps)}))
     return compare_prefill(prepared.model, prepared.ids, options.config, map_layers=layers, progress=progress)
+
+
+def drawn_layers(options: DemoOptions, prepared: Prepared) -> tuple[int, ...]:
+    return tuple(layer for layer, _ in options.heads) or spread_layers(prepared.model.config.get_text_config())
 
 
 def default_text() -> str:
@@ -75,7 +87,8 @@ def draw(options: DemoOptions, prepared: Prepared, report: PrefillReport, stream
     """The block maps of `options.heads`, or of each mapped layer's head of middling density, as PNG."""
     heads = options.heads or tuple(
         (layer, int(report.layers[layer].density.argsort()[len(report.layers[layer].density) // 2]))
-        for layer in sorted(report.maps)
+        for layer in drawn_layers(options, prepared)
+        if layer in report.maps
     )
     maps = []
     for layer, head in heads:
@@ -167,6 +180,11 @@ def as_json(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> 
         "seconds": report.seconds,
         "peak_memory_bytes": report.peak_memory,
     }
+    wanted = report.maps if options.maps is None else {n: report.maps[n] for n in options.maps if n in report.maps}
+    if wanted:
+        document["maps"] = maps_as_json(
+            wanted, length=prepared.ids.shape[1], block_size=options.config.block_sizes, tokens=prepared.tokens
+        )
     return json.dumps(document, indent=2) + "\n"
 
 
@@ -174,14 +192,3 @@ def device_name(device: str) -> str:
     return (
         torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     )
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`path` holds all that `write` writes, or what it held before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

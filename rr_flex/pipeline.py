@@ -17,6 +17,7 @@ from rr_flex.block_mask import build_block_mask
 from rr_flex.checks import check_call, check_queries_and_keys
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
+from rr_flex.drawing import selection_html
 from rr_flex.head_strips import head_strips
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
@@ -98,6 +99,9 @@ class Selection:
         if self.kept.device.type == "meta":
             return about + ")"
         return f"{about}, density {self.density.item():.3f}), head 0:\n{self.map()}"
+
+    def _repr_html_(self) -> str:
+        return selection_html(self)
 
 
 def create_rr_block_mask(q: Tensor, k: Tensor, **options: Any) -> BlockMask:

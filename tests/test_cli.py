@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rr_flex import demo
 from rr_flex.models import loading
+from rr_flex.writing import write_atomically
 
 LENGTH = 300
 WORDS = [f"word{number}" for number in range(50)]
@@ -63,9 +64,9 @@ def test_tau_1_is_the_dense_model(command, tmp_path, capsys):
     assert language_model["perplexity"] == pytest.approx(language_model["perplexity_compared"], rel=1e-5)
 
 
-def test_dropped_blocks_show_in_every_measure(command, capsys):
+def test_dropped_blocks_show_in_every_measure(command, tiny, capsys):
     settings = ["--tau", "0.3", "--dense-last-rows", "0", "--heads", "1:2,0:3"]
-    assert main([*command, *settings, "--json", "--quiet"]) == 0
+    assert main([*command, *settings, "--json", "--quiet", "--maps", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
     # Rows of 1, 2 and 3 visible blocks; the sink and the diagonal stay, so at most the block (2, 1) is dropped.
     densities = {round(density, 4) for layer in report["layers"] for density in layer["density"]}
@@ -76,6 +77,8 @@ def test_dropped_blocks_show_in_every_measure(command, capsys):
             assert (density < 1) == (recall < 0.999) == (error > 1e-4)
     assert report["language_model"]["kl"] > 0
     assert report["seconds"]["rr_attention, both in one graph"] > 0
+    assert [layer["layer"] for layer in report["maps"]["layers"]] == [1]
+    assert report["maps"]["tokens"] == (tiny / "text.txt").read_text().split()[:LENGTH]
 
 
 BAD = [
@@ -90,6 +93,8 @@ BAD = [
     (["--order", "3"], "argument --order: invalid choice"),
     (["--output", "missing/map.png"], "--output must name a file in an existing folder, got 'missing/map.png'"),
     (["--json", "."], "--json must name a file"),
+    (["--maps", "all"], "--maps must come with --json"),
+    (["--maps", "2", "--json"], "--maps must name layers below 2, got 2"),
     (["--text", "missing.txt"], "missing.txt"),
     (["--device", "nonsense"], "nonsense"),
     (
@@ -127,7 +132,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.write_atomically(path, interrupted)
+        write_atomically(path, interrupted)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("map.png", b"old")]
 
 

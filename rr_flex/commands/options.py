@@ -3,13 +3,46 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import get_args
+from typing import Any, get_args
 
 from rr_flex.config import Budget, Mandatory, RRConfig
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+# Exit codes of every subcommand. FAILED: it ran, and what it found is bad (a check of `doctor`, a failed case).
+DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace, argparse.ArgumentParser], int],
+    *,
+    help: str,
+    description: str,
+    examples: str,
+    **settings: Any,
+) -> argparse.ArgumentParser:
+    """A subcommand whose help ends with examples, one a line; further `settings` are ArgumentParser's."""
+    shown = {"epilog": examples.strip(), "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = commands.add_parser(name, help=help, description=description, **shown, **settings)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json FILE writes it there; --json alone prints it in the table's place."""
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or in the table's place")
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def failed(parser: argparse.ArgumentParser, error: Exception) -> int:
+    """Says on stderr what the user can mend, and exits with USAGE_ERROR."""
+    parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")
 
 
 SETTINGS_HELP = {
