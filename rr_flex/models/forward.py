@@ -104,6 +104,10 @@ def _select_and_attend(
 ) -> tuple[Tensor, Tensor]:
     """(out [B,Hq,Lq,Dv], density, 0-dim)."""
     Hq = q.shape[1]
+    if q.device.type == "cpu":
+        # A compiled graph holds for one order of strides, and caches, rotary embeddings and fused projections leave
+        # several: a copy costs less than a compilation. A GPU's kernel compiles faster and its copies cost more.
+        q, k, v = (x.contiguous() for x in (q, k, v))
     head_offset, config = head_offset_of(module, Hq, config)
     sinks = kwargs.get("s_aux")
     scaling = kwargs.get("scaling")
