@@ -4,10 +4,10 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.commands import demo
+from rr_flex.commands import demo, tasks
 from rr_flex.commands.options import INTERRUPTED
 
-COMMANDS = (demo,)
+COMMANDS = (demo, tasks)
 
 
 def main(argv: list[str] | None = None) -> int:
