@@ -1,6 +1,7 @@
 """enable(), restore, report and settings on a tiny llama; transformers' masks read as spans."""
 
 import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from rr_flex.models.hf_masks import has_window, is_causal, spans_of
 from rr_flex.models.plan import ATTRIBUTE, make_plan
 from rr_flex.models.prefill_mask import prefill_mask
 
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+MLA |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+MLA |= {"first_k_dense_replace": 1}
 SETTINGS = {"block_size": 64, "dense_last_rows": 0}
 
 
@@ -183,6 +187,51 @@ def test_a_copy_of_an_enabled_model_works(llama):
         copied = copy.deepcopy(llama)
     torch.testing.assert_close(logits(copied), expected, atol=0, rtol=0)
     assert report(copied).sparse == 4 and report(llama).layers == {}
+
+
+@torch.no_grad()
+def test_a_compiled_model(llama):
+    """Prefill breaks its graph at each attention, and is counted; a one-token step compiles whole."""
+    dense = logits(llama)
+    with enable(llama, tau=1.0, **SETTINGS) as on:
+        compiled = torch.compile(llama, dynamic=False)
+        torch.testing.assert_close(logits(compiled), dense, atol=1e-3, rtol=1e-3)
+        assert on.report().sparse == 2
+    name = "cache" if "cache" in inspect.signature(llama.forward).parameters else "past_key_values"
+
+    def prefill_and_step(step):
+        cache = {name: hf.StaticCache(config=llama.config, max_cache_len=330)}
+        llama(IDS[:1], **cache)
+        return step(IDS[1:2, :1], **cache, position_ids=torch.tensor([[320]])).logits
+
+    expected = prefill_and_step(llama)
+    with enable(llama, tau=1.0, **SETTINGS) as on:
+        stepped = prefill_and_step(torch.compile(llama, fullgraph=True, dynamic=False))
+    torch.testing.assert_close(stepped, expected, atol=1e-3, rtol=1e-3)
+    assert on.report().sparse == 2 and not on.report().dense
+
+
+def test_a_device_map_with_layers_on_disk(llama, tmp_path):
+    """accelerate's hooks move every argument of a layer to its device, the mask among them."""
+    accelerate = pytest.importorskip("accelerate")
+    dense = logits(llama)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = accelerate.dispatch_model(copy.deepcopy(llama), places, offload_dir=tmp_path, main_device="cpu")
+    with enable(model, tau=1.0, **SETTINGS) as on:
+        torch.testing.assert_close(logits(model), dense, atol=1e-3, rtol=1e-3)
+    assert on.report().sparse == 2
+
+
+def test_values_narrower_than_queries():
+    """Multi-head latent attention: D = 48, Dv = 32."""
+    torch.manual_seed(0)
+    config = hf.DeepseekV3Config(**(SHAPE | {"head_dim": None, "num_key_value_heads": 4}), **MLA)
+    model = hf.DeepseekV3ForCausalLM(config).eval()
+    dense = logits(model)
+    with enable(model, tau=1.0, **SETTINGS) as on:
+        torch.testing.assert_close(logits(model), dense, atol=2e-3, rtol=1e-3)
+    assert on.report().sparse == 2
 
 
 causal = masking_utils.causal_mask_function
