@@ -4,8 +4,11 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
 
 TASKS = {
     "niah_single_1": "niah_single_1",
@@ -37,7 +40,7 @@ def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name = TASKS[task]
-    with tempfile.TemporaryDirectory() as folder, _local_essays():
+    with tempfile.TemporaryDirectory() as folder, _offline(samples):
         # The tasks load the tokenizer by name.
         tokenizer.save_pretrained(folder)
         metadata = {"max_seq_lengths": [length], "tokenizer": folder}
@@ -56,26 +59,53 @@ def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool
 
 
 @contextmanager
-def _local_essays() -> Iterator[None]:
-    """lm-eval's essay haystack and sentence splitter replaced by ones that need no download."""
+def _offline(samples: int) -> Iterator[None]:
+    """lm-eval's makers of samples with a local haystack for essays, making no more samples than are wanted."""
     import nltk
 
     plain_download = nltk.download
     nltk.download = lambda *args, **kwargs: False  # asked for at import, for essays only
     try:
-        from lm_eval.tasks.ruler import niah_utils, prepare_niah
+        modules = {name: import_module(f"lm_eval.tasks.ruler.{name}") for name in (*MAKERS, "prepare_niah")}
     finally:
         nltk.download = plain_download
-    before = niah_utils.get_haystack, prepare_niah.cached_sent_tokenize
-
-    def haystack(type_haystack: str, *args, **kwargs):
-        return prose().split(" ") if type_haystack == "essay" else before[0](type_haystack, *args, **kwargs)
-
-    niah_utils.get_haystack, prepare_niah.cached_sent_tokenize = haystack, sentences
+    replaced = [(modules[name], maker, getattr(modules[name], maker)) for name, maker in MAKERS.items()]
+    replaced += [(modules["niah_utils"], "get_haystack", modules["niah_utils"].get_haystack)]
+    replaced += [(modules["prepare_niah"], "cached_sent_tokenize", modules["prepare_niah"].cached_sent_tokenize)]
+    for module, name, plain in replaced:
+        # lm-eval loads a module anew unless it carries the time of its file.
+        module.__mtime__ = Path(module.__file__).stat().st_mtime_ns
+        setattr(module, name, _fewer(plain, samples) if name in MAKERS.values() else REPLACEMENTS[name](plain))
     try:
         yield
     finally:
-        niah_utils.get_haystack, prepare_niah.cached_sent_tokenize = before
+        for module, name, plain in replaced:
+            setattr(module, name, plain)
+
+
+def _fewer(make: Callable, samples: int) -> Callable:
+    @wraps(make)
+    def make_fewer(*args, num_samples: int = 500, **kwargs):
+        return make(*args, num_samples=min(num_samples, samples), **kwargs)
+
+    return make_fewer
+
+
+def _local_haystack(plain: Callable) -> Callable:
+    def haystack(type_haystack: str, *args, **kwargs):
+        return prose().split(" ") if type_haystack == "essay" else plain(type_haystack, *args, **kwargs)
+
+    return haystack
+
+
+# Modules of lm_eval.tasks.ruler and their functions that make 500 samples, whatever the limit.
+MAKERS = {
+    "niah_utils": "generate_samples",
+    "vt_utils": "sys_vartrack_w_noise_random",
+    "cwe_utils": "sys_word_pair_random",
+    "fwe_utils": "sys_kwext",
+}
+REPLACEMENTS = {"get_haystack": _local_haystack, "cached_sent_tokenize": lambda plain: sentences}
 
 
 def prose() -> str:
