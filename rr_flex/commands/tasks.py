@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rr_flex.commands.options import USAGE_ERROR, Progress, add_settings, check_writable, config_of, device_and_dtype
 
-SUITES = ("ruler", "recall", "helmet", "video-mme")
+SUITES = ("ruler", "recall", "helmet")
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +25,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     tasks.add_argument(
         "--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]"
     )
-    tasks.add_argument("--data", type=Path, metavar="DIR", help="folder of the data, for helmet and video-mme")
+    tasks.add_argument("--data", type=Path, metavar="DIR", help="HELMET's data folder, for the suite helmet")
     tasks.add_argument("--chat-template", action="store_true", help="prompts through the model's chat template")
     tasks.add_argument("--no-dense", action="store_true", help="leave the dense baseline out")
     tasks.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
@@ -107,7 +107,12 @@ def import_suite(arguments: argparse.Namespace):
             score, known = recall.scores, list(recall.TASKS)
             usual = known
         else:
-            raise ValueError(f"--suite must be ruler or recall, got {arguments.suite}")
+            from rr_flex.tasks import helmet
+
+            if arguments.data is None or not arguments.data.is_dir():
+                raise ValueError(f"--data must be HELMET's data folder for --suite helmet, got {arguments.data}")
+            score, known = helmet.scores_in(arguments.data), list(helmet.TASKS)
+            usual = known
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rr_flex"):
             raise

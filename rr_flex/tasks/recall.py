@@ -6,8 +6,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
+from rr_flex.tasks.answers import answer, recall
 from rr_flex.tasks.ruler import prose
 
 SEED = 42
@@ -79,34 +78,15 @@ def fit(task: str, length: int, seed: int, tokenizer) -> Sample:
     return make(low, random.Random(seed))
 
 
-@torch.no_grad()
 def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool = False) -> tuple[list[float], int]:
     """(each sample's score 0 to 1, prompt tokens): greedy answers, share of the references found in them."""
     found, tokens = [], 0
     for index in range(samples):
         sample = fit(task, length, SEED + index, tokenizer)
-        prompt = sample.prompt
-        if chat:
-            message = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat, verbose=False).input_ids
-        ids = ids.to(model.device)
-        tokens += ids.shape[1]
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=sample.new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )
-        found.append(score(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), sample.answers))
+        text, size = answer(model, tokenizer, sample.prompt, sample.new_tokens, chat=chat)
+        tokens += size
+        found.append(recall(text, sample.answers))
     return found, tokens
-
-
-def score(answer: str, references: list[str]) -> float:
-    """The share of the references that occur in the answer, case aside."""
-    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
 
 
 def _needle(word: str, value: str) -> str:

@@ -34,12 +34,13 @@ def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    import lm_eval
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    name = TASKS[task]
+    name, here = TASKS[task], Path(lm_eval.__file__).parent / "tasks" / "ruler"
     with tempfile.TemporaryDirectory() as folder, _offline(samples):
         # The tasks load the tokenizer by name.
         tokenizer.save_pretrained(folder)
@@ -47,7 +48,7 @@ def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=length),
             tasks=[name],
-            task_manager=TaskManager(metadata=metadata),
+            task_manager=TaskManager(include_path=str(here), include_defaults=False, metadata=metadata),
             metadata=metadata,
             limit=samples,
             bootstrap_iters=0,
