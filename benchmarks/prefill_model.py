@@ -9,10 +9,11 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.environment import describe
 from benchmarks.timing import many_calls, synchronize
-from rr_flex import RRConfig, enable, select_blocks
+from rr_flex import RRConfig, attention, enable, select_blocks
+from rr_flex.backends import Backend
 from rr_flex.compiling import compile_whole
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.models.attention import attention_by
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
-    config = RRConfig(**options.config)
+    config = RRConfig(**({"min_length": 0} | options.config))
     options.out.mkdir(parents=True, exist_ok=True)
     about = describe(device, options.commit)
     start = time.perf_counter()
@@ -92,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--taus", type=float, nargs="+", default=[0.95, 0.9], help="for real weights")
     parser.add_argument("--config", type=json.loads, default={}, help='fields of RRConfig, as {"order": 2}')
     parser.add_argument("--dense", nargs="*", choices=sorted(DENSE), default=list(DENSE), help="all unless given")
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
@@ -141,7 +144,8 @@ def measure_length(model, ids: Tensor, config: RRConfig, options: argparse.Names
         profile = None if real else profile_for_density(model, ids, config, goal)
         wanted = {"tau": goal} if real else {"wanted_density": goal}
         try:
-            row = time_sparse(model, ids, config.with_settings(wanted) if real else config, profile, options.repeats)
+            chosen = config.with_settings(wanted) if real else config
+            row = time_sparse(model, ids, chosen, profile, options)
         except torch.OutOfMemoryError as error:
             yield {"attention": "rr_flex", **wanted, "absent": first_line(error)}
             continue
@@ -165,15 +169,17 @@ def time_dense(model, ids: Tensor, name: str, repeats: int) -> Row:
         release(ids.device)
 
 
-def time_sparse(model, ids: Tensor, config: RRConfig, profile, repeats: int) -> Row:
+def time_sparse(model, ids: Tensor, config: RRConfig, profile, options: argparse.Namespace) -> Row:
     """As `time_dense`, with the estimate's part and the density that was kept."""
-    with enable(model, config=config, profile=profile) as on:
-        row = time_whole(model, ids, repeats, "rr_flex")
+    with enable(model, config=config, profile=profile, backend=options.backend) as on:
+        ways = Counter(attention.calls)
+        row = time_whole(model, ids, options.repeats, "rr_flex")
+        row["kernels"] = dict(attention.calls - ways)
         report = on.report()
         if report.sparse == 0 or sum(report.dense.values()):
             raise RuntimeError(f"every layer must have been sparse, got {report.as_dict()}")
         row |= {"density": report.density, "density_by_layer": [r.density for _, r in sorted(report.layers.items())]}
-        estimate = time_estimate(model, ids, config, profile, repeats)
+        estimate = time_estimate(model, ids, config, profile, options.repeats)
     layers = model.config.num_hidden_layers
     row["estimate_ms"] = estimate * layers
     row["attention_ms"] = row["attention_total_ms"] - row["estimate_ms"]
@@ -193,13 +199,13 @@ def time_whole(model, ids: Tensor, repeats: int, implementation: str) -> Row:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     with clocked(implementation, device) as read:
         first_token(model, ids)
-        attention = read()
+        in_attention = read()
     median = statistics.median(times)
     return {
         "ms": median,
         "all_ms": times,
-        "attention_total_ms": attention,
-        "rest_ms": median - attention,
+        "attention_total_ms": in_attention,
+        "rest_ms": median - in_attention,
         "first_call_s": warm,
         "peak_bytes": peak,
     }
@@ -217,7 +223,7 @@ def clocked(implementation: str, device: torch.device) -> Iterator[Callable[[], 
     plain = ALL_ATTENTION_FUNCTIONS[implementation]
     spans: list[tuple] = []
 
-    def attention(*args, **kwargs):
+    def clocked_attention(*args, **kwargs):
         if device.type == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -236,7 +242,7 @@ def clocked(implementation: str, device: torch.device) -> Iterator[Callable[[], 
             return sum(start.elapsed_time(stop) for start, stop in spans)
         return 1000 * sum(stop - start for start, stop in spans)
 
-    AttentionInterface.register(implementation, attention)
+    AttentionInterface.register(implementation, clocked_attention)
     try:
         yield read
     finally:

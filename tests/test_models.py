@@ -136,6 +136,7 @@ def test_a_plan_names_settings_by_layer():
         ({"dense_layers": [5]}, ValueError, "dense_layers must"),
         ({"dense_last_tokens": -1}, ValueError, "dense_last_tokens must"),
         ({"sliding_layers": "off"}, ValueError, "sliding_layers must"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
         ({"no_such": 1}, TypeError, "no_such"),
     ],
 )
@@ -171,6 +172,9 @@ def test_what_stays_dense_says_why(llama):
         llama(IDS[:1], use_cache=False).logits.sum().backward()
     llama.zero_grad()
     assert dict(on.report().dense) == {"gradient on the CPU": 2}
+    with enable(llama, tau=0.3, min_length=321, **SETTINGS) as on:
+        logits(llama)
+    assert dict(on.report().dense) == {"shorter than min_length": 2}
     model = make("mistral")
     with enable(model, tau=0.3, sliding_layers="dense", **SETTINGS) as on:
         logits(model)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from rr_flex.backends import Backend
 from rr_flex.config import RRConfig
 from rr_flex.models.forward import rr_flex_attention
 from rr_flex.models.plan import ATTRIBUTE, DEFAULTS, Plan, Profile, SlidingLayers, make_plan, set_plan
@@ -36,6 +37,7 @@ def enable(
     dense_layers: int | Sequence[int] = 0,
     dense_last_tokens: int | None = None,
     sliding_layers: SlidingLayers = "select",
+    backend: Backend = "auto",
     **settings: Any,
 ) -> "Enabled":
     """Prefill of `model`'s language model by RRAttention from now on, or within `with enable(model):`.
@@ -44,8 +46,8 @@ def enable(
     a dense layer; it overrides tau. `config` or single `settings`: fields of RRConfig, for all other layers.
     `dense_layers`: so many first layers, or a list, stay dense. `dense_last_tokens`: at least so many tokens at the end
     of each call's queries see all they may. `sliding_layers`: "select" among the window's blocks, or "dense".
-    A vision tower keeps its attention. TypeError or ValueError naming the argument; NotImplementedError for a model
-    that does not go through transformers' attention interface.
+    `backend`: the kernel on CUDA, as in `rr_attention`. A vision tower keeps its attention. TypeError or ValueError
+    naming the argument; NotImplementedError for a model that does not go through transformers' attention interface.
     """
     root = _pretrained(model)
     text_config = root.config.get_text_config(decoder=True)
@@ -59,6 +61,7 @@ def enable(
         dense_layers=dense_layers,
         dense_last_tokens=dense_last_tokens,
         sliding_layers=sliding_layers,
+        backend=backend,
         **settings,
     )
     register()

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mask_mods import SpanMask
 from rr_flex.attention import rr_attention
 from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
+from rr_flex.kernel import break_even
 from rr_flex.models import records
 from rr_flex.models.dense import dense_attention
 from rr_flex.models.plan import Plan, plan_of
@@ -49,7 +51,7 @@ def _prefill(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw
     if reason is not None:
         record.dense[reason] += 1
         return dense_attention(module, q, k, v, mask, **kwargs)
-    out, density = _select_and_attend(module, q, k, v, mask, mask_mod, config, kwargs)
+    out, density = _select_and_attend(module, q, k, v, mask, mask_mod, config, plan, kwargs)
     record.add_sparse(density)
     return out.transpose(1, 2).contiguous(), None
 
@@ -76,7 +78,7 @@ def _why_dense(
         return records.NOT_CAUSAL
     if mask.kv_length != k.shape[2] or mask.q_length != q.shape[2]:
         return records.MASK_LENGTH
-    if k.shape[2] < getattr(config, "min_length", 0):
+    if k.shape[2] < (break_even(q) if config.min_length is None else config.min_length):
         return records.SHORT
     if ceil_div(q.shape[2], config.block_sizes[0]) <= config.dense_last_rows:
         return records.LAST_ROWS
@@ -100,7 +102,15 @@ def _why_dense(
 
 
 def _select_and_attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: PrefillMask, mask_mod, config: RRConfig, kwargs
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PrefillMask,
+    mask_mod,
+    config: RRConfig,
+    plan: Plan,
+    kwargs,
 ) -> tuple[Tensor, Tensor]:
     """(out [B,Hq,Lq,Dv], density, 0-dim)."""
     Hq = q.shape[1]
@@ -122,6 +132,7 @@ def _select_and_attend(
         head_offset=head_offset,
         return_lse=sinks is not None,
         return_density=True,
+        backend=plan.backend,
     )
     if sinks is None:
         return results

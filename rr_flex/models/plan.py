@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from rr_flex.backends import Backend
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.models.records import LayerRecord
@@ -21,6 +22,7 @@ class Plan:
     default: RRConfig = field(default_factory=RRConfig)  # for layers that `layers` does not name
     layers: Profile = field(default_factory=dict)
     sliding_layers: SlidingLayers = "select"
+    backend: Backend = "auto"
     records: dict[int, LayerRecord] = field(default_factory=dict)
 
     def config(self, layer: int) -> RRConfig | None:
@@ -61,6 +63,7 @@ def make_plan(
     dense_layers: int | Sequence[int] = 0,
     dense_last_tokens: int | None = None,
     sliding_layers: SlidingLayers = "select",
+    backend: Backend = "auto",
     **settings: Any,
 ) -> Plan:
     """The plan of a model of `n_layers` layers; the arguments are those of `rr_flex.models.enable`."""
@@ -73,6 +76,8 @@ def make_plan(
         base = base.with_settings({"dense_last_rows": rows})
     if sliding_layers not in get_args(SlidingLayers):
         raise ValueError(f"sliding_layers must be 'select' or 'dense', got {sliding_layers!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if isinstance(tau, float | int) or tau is None:
         base = base if tau is None else base.with_settings({"tau": tau})
         layers: dict[int, RRConfig | None] = {}
@@ -80,7 +85,7 @@ def make_plan(
         layers = {layer: base.with_settings({"tau": share}) for layer, share in _by_layer("tau", tau, n_layers).items()}
     layers |= _profile_layers(profile, n_layers)
     layers |= dict.fromkeys(_dense_layers(dense_layers, n_layers))
-    return Plan(default=base, layers=layers, sliding_layers=sliding_layers)
+    return Plan(default=base, layers=layers, sliding_layers=sliding_layers, backend=backend)
 
 
 def _by_layer(name: str, values: Sequence | Mapping, n_layers: int) -> dict[int, Any]:
