@@ -27,7 +27,7 @@ LINES = [
     ["rr_flex.correction"],
     ["rr_flex"],
     ["rr_flex.models", "rr_flex.distributed", "rr_flex.serving"],
-    ["rr_flex.evaluation"],
+    ["rr_flex.evaluation", "rr_flex.tasks"],
     ["rr_flex.plots", "rr_flex.notebook"],
     ["rr_flex.report"],
     ["rr_flex.demo", "rr_flex.doctor"],

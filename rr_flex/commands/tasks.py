@@ -1,0 +1,124 @@
+"""`rr-flex tasks`. transformers, lm-eval and matplotlib are imported only when it runs."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rr_flex.commands.options import USAGE_ERROR, Progress, add_settings, check_writable, config_of, device_and_dtype
+
+SUITES = ("ruler", "recall", "helmet")
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    tasks = commands.add_parser(
+        "tasks",
+        help="score a model on long-context tasks, dense and with RRAttention",
+        description="Long-context tasks, each sample dense and with RRAttention. A run that was cut off goes on.",
+    )
+    tasks.set_defaults(run=run)
+    tasks.add_argument("--suite", choices=SUITES, default="ruler", help="[%(default)s]")
+    tasks.add_argument("--tasks", type=names, metavar="TASK,...", help="of the suite [those that need no download]")
+    tasks.add_argument("--lengths", type=lengths, default=(2048, 4096), metavar="TOKENS,...", help="[2048,4096]")
+    tasks.add_argument("--samples", type=int, default=10, help="a task and length [%(default)s]")
+    tasks.add_argument(
+        "--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]"
+    )
+    tasks.add_argument("--data", type=Path, metavar="DIR", help="HELMET's data folder, for the suite helmet")
+    tasks.add_argument("--chat-template", action="store_true", help="prompts through the model's chat template")
+    tasks.add_argument("--no-dense", action="store_true", help="leave the dense baseline out")
+    tasks.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    tasks.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+    tasks.add_argument(
+        "--results", type=Path, default=Path("rr-flex-tasks.jsonl"), help="one JSON line a cell, added to [%(default)s]"
+    )
+    tasks.add_argument("--output", type=Path, metavar="PNG", help="heat map of all cells in the results")
+    tasks.add_argument("--json", action="store_true", help="print the cells as JSON in the table's place")
+    add_settings(tasks)
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def lengths(text: str) -> list[int]:
+    return [int(length) for length in text.split(",")]
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    progress = Progress()
+    try:
+        config = config_of(arguments)
+        check_writable("--results", arguments.results)
+        if arguments.output:
+            check_writable("--output", arguments.output)
+        if arguments.samples < 1:
+            raise ValueError(f"--samples must be at least 1, got {arguments.samples}")
+        progress("importing torch and transformers")
+        score, tasks = import_suite(arguments)
+        from rr_flex.models.loading import load_causal_lm
+        from rr_flex.tasks import results
+        from rr_flex.tasks.run import run as run_suite
+
+        results.read(arguments.results)
+        progress("loading the model")
+        model, tokenizer = load_causal_lm(arguments.model, **device_and_dtype(arguments.device, arguments.dtype))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")
+
+    configs = [config] if arguments.no_dense else [None, config]
+    for cell in run_suite(
+        model,
+        tokenizer,
+        suite=arguments.suite,
+        score=score,
+        tasks=tasks,
+        lengths=arguments.lengths,
+        samples=arguments.samples,
+        configs=configs,
+        name=arguments.model or "SmolLM2-135M-Instruct",
+        path=arguments.results,
+        chat=arguments.chat_template,
+        progress=lambda text, done, of: progress(f"[{done + 1}/{of}] {text}"),
+    ):
+        progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
+    print(file=sys.stderr)
+    cells = [cell for cell in results.read(arguments.results) if cell.suite == arguments.suite]
+    if arguments.output:
+        results.heat_map(cells, arguments.output)
+    print(json.dumps([asdict(cell) for cell in cells]) if arguments.json else results.table(cells))
+    return 0
+
+
+def import_suite(arguments: argparse.Namespace):
+    """(the suite's function that scores a task, the tasks to run); ValueError for a task that it lacks."""
+    try:
+        if arguments.suite == "ruler":
+            import lm_eval  # noqa: F401
+
+            from rr_flex.tasks import ruler
+
+            score, known, usual = ruler.scores, list(ruler.TASKS), list(ruler.NO_ESSAY)
+        elif arguments.suite == "recall":
+            from rr_flex.tasks import recall
+
+            score, known = recall.scores, list(recall.TASKS)
+            usual = known
+        else:
+            from rr_flex.tasks import helmet
+
+            if arguments.data is None or not arguments.data.is_dir():
+                raise ValueError(f"--data must be HELMET's data folder for --suite helmet, got {arguments.data}")
+            score, known = helmet.scores_in(arguments.data), list(helmet.TASKS)
+            usual = known
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("rr_flex"):
+            raise
+        raise ModuleNotFoundError(f"the tasks need {error.name}; install: pip install 'rr-flex[tasks]'") from error
+    tasks = arguments.tasks or usual
+    unknown = set(tasks) - set(known)
+    if unknown:
+        raise ValueError(f"--tasks must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    return score, tasks

@@ -1,0 +1,83 @@
+"""What rr_flex did in a model: per layer, how often sparse, how often dense and why, and at which density."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+DECODE = "decode"
+SHORT = "shorter than min_length"
+LAST_ROWS = "all rows are dense last rows"
+DENSE_LAYER = "layer set to dense"
+SLIDING = "sliding layer set to dense"
+NOT_CAUSAL = "not causal"
+OWN_MASK = "a mask of the model's own"
+PADDING_BETWEEN = "padding between real tokens"
+SOFTCAP = "softcap"
+SINKS = "attention sinks on the CPU"
+DROPOUT = "dropout"
+GRADIENT = "gradient on the CPU"
+POSITION_BIAS = "position bias"
+HEAD_DIM = "head dim outside 16 to 256"
+DTYPE = "dtype"
+MASK_LENGTH = "mask and keys of different lengths"
+
+
+@dataclass
+class LayerRecord:
+    """One layer's calls."""
+
+    sparse: int = 0  # prefill calls with a selection
+    dense: Counter[str] = field(default_factory=Counter)  # calls by reason
+    density_sum: Tensor | float = 0.0  # over the sparse calls; a tensor stays on its device until it is read
+
+    def add_sparse(self, density: Tensor) -> None:
+        self.sparse += 1
+        self.density_sum = self.density_sum + density.detach()
+
+    @property
+    def density(self) -> float | None:
+        """Mean density of the sparse calls; None without one."""
+        return float(self.density_sum) / self.sparse if self.sparse else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts by layer. Calls inside a caller's compiled graph (one-token steps only) are not counted."""
+
+    layers: dict[int, LayerRecord]
+
+    @property
+    def sparse(self) -> int:
+        return sum(record.sparse for record in self.layers.values())
+
+    @property
+    def dense(self) -> Counter[str]:
+        return sum((record.dense for record in self.layers.values()), Counter())
+
+    @property
+    def density(self) -> float | None:
+        """Mean over all sparse calls of all layers; None without one."""
+        total = sum(float(record.density_sum) for record in self.layers.values())
+        return total / self.sparse if self.sparse else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        layers = {
+            str(layer): {"sparse": record.sparse, "dense": dict(record.dense), "density": record.density}
+            for layer, record in sorted(self.layers.items())
+        }
+        return {"sparse": self.sparse, "dense": dict(self.dense), "density": self.density, "layers": layers}
+
+    def __str__(self) -> str:
+        lines = ["layer  sparse  density  dense"]
+        for layer, record in sorted(self.layers.items()):
+            lines.append(f"{layer:5d}" + _row(record.sparse, record.density, record.dense))
+        lines.append("  all" + _row(self.sparse, self.density, self.dense))
+        return "\n".join(lines)
+
+
+def _row(sparse: int, density: float | None, dense: Counter[str]) -> str:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in dense.most_common())
+    return f"  {sparse:6d}  {'-' if density is None else f'{density:.3f}':>7}  {reasons or '-'}"

@@ -1,0 +1,61 @@
+"""Greedy answers to prompts, and how answers are scored."""
+
+import math
+import re
+import string
+from collections.abc import Sequence
+
+import torch
+
+
+@torch.no_grad()
+def answer(model, tokenizer, prompt: str, new_tokens: int, *, chat: bool = False) -> tuple[str, int]:
+    """(the greedy continuation, prompt tokens)."""
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat, verbose=False).input_ids
+    ids = ids.to(model.device)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), ids.shape[1]
+
+
+def recall(answer: str, references: Sequence[str]) -> float:
+    """The share of the references that occur in the answer, case aside."""
+    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+
+
+def substring_match(answer: str, references: Sequence[str]) -> float:
+    """1 where any reference occurs in the answer, both normalised."""
+    return float(any(normalise(reference) in normalise(answer) for reference in references))
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """The best harmonic mean of precision and recall of normalised words over the references."""
+    return max(_f1(normalise(answer).split(), normalise(reference).split()) for reference in references)
+
+
+def ndcg(ranking: Sequence[str], relevance: dict[str, int], depth: int = 10) -> float:
+    """Discounted cumulative gain of the ranking's first `depth` over the best possible one's; repeats count once."""
+    seen = list(dict.fromkeys(ranking))[:depth]
+    best = sorted(relevance.values(), reverse=True)[:depth]
+    ideal = _gain(best)
+    return _gain([relevance.get(name, 0) for name in seen]) / ideal if ideal else 0.0
+
+
+def normalise(text: str) -> str:
+    """Lower case without punctuation, articles and runs of spaces, as SQuAD's script has it."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _f1(words: list[str], reference: list[str]) -> float:
+    common = sum(min(words.count(word), reference.count(word)) for word in set(words))
+    return 2 * common / (len(words) + len(reference)) if common else 0.0
+
+
+def _gain(labels: Sequence[int]) -> float:
+    return sum(label / math.log2(place + 2) for place, label in enumerate(labels))

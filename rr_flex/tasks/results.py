@@ -1,0 +1,100 @@
+"""Scores of tasks, one JSON line a cell: kept as they come, so that a run that was cut off goes on where it stopped."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One task at one length under one attention."""
+
+    suite: str
+    task: str
+    length: int  # tokens of prompt and answer
+    attention: str  # DENSE, or the settings that differ from the defaults, as "tau=0.95 order=2"
+    model: str
+    samples: int
+    score: float  # mean share of the references found, 0 to 1
+    seconds: float  # wall time of the cell's generation
+    density: float | None  # mean over layers and samples; None: dense
+    dense_reasons: dict[str, int]  # prefill calls that stayed dense, by reason
+    tokens: int  # prompt tokens of all samples
+
+    @property
+    def key(self) -> tuple:
+        return self.suite, self.task, self.length, self.attention, self.model, self.samples
+
+
+def read(path: Path) -> list[Cell]:
+    """The cells in `path`, none if there is no such file. ValueError for a line that is none."""
+    if not path.exists():
+        return []
+    names = {field.name for field in fields(Cell)}
+    cells = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} must hold a JSON object a line, got line {number}: {error}") from error
+        if set(row) != names:
+            raise ValueError(f"{path} must hold the fields {sorted(names)}, got {sorted(row)} in line {number}")
+        cells.append(Cell(**row))
+    return cells
+
+
+def append(path: Path, cell: Cell) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps(asdict(cell)) + "\n")
+
+
+def table(cells: Iterable[Cell]) -> str:
+    """A Markdown table: a row a task and length, the dense score beside every other."""
+    cells = list(cells)
+    attentions = sorted({cell.attention for cell in cells}, key=lambda name: (name != DENSE, name))
+    rows: dict[tuple[int, str], dict[str, Cell]] = {}
+    for cell in cells:
+        rows.setdefault((cell.length, cell.task), {})[cell.attention] = cell
+    lines = [f"| length | task | samples | {' | '.join(attentions)} |", "|---" * (3 + len(attentions)) + "|"]
+    for (length, task), found in sorted(rows.items()):
+        samples = "/".join(str(n) for n in sorted({cell.samples for cell in found.values()}))
+        shown = [_shown(found[name]) if name in found else "–" for name in attentions]
+        lines.append(f"| {length:,} | {task} | {samples} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _shown(cell: Cell) -> str:
+    kept = "" if cell.density is None else f", {cell.density:.2f}"
+    return f"{100 * cell.score:.0f} ({cell.seconds / cell.samples:.0f} s{kept})"
+
+
+def heat_map(cells: Iterable[Cell], path: Path) -> None:
+    """Task × length, a panel an attention, scores 0 to 100."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = list(cells)
+    attentions = sorted({cell.attention for cell in cells}, key=lambda name: (name != DENSE, name))
+    tasks = sorted({cell.task for cell in cells})
+    lengths = sorted({cell.length for cell in cells})
+    size = (1.6 + len(attentions) * (0.8 + 0.7 * len(lengths)), 1.2 + 0.4 * len(tasks))
+    figure, axes = pyplot.subplots(1, len(attentions), figsize=size, squeeze=False, layout="constrained")
+    for axis, attention in zip(axes[0], attentions, strict=True):
+        scores = {(cell.task, cell.length): 100 * cell.score for cell in cells if cell.attention == attention}
+        grid = [[scores.get((task, length), float("nan")) for length in lengths] for task in tasks]
+        image = axis.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        for (task, length), score in scores.items():
+            color = "black" if score > 60 else "white"
+            place = lengths.index(length), tasks.index(task)
+            axis.text(*place, f"{score:.0f}", ha="center", va="center", color=color, fontsize=8)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axis.set_yticks(range(len(tasks)), tasks if axis is axes[0][0] else [])
+        axis.set_title(attention, fontsize=9)
+    figure.colorbar(image, ax=axes, label="score")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,120 @@
+"""RULER's tasks (arXiv 2404.06654) by lm-eval's harness, on a model that is in memory and without a network."""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+
+TASKS = {
+    "niah_single_1": "niah_single_1",
+    "niah_single_2": "niah_single_2",
+    "niah_single_3": "niah_single_3",
+    "niah_multikey_1": "niah_multikey_1",
+    "niah_multikey_2": "niah_multikey_2",
+    "niah_multikey_3": "niah_multikey_3",
+    "niah_multivalue": "niah_multivalue",
+    "niah_multiquery": "niah_multiquery",
+    "vt": "ruler_vt",
+    "cwe": "ruler_cwe",
+    "fwe": "ruler_fwe",
+}
+NO_ESSAY = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+
+
+def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool = False) -> tuple[list[float], int]:
+    """(each sample's score 0 to 1, prompt tokens) of the first `samples` of lm-eval's samples at `length` tokens.
+
+    Tasks whose haystack is essays get Python's own documentation in their place, since essays need a network: their
+    scores compare dense with sparse here, not with published ones.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    import lm_eval
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    name, here = TASKS[task], Path(lm_eval.__file__).parent / "tasks" / "ruler"
+    with tempfile.TemporaryDirectory() as folder, _offline(samples):
+        # The tasks load the tokenizer by name.
+        tokenizer.save_pretrained(folder)
+        metadata = {"max_seq_lengths": [length], "tokenizer": folder}
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=length),
+            tasks=[name],
+            task_manager=TaskManager(include_path=str(here), include_defaults=False, metadata=metadata),
+            metadata=metadata,
+            limit=samples,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+        )
+    logged = results["samples"][name]
+    tokens = sum(len(tokenizer(sample["arguments"][0][0]).input_ids) for sample in logged)
+    return [float(sample[str(length)]) for sample in logged], tokens
+
+
+@contextmanager
+def _offline(samples: int) -> Iterator[None]:
+    """lm-eval's makers of samples with a local haystack for essays, making no more samples than are wanted."""
+    import nltk
+
+    plain_download = nltk.download
+    nltk.download = lambda *args, **kwargs: False  # asked for at import, for essays only
+    try:
+        modules = {name: import_module(f"lm_eval.tasks.ruler.{name}") for name in (*MAKERS, "prepare_niah")}
+    finally:
+        nltk.download = plain_download
+    replaced = [(modules[name], maker, getattr(modules[name], maker)) for name, maker in MAKERS.items()]
+    replaced += [(modules["niah_utils"], "get_haystack", modules["niah_utils"].get_haystack)]
+    replaced += [(modules["prepare_niah"], "cached_sent_tokenize", modules["prepare_niah"].cached_sent_tokenize)]
+    for module, name, plain in replaced:
+        # lm-eval loads a module anew unless it carries the time of its file.
+        module.__mtime__ = Path(module.__file__).stat().st_mtime_ns
+        setattr(module, name, _fewer(plain, samples) if name in MAKERS.values() else REPLACEMENTS[name](plain))
+    try:
+        yield
+    finally:
+        for module, name, plain in replaced:
+            setattr(module, name, plain)
+
+
+def _fewer(make: Callable, samples: int) -> Callable:
+    @wraps(make)
+    def make_fewer(*args, num_samples: int = 500, **kwargs):
+        return make(*args, num_samples=min(num_samples, samples), **kwargs)
+
+    return make_fewer
+
+
+def _local_haystack(plain: Callable) -> Callable:
+    def haystack(type_haystack: str, *args, **kwargs):
+        return prose().split(" ") if type_haystack == "essay" else plain(type_haystack, *args, **kwargs)
+
+    return haystack
+
+
+# Modules of lm_eval.tasks.ruler and their functions that make 500 samples, whatever the limit.
+MAKERS = {
+    "niah_utils": "generate_samples",
+    "vt_utils": "sys_vartrack_w_noise_random",
+    "cwe_utils": "sys_word_pair_random",
+    "fwe_utils": "sys_kwext",
+}
+REPLACEMENTS = {"get_haystack": _local_haystack, "cached_sent_tokenize": lambda plain: sentences}
+
+
+def prose() -> str:
+    """Python's own documentation on one line: 460,000 characters of English, in every installation."""
+    from pydoc_data.topics import topics
+
+    return re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
+
+
+def sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?]) ", text)

@@ -1,0 +1,74 @@
+"""Runs a suite's cells one after the other, each on the same samples dense and with RRAttention."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from time import perf_counter
+
+from rr_flex.config import RRConfig
+from rr_flex.models import enable
+from rr_flex.models.records import DECODE
+from rr_flex.tasks import results
+from rr_flex.tasks.results import DENSE, Cell
+
+Scores = Callable[..., tuple[list[float], int]]  # (model, tokenizer, task, length, samples, chat=) -> scores, tokens
+
+
+def run(
+    model,
+    tokenizer,
+    *,
+    suite: str,
+    score: Scores,
+    tasks: list[str],
+    lengths: list[int],
+    samples: int,
+    configs: list[RRConfig | None],
+    name: str,
+    path: Path,
+    chat: bool = False,
+    progress: Callable[[str, int, int], None] = lambda text, done, of: None,
+) -> Iterator[Cell]:
+    """Each cell that `path` does not hold yet, appended to it when it is done. None among `configs` is dense."""
+    done = {cell.key for cell in results.read(path)}
+    wanted = [(length, task, config) for length in lengths for task in tasks for config in configs]
+    for number, (length, task, config) in enumerate(wanted):
+        attention = describe(config)
+        key = (suite, task, length, attention, name, samples)
+        progress(f"{suite} {task}, {length:,} tokens, {attention}", number, len(wanted))
+        if key in done:
+            continue
+        start = perf_counter()
+        with nullcontext() if config is None else enable(model, config=config) as on:
+            found, tokens = score(model, tokenizer, task, length, samples, chat=chat)
+            report = on.report() if on else None
+        cell = Cell(
+            suite=suite,
+            task=task,
+            length=length,
+            attention=attention,
+            model=name,
+            samples=samples,
+            score=sum(found) / len(found),
+            seconds=perf_counter() - start,
+            density=report.density if report else None,
+            dense_reasons={why: n for why, n in report.dense.items() if why != DECODE} if report else {},
+            tokens=tokens,
+        )
+        results.append(path, cell)
+        yield cell
+
+
+def describe(config: RRConfig | None) -> str:
+    """The settings that differ from the defaults, tau always; DENSE for None."""
+    if config is None:
+        return DENSE
+    usual = RRConfig()
+    level = config.budget == "threshold"
+    shown = [f"threshold={config.threshold}" if level else f"tau={config.tau}"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("tau", "threshold", "budget") and value != getattr(usual, field.name):
+            shown.append(f"{field.name}={value}")
+    return " ".join(shown)

@@ -1,0 +1,100 @@
+"""Tiny random models of many families, and the ways in which generate() calls them."""
+
+import inspect
+
+import torch
+import transformers as hf
+
+# Large weights make sharp attention: with the usual ones every block looks alike and any selection would pass.
+SHAPE = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024}
+SHAPE |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+WINDOW = 96
+LAYERS = ["sliding_attention", "full_attention"]
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def make(name, **more):
+    """`name`'s causal language model with random weights, the same every time."""
+    config, extra = FAMILIES[name]
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(config(**(SHAPE | extra | more))).eval()
+
+
+FAMILIES = {
+    "llama": (hf.LlamaConfig, {}),
+    "qwen2": (hf.Qwen2Config, {}),  # bias on q, k, v
+    "qwen3": (hf.Qwen3Config, {}),  # norms on q and k
+    "qwen3-moe": (hf.Qwen3MoeConfig, MOE),
+    "mistral": (hf.MistralConfig, {"sliding_window": WINDOW}),
+    "gemma2": (hf.Gemma2Config, {"sliding_window": WINDOW, "query_pre_attn_scalar": 32}),
+    "gemma3": (hf.Gemma3TextConfig, {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "layer_types": LAYERS}),
+    "gpt-oss": (hf.GptOssConfig, {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": (hf.Phi3Config, {}),
+    "glm4": (hf.Glm4Config, {}),
+    "olmo2": (hf.Olmo2Config, {}),
+    "granite": (hf.GraniteConfig, {"attention_multiplier": 32**-0.5}),
+}
+
+IDS = torch.randint(1, 64, (3, 320), generator=torch.Generator().manual_seed(1))
+STEPS = 3
+
+
+def generate(model, ids=None, **options):
+    """(tokens [B, STEPS], logits of the first [B, V]) of greedy decoding."""
+    ids = IDS[:1] if ids is None else ids
+    options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True} | options
+    options |= {"return_dict_in_generate": True, "use_cache": True}
+    with torch.no_grad():
+        out = model.generate(ids, **options)
+    return out.sequences[:, -STEPS:], out.logits[0].float()
+
+
+def ragged(model, side):
+    mask = torch.ones_like(IDS)
+    for row, length in enumerate((320, 217, 301)):
+        cut = slice(length, None) if side == "right" else slice(0, 320 - length)
+        mask[row, cut] = 0
+    if side == "left":
+        return generate(model, IDS, attention_mask=mask)
+    # generate() continues after the last column: with padding on the right, a forward's last real token it is.
+    with torch.no_grad():
+        logits = model(IDS, attention_mask=mask).logits
+    last = logits[torch.arange(3), mask.sum(1) - 1].float()
+    return last.argmax(-1, keepdim=True), last
+
+
+def prefix(model):
+    """A prompt whose first 192 tokens are in the cache already."""
+    # The argument's name changed within transformers 5.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = {name: hf.DynamicCache(config=model.config)}
+    with torch.no_grad():
+        model(IDS[:1, :192], **cache)
+    return generate(model, **cache)
+
+
+def packed(model):
+    """Two documents in one row, told apart by their positions."""
+    positions = torch.cat([torch.arange(130), torch.arange(190)])[None]
+    with torch.no_grad():
+        logits = model(IDS[:1], position_ids=positions, use_cache=False).logits[:, -1].float()
+    return logits.argmax(-1, keepdim=True), logits
+
+
+def assisted(model):
+    assistant = make("llama", num_hidden_layers=1)
+    return generate(model, assistant_model=assistant)
+
+
+MODES = {
+    "one prompt": generate,
+    "left padding": lambda model: ragged(model, "left"),
+    "right padding": lambda model: ragged(model, "right"),
+    "static cache": lambda model: generate(model, cache_implementation="static", disable_compile=True),
+    "chunked": lambda model: generate(model, prefill_chunk_size=192),
+    "prefix in cache": prefix,
+    "beams": lambda model: generate(model, num_beams=2),
+    "assistant": assisted,
+    "packed": packed,
+}

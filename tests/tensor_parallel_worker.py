@@ -1,0 +1,42 @@
+"""One process of a tensor-parallel prefill: `torchrun --nproc-per-node N worker.py MODEL_FOLDER OUT`; also run alone.
+
+Writes, from rank 0, the logits and every layer's kept blocks of all heads.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from model_families import IDS
+from transformers import AutoModelForCausalLM
+
+from rr_flex import select_blocks
+from rr_flex.models import enable, forward
+
+
+def main(folder: str, out: str) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto" if world > 1 else None).eval()
+    kept = []
+    attend = forward.rr_attention
+
+    def recorded(q, k, v, *, return_density, return_lse, **options):
+        local = select_blocks(q, k, **options).kept
+        parts = [torch.empty_like(local) for _ in range(world)]
+        if world > 1:
+            dist.all_gather(parts, local)
+        kept.append(torch.cat(parts if world > 1 else [local], 1))
+        return attend(q, k, v, return_density=return_density, return_lse=return_lse, **options)
+
+    forward.rr_attention = recorded
+    with torch.no_grad(), enable(model, tau=[0.4, 0.5], block_size=64, dense_last_rows=0):
+        logits = model(IDS[:1], use_cache=False).logits
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save({"logits": logits, "kept": kept, "heads": model.model.layers[0].self_attn.q_proj.weight.shape}, out)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,173 @@
+"""Long-context tasks: samples fit their length, scores count what they say, runs resume, files load."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from rr_flex import RRConfig
+from rr_flex.commands.tasks import import_suite
+from rr_flex.tasks import answers, helmet, recall, results
+from rr_flex.tasks.results import DENSE, Cell
+from rr_flex.tasks.run import describe, run
+
+
+class Letters:
+    """A tokenizer of one token a character, for models that are none."""
+
+    eos_token_id = pad_token_id = 0
+
+    def __call__(self, text, return_tensors=None, **_):
+        ids = [ord(character) % 250 + 1 for character in text]
+        return type("Encoding", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids.tolist()))
+
+
+class Oracle:
+    """A model that answers whatever it is told to."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, says):
+        self.says = says
+
+    def generate(self, ids, **_):
+        return torch.cat([ids, torch.tensor([[ord(character) for character in self.says]])], 1)
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_recall_samples_fit_and_can_be_answered(task):
+    tokenizer = Letters()
+    sample = recall.fit(task, 3000, 7, tokenizer)
+    size = len(sample.prompt) + sample.new_tokens
+    assert 2000 < size <= 3000 and sample == recall.fit(task, 3000, 7, tokenizer) != recall.fit(
+        task, 3000, 8, tokenizer
+    )
+    assert all(answer in sample.prompt for answer in sample.answers)
+    assert answers.recall(" ".join(sample.answers), sample.answers) == 1
+    assert answers.recall("no idea", sample.answers) == 0
+    with pytest.raises(ValueError, match="length must hold a sample"):
+        recall.fit(task, 50, 7, tokenizer)
+
+
+def test_scores():
+    assert answers.recall("It is 12 and 34.", ["12", "34", "56"]) == pytest.approx(2 / 3)
+    assert answers.substring_match("The Eiffel-Tower!", ["eiffeltower"]) == 1
+    assert answers.token_f1("the red house", ["red"]) == pytest.approx(2 / 3)
+    assert answers.ndcg(["b", "a"], {"a": 3, "b": 0}) == pytest.approx(1 / 1.584963, abs=1e-5)
+    assert answers.ndcg(["a", "a", "b"], {"a": 3, "b": 1}) == 1
+    assert helmet.order_of("Ranking: [ID: 3] > ID1 > 2") == ["3", "1", "2"]
+
+
+def test_a_run_resumes(tmp_path):
+    path, calls = tmp_path / "cells.jsonl", []
+
+    def score(model, tokenizer, task, length, samples, *, chat):
+        calls.append((task, length))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [1.0, 0.0], 100
+
+    options = {"suite": "s", "score": score, "tasks": ["a", "b"], "lengths": [8, 16], "samples": 2}
+    options |= {"configs": [None], "name": "m", "path": path}
+    with pytest.raises(KeyboardInterrupt):
+        list(run(None, None, **options))
+    assert [cell.task for cell in results.read(path)] == ["a", "b"]
+    again = list(run(None, None, **options))
+    assert calls == [("a", 8), ("b", 8), ("a", 16), ("a", 16), ("b", 16)] and len(again) == 2
+    assert again[0].score == 0.5 and again[0].attention == DENSE
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="fields"):
+        results.read(path)
+
+
+def test_settings_are_named():
+    assert describe(None) == DENSE and describe(RRConfig()) == "tau=0.95"
+    assert describe(RRConfig(order=2, block_size=(128, 64))) == "tau=0.95 block_size=(128, 64) order=2"
+    assert describe(RRConfig(budget="threshold", threshold=0.02)) == "threshold=0.02"
+
+
+def cell(**changed):
+    usual = {"suite": "s", "task": "t", "length": 2048, "attention": DENSE, "model": "m", "samples": 4, "score": 0.5}
+    return Cell(**(usual | {"seconds": 8.0, "density": None, "dense_reasons": {}, "tokens": 9} | changed))
+
+
+def test_table_and_heat_map(tmp_path):
+    cells = [cell(), cell(attention="tau=0.9", density=0.4, score=0.25), cell(length=4096, score=1.0)]
+    lines = results.table(cells).splitlines()
+    assert lines[0].split(" | ")[-2:] == [DENSE, "tau=0.9 |"]
+    assert lines[2] == "| 2,048 | t | 4 | 50 (2 s) | 25 (2 s, 0.40) |" and lines[3].endswith("| – |")
+    pytest.importorskip("matplotlib")
+    results.heat_map(cells, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def rows(path, *found):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in found))
+
+
+@pytest.fixture
+def helmet_data(tmp_path):
+    """A few rows of each of HELMET's files, in its format."""
+    kv = {f"key{i}": f"value{i}" for i in range(5)}
+    demos = [["key1", "value1"], ["key2", "value2"], ["key3", "value3"]]
+    row = {"context": json.dumps(kv), "question": "key4", "answer": "value4", "demos": demos, "num_kvs": 5}
+    rows(tmp_path / "json_kv/test_k105_dep6.jsonl", row)
+    needle = {"context": "… magic …", "query": "owl", "type_needle_v": "numbers", "answer": ["12", "34"]}
+    rows(tmp_path / "ruler/niah_multivalue/validation_8192.jsonl", needle)
+    passages = [{"id": str(i), "title": f"t{i}", "text": f"text {i}", "has_answer": i == 1} for i in range(3)]
+    asked = {"question": "who?", "answers": ["Ada", "Ada Lovelace"], "ctxs": passages}
+    rows(tmp_path / "kilt/nq-dev-multikilt_1000_k50_dep6.jsonl", asked)
+    shown = [{**asked, "question": f"who {i}?", "answers": [f"Bob {i}"]} for i in range(4)]
+    rows(tmp_path / "kilt/nq-train-multikilt_1000_k3_dep6.jsonl", *shown)
+    ranked = [{"id": str(i), "text": f"text {i}", "label": i} for i in range(3)]
+    queries = [{"qid": f"q{i}", "query": f"what {i}", "ctxs": ranked} for i in range(4)]
+    rows(tmp_path / "msmarco/test_reranking_data_k50_dep3.jsonl", queries[0])
+    rows(tmp_path / "msmarco/test_reranking_data_k10_dep3.jsonl", *queries)
+    rows(tmp_path / "exported/longqa_8192.jsonl", {"context": "story", "question": "why?", "answer": ["a red fox"]})
+    rows(tmp_path / "exported/icl_8192.jsonl", {"context": "x\nlabel: 3", "question": "y", "answer": "7"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "wrong", "holds"),
+    [
+        ("json_kv", " value4", "value3", "Key: key2\nCorresponding value: value2"),
+        ("niah_mv", "12, 34", "none", "What are all the special magic numbers for owl"),
+        ("kilt_nq", " ada lovelace\nmore", "Bob\nAda", "Document (Title: t1): text 1"),
+        ("msmarco_rerank", " 2 > 1 > 0", "", "[ID: 2] Document: text 2"),
+        ("longqa", "Red fox.", "blue", "Question: why?"),
+        ("icl", " 7", "17", "label: 3"),
+    ],
+)
+def test_helmet_rows(helmet_data, task, right, wrong, holds):
+    (question,) = helmet.questions(helmet_data, task, 8192, 10)
+    assert holds in question.prompt
+    if task in ("kilt_nq", "msmarco_rerank"):
+        assert question.prompt.count("Answer: Bob" if task == "kilt_nq" else "Ranking: 2 > 1 > 0") == 2
+    scores = helmet.scores_in(helmet_data)
+    assert scores(Oracle(right), Letters(), task, 8192, 1)[0] == [1.0]
+    assert scores(Oracle(wrong), Letters(), task, 8192, 1)[0] == [0.0]
+    with pytest.raises(ValueError, match="HELMET's"):
+        helmet.questions(helmet_data, task, 1000, 1)
+
+
+def test_missing_data_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="HELMET's data"):
+        helmet.questions(tmp_path, "json_kv", 8192, 1)
+
+
+def test_suites_check_their_arguments(tmp_path):
+    arguments = type("Arguments", (), {"suite": "recall", "tasks": ["json_kv"], "data": None})
+    assert import_suite(arguments)[1] == ["json_kv"]
+    arguments.tasks = ["poetry"]
+    with pytest.raises(ValueError, match="--tasks must be among"):
+        import_suite(arguments)
+    arguments.suite, arguments.tasks = "helmet", None
+    with pytest.raises(ValueError, match="--data must be"):
+        import_suite(arguments)
