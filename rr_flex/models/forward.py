@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mask_mods import SpanMask
 from rr_flex.attention import rr_attention
 from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
