@@ -6,18 +6,39 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from rr_flex.commands.options import USAGE_ERROR, Progress, add_settings, check_writable, config_of, device_and_dtype
+from rr_flex.commands.options import (
+    Progress,
+    add_command,
+    add_json,
+    add_quiet,
+    add_settings,
+    check_writable,
+    config_of,
+    device_and_dtype,
+    failed,
+    quiet,
+)
+from rr_flex.writing import write_atomically
 
 SUITES = ("ruler", "recall", "helmet")
 
+EXAMPLES = """
+examples:
+  rr-flex tasks --suite recall --lengths 2048 --samples 5
+  rr-flex tasks --suite ruler --tasks niah_single_1 --lengths 2048,4096 --output tasks.png
+  rr-flex tasks --suite ruler --tau 0.9 --results tasks.jsonl && rr-flex report tasks.jsonl
+"""
+
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    tasks = commands.add_parser(
+    tasks = add_command(
+        commands,
         "tasks",
+        run,
         help="score a model on long-context tasks, dense and with RRAttention",
         description="Long-context tasks, each sample dense and with RRAttention. A run that was cut off goes on.",
+        examples=EXAMPLES,
     )
-    tasks.set_defaults(run=run)
     tasks.add_argument("--suite", choices=SUITES, default="ruler", help="[%(default)s]")
     tasks.add_argument("--tasks", type=names, metavar="TASK,...", help="of the suite [those that need no download]")
     tasks.add_argument("--lengths", type=lengths, default=(2048, 4096), metavar="TOKENS,...", help="[2048,4096]")
@@ -35,7 +56,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--results", type=Path, default=Path("rr-flex-tasks.jsonl"), help="one JSON line a cell, added to [%(default)s]"
     )
     tasks.add_argument("--output", type=Path, metavar="PNG", help="heat map of all cells in the results")
-    tasks.add_argument("--json", action="store_true", help="print the cells as JSON in the table's place")
+    add_json(tasks)
+    add_quiet(tasks)
     add_settings(tasks)
 
 
@@ -48,12 +70,14 @@ def lengths(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    progress = Progress()
+    progress = quiet if arguments.quiet else Progress()
     try:
         config = config_of(arguments)
         check_writable("--results", arguments.results)
         if arguments.output:
             check_writable("--output", arguments.output)
+        if arguments.json not in (None, "-"):
+            check_writable("--json", Path(arguments.json))
         if arguments.samples < 1:
             raise ValueError(f"--samples must be at least 1, got {arguments.samples}")
         progress("importing torch and transformers")
@@ -66,7 +90,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         progress("loading the model")
         model, tokenizer = load_causal_lm(arguments.model, **device_and_dtype(arguments.device, arguments.dtype))
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")
+        return failed(parser, error)
 
     configs = [config] if arguments.no_dense else [None, config]
     for cell in run_suite(
@@ -88,7 +112,10 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     cells = [cell for cell in results.read(arguments.results) if cell.suite == arguments.suite]
     if arguments.output:
         results.heat_map(cells, arguments.output)
-    print(json.dumps([asdict(cell) for cell in cells]) if arguments.json else results.table(cells))
+    document = json.dumps([asdict(cell) for cell in cells]) + "\n"
+    if arguments.json not in (None, "-"):
+        write_atomically(Path(arguments.json), lambda stream: stream.write(document.encode()))
+    print(document if arguments.json == "-" else results.table(cells))
     return 0
 
 
