@@ -68,11 +68,13 @@ def on_site(source: str, link: re.Match) -> str:
 
 
 def without_widgets(notebook):
-    """Sliders need a kernel; the picture under them stays."""
+    """Sliders need a kernel; the picture under them stays. What libraries log is of the machine that ran it."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [
-                output for output in cell.outputs if not any("widget" in kind for kind in output.get("data", {}))
+                output
+                for output in cell.outputs
+                if not any("widget" in kind for kind in output.get("data", {})) and output.get("name") != "stderr"
             ]
     notebook.metadata.pop("widgets", None)
     return notebook

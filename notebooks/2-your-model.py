@@ -114,7 +114,7 @@ print(f"KL(dense, sparse) {comparison.kl:.2e} nats a token")
 
 # %%
 def continuation() -> str:
-    settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return tokenizer.decode(out[0, LENGTH:], skip_special_tokens=True).strip()

@@ -36,7 +36,8 @@ def test_widgets_go_and_pictures_stay():
         {"output_type": "display_data", "metadata": {}, "data": {kind: "x", "text/plain": "x"}}
         for kind in ("application/vnd.jupyter.widget-view+json", "image/png")
     )
-    notebook.cells[0].outputs = [widget, picture]
+    log = {"output_type": "stream", "name": "stderr", "text": "a warning of some library"}
+    notebook.cells[0].outputs = [log, widget, picture]
     assert site.without_widgets(notebook).cells[0].outputs == [picture]
 
 
