@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rr_flex import doctor
 from rr_flex.cli import COMMANDS, main, make_parser
 from rr_flex.commands import tune
 from rr_flex.commands.completion import SCRIPTS, subcommands
+from rr_flex.config import Budget
 
 
 def findings(capsys, *arguments: str) -> tuple[int, dict]:
@@ -79,7 +82,7 @@ def test_every_command_has_examples_that_parse():
     for command in COMMANDS:
         for line in getattr(command, "EXAMPLES", "").splitlines():
             for part in line.split("&&"):
-                words = part.split(">")[0].split("(")[0].split()
+                words = shlex.split(part.split(">")[0].split("   (")[0])
                 if words[:1] == ["rr-flex"] and "NAME" not in part:
                     parser.parse_args(words[1:])
                     examples += 1
@@ -138,7 +141,7 @@ def test_shells_complete(shell, tmp_path):
     assert set(offered(shell, "rr-flex ", tmp_path)) >= {"demo", "report", "doctor", "tune", "completion"}
     assert offered(shell, "rr-flex repo", tmp_path) == ["report"]
     assert offered(shell, "rr-flex demo --dty", tmp_path) == ["--dtype"]
-    assert set(offered(shell, "rr-flex demo --budget ", tmp_path)) == {"top_tau", "threshold"}
+    assert set(offered(shell, "rr-flex demo --budget ", tmp_path)) == set(get_args(Budget))
     assert "mine.txt" in offered(shell, "rr-flex demo --text mi", tmp_path)
     assert offered(shell, "rr-flex completion z", tmp_path) == ["zsh"]
 
