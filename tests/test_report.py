@@ -117,7 +117,7 @@ def test_lines_of_different_shapes_are_not_joined(write):
 
 def test_evaluations_become_curves_of_means(write):
     records = [
-        {"rule": rule, "text": text, "layer": layer, "density": d, "error": d * scale, "recall": 1 - d}
+        {"rule": rule, "text": text, "layer": layer, "density": d, "kept": d / 2, "error": d * scale, "recall": 1 - d}
         for rule, scale in (("rr", 2.0), ("best", 1.0))
         for text in ("prose", "code")
         for layer in range(20)
@@ -132,10 +132,10 @@ def test_evaluations_become_curves_of_means(write):
     (run,) = read_runs(write(document))
     captions = [table.caption for table in run.tables]
     assert captions == ["records, means", "predictions, means", "versions", "records", "predictions"]
-    assert run.tables[0].columns == ["rule", "density", "error", "recall"]
-    assert ["rr", 0.25, 0.5, 0.75] in run.tables[0].rows and len(run.tables[0].rows) == 4
+    assert run.tables[0].columns == ["rule", "kept", "error", "recall"]
+    assert ["rr", 0.125, 0.5, 0.75] in run.tables[0].rows and len(run.tables[0].rows) == 4
     charts = {chart.caption: chart.lines for chart in run.charts}
-    assert charts["records: error"]["best"] == [(0.25, 0.25), (0.5, 0.5)]
+    assert charts["records: error"]["best"] == [(0.125, 0.25), (0.25, 0.5)]
     assert charts["predictions: kl"]["rr"] == [(0.25, 0.5), (0.5, 1.0)]
     page = report_page([run])
     assert "<summary>records: 160 rows</summary>" in page and page.count("<svg") == 4

@@ -220,7 +220,8 @@ def curves_in(table: Table) -> tuple[Table, list[Chart]] | None:
         rule = str(record[label]) + (f", {record['scope']}" if len(scopes) > 1 else "")
         level = record.get("level")
         points.setdefault((rule, record["density"] if level is None else level), []).append(record)
-    columns = ["density", *measures]
+    # A density that was asked for can be out of reach: where the records tell what was kept, that is drawn.
+    columns = ["kept" if "kept" in table.columns else "density", *measures]
     rows = [
         [rule, *(sum(record[name] for record in group) / len(group) for name in columns)]
         for (rule, _), group in points.items()
