@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
-from rr_flex.config import Budget, Mandatory, RRConfig
+from rr_flex.config import Budget, Mandatory, Phase, Pool, RRConfig
 
 # Exit codes of every subcommand. FAILED: it ran, and what it found is bad (a check of `doctor`, a failed case).
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -49,11 +49,15 @@ SETTINGS_HELP = {
     "stride": "tokens per sampled query and per pooled key",
     "query_stride": "tokens per sampled query; the stride without it",
     "key_stride": "tokens per pooled key; the stride without it",
+    "phase": "which token of a stride is sampled",
+    "pool": "what is pooled before it is scored: a stride's keys, a block's queries, or both in turn",
+    "query_pool": "tokens per pooled query; the query block without it",
     "block_size": "64, 128 or QUERYxKEY tokens, as in 128x64",
-    "order": "1: mean of a stride's logits, 2: and half their variance",
+    "order": "1: mean of the pooled logits, 2: and half their variance",
     "budget": "the rule that turns mass into kept blocks",
     "tau": "for top_tau: share of a row's estimated mass to keep, in (0, 1]",
     "threshold": "for threshold: keep blocks with a larger share of their row's mass than this",
+    "target_density": "for density: kept / visible blocks, mean over heads",
     "mandatory": "mandatory blocks count towards tau, or are added to it",
     "sink_blocks": "key blocks always kept at the start",
     "local_blocks": "key blocks always kept up to the diagonal",
@@ -65,8 +69,9 @@ SETTINGS_HELP = {
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of RRConfig."""
     settings = parser.add_argument_group("settings of the selection (RRConfig)")
-    types = {"block_size": block_size, "budget": str, "mandatory": str}
+    types = {"block_size": block_size} | dict.fromkeys(("budget", "mandatory", "phase", "pool"), str)
     choices = {"budget": get_args(Budget), "mandatory": get_args(Mandatory), "order": (1, 2)}
+    choices |= {"phase": get_args(Phase), "pool": get_args(Pool)}
     for field in dataclasses.fields(RRConfig):
         kind = types.get(field.name, float if isinstance(field.default, float) else int)
         text = SETTINGS_HELP[field.name] + ("" if field.default is None else " [%(default)s]")

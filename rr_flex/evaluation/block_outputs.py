@@ -42,14 +42,17 @@ class OutputErrors(NamedTuple):
 
 
 def strips(
-    q: Float[Tensor, "B Hq L D"], k: Float[Tensor, "B Hkv L D"], v: Float[Tensor, "B Hkv L Dv"], scale: float | None = None
+    q: Float[Tensor, "B Hq L D"],
+    k: Float[Tensor, "B Hkv L D"],
+    v: Float[Tensor, "B Hkv L Dv"],
+    scale: float | None = None,
 ):
     """For each 64 queries, causal: contributions [B, Hq, nJ, rows, Dv + 1] of the nJ key blocks of 64 up to them.
 
     The last column is Σ_j e^(s − max), the others Σ_j e^(s − max) v_j; float32. L must be the same for q, k and v.
     """
     B, Hq, L, D = q.shape
-    Hkv, Dv = k.shape[1], v.shape[3]
+    Hkv = k.shape[1]
     if k.shape[2] != L or v.shape[2] != L:
         raise ValueError(f"q, k and v must be equally long, got {L}, {k.shape[2]} and {v.shape[2]}")
     scale = D**-0.5 if scale is None else scale
@@ -83,7 +86,7 @@ def output_errors(
 
     A row that keeps nothing gives 0, as in the kernel. Costs one dense attention, and 1/64 of it a selection.
     """
-    B, Hq, L = q.shape[:3]
+    B, Hq = q.shape[:2]
     difference = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     reference = torch.zeros(B, Hq, dtype=torch.float64, device=q.device)
     for row, parts in enumerate(strips(q, k, v, scale)):

@@ -1,4 +1,4 @@
-"""Texts of five kinds for evaluation, from the standard library and seeds alone: the same on every machine of a version.
+"""Texts of five kinds for evaluation, from the standard library and seeds: the same wherever Python's version is.
 
 Each kind has parts that share no passage, so that a rule can be tuned on one and judged on others.
 """
