@@ -246,3 +246,20 @@ def test_the_best_preset_attends_to_what_it_selects(budget):
     assert kept.float().mean() < 1
     allowed = oracle.expand(kept, (300, 300), (128, 64)) & shown_by(oracle.causal_element(0), Shape())
     torch.testing.assert_close(out.double(), oracle.attend(q, k, v, allowed)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_gpu_estimates_what_a_cpu_does(preset):
+    q, k, v = tensors(Shape(Lq=2000, Lk=2000, D=64))
+    there = [x.cuda() for x in (q, k, v)]
+    mass = select_blocks(*there[:2], preset=preset, min_length=0).mass.cpu()
+    torch.testing.assert_close(mass, select_blocks(q, k, preset=preset).mass, rtol=0, atol=2e-2)
+    chosen = {"preset": preset, "budget": "density", "target_density": 0.7, "min_length": 0}
+    selection = select_blocks(*there[:2], **chosen)
+    assert 0.68 < selection.density <= 0.7 + 1e-6
+    block_size = RRConfig.from_preset(preset).block_sizes
+    allowed = oracle.expand(selection.kept.cpu(), (2000, 2000), block_size)
+    allowed = allowed & shown_by(oracle.causal_element(0), Shape(Lq=2000, Lk=2000))
+    out = rr_attention(*there, **chosen).cpu().double()
+    torch.testing.assert_close(out, oracle.attend(q, k, v, allowed)[0], rtol=0, atol=2e-2)
