@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -128,6 +129,16 @@ class RRConfig:
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
         return cls(**(PRESETS[preset] | settings))
+
+    @classmethod
+    def from_profile(cls, source: str | Path, model: Any = None) -> dict[int, "RRConfig"]:
+        """Layer -> RRConfig of a calibrated profile: a .json file, or a shipped one's name.
+
+        With a transformers `model`, ValueError if the profile is another model's.
+        """
+        from rr_flex.profiles import load_profile
+
+        return load_profile(source).configs(model)
 
     def with_settings(self, settings: dict[str, Any]) -> "RRConfig":
         """This configuration with some settings replaced; an unknown name raises TypeError.

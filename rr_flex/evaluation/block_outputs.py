@@ -29,6 +29,7 @@ class OutputErrors(NamedTuple):
 
     difference: Float[Tensor, "n B Hq"]  # Σ (out − dense)² of each selection
     reference: Float[Tensor, "B Hq"]  # Σ dense²
+    recall: Float[Tensor, "n B Hq"]  # share of the attention mass in kept blocks
 
     @property
     def per_head(self) -> Float[Tensor, "n B Hq"]:
@@ -86,19 +87,21 @@ def output_errors(
 
     A row that keeps nothing gives 0, as in the kernel. Costs one dense attention, and 1/64 of it a selection.
     """
-    B, Hq = q.shape[:2]
+    B, Hq, L = q.shape[:3]
+    recall = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     difference = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     reference = torch.zeros(B, Hq, dtype=torch.float64, device=q.device)
     for row, parts in enumerate(strips(q, k, v, scale)):
         nJ = parts.shape[2]
         kept = torch.stack([_kept_in_strip(selection, row, nJ) for selection in selections], 2)  # B Hq n nJ
-        dense = parts.sum(2)
-        dense = dense[..., :-1] / dense[..., -1:]  # B Hq rows Dv
+        total = parts.sum(2)
+        dense = total[..., :-1] / total[..., -1:]  # B Hq rows Dv
         sums = (kept.float() @ parts.flatten(3)).unflatten(3, parts.shape[3:])  # B Hq n rows Dv+1
         out = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        recall += (sums[..., -1] / total[:, :, None, :, -1]).sum(3, dtype=torch.float64).movedim(2, 0) / L
         difference += (out - dense[:, :, None]).square().sum((3, 4), dtype=torch.float64).movedim(2, 0)
         reference += dense.square().sum((2, 3), dtype=torch.float64)
-    return OutputErrors(difference, reference)
+    return OutputErrors(difference, reference, recall)
 
 
 def _kept_in_strip(selection: KeptBlocks, row: int, nJ: int) -> Bool[Tensor, "B Hq nJ"]:
