@@ -129,7 +129,9 @@ def layer_weights(
             divergence[number] += comparison.kl / len(texts)
             progress("weighing layers", number + 1, len(curves.layers))
     error = curves.error[:, :, PROBE].sum(1)
-    return divergence / error.clamp(min=1e-12)
+    weights = divergence / error.clamp(min=1e-12)
+    # A divergence near nothing is rounding, of either sign: no layer is free.
+    return weights.clamp(min=0.01 * weights.clamp(min=0).mean().item())
 
 
 def meet(curves: Curves, weights: Float[Tensor, " layers"], name: str, value: float) -> Int[Tensor, "layers Hq"]:
@@ -204,4 +206,5 @@ def _plain_settings(config: RRConfig) -> dict[str, object]:
     """The config's fields that differ from the defaults and are not the threshold's own."""
     default = RRConfig()
     names = [name for name in config.__dataclass_fields__ if name not in ("threshold", "budget", "tau")]
-    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    found = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in found.items()}

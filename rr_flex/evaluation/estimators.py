@@ -38,6 +38,7 @@ class Rule:
     block_size: tuple[int, int]
     spending: Spending
     cost: float | None = None  # of the estimate, in units of published RR's: see `cost_of`; None: not a candidate
+    config: RRConfig | None = None  # the settings, where the rule is the library's own
 
 
 def configured(**settings) -> Rule:
@@ -47,7 +48,7 @@ def configured(**settings) -> Rule:
     def weigh(case: Case) -> Tensor:
         return select_blocks(case.q, case.k, config=config).mass
 
-    return Rule(weigh, config.block_sizes, config.budget, cost_of(config))
+    return Rule(weigh, config.block_sizes, config.budget, cost_of(config), config)
 
 
 def cost_of(config: RRConfig, D: int = 128, columns: int = 128) -> float:
@@ -213,6 +214,7 @@ def by_value(rule: Rule) -> Rule:
 
 
 def spent(rule: Rule, spending: Spending) -> Rule:
+    """The same weights under another budget rule."""
     return Rule(rule.weigh, rule.block_size, spending, rule.cost)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors, true_blocks
 from rr_flex.evaluation.equal_density import kept_at_density
 from rr_flex.evaluation.estimators import RULES, Case, Rule
+from rr_flex.evaluation.low_precision import LOW_PRECISION
 from rr_flex.evaluation.measures import density as density_of
 from rr_flex.evaluation.measures import recalled_mass
 from rr_flex.geometry import ceil_div, diagonal_blocks
@@ -194,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         texts = [(kind, int(part)) for kind, part in (text.split(":") for text in arguments.texts)]
         capture(arguments.folder, texts, arguments.length, arguments.layers, arguments.model)
         return
-    rules = RULES if not arguments.rules else {name: RULES[name] for name in arguments.rules}
+    known = RULES | LOW_PRECISION
+    rules = RULES if not arguments.rules else {name: known[name] for name in arguments.rules}
     records: list[Record] = []
     wanted = None if arguments.texts is None else {text.replace(":", "") for text in arguments.texts}
     with torch.no_grad():

@@ -22,8 +22,9 @@ def sample_text(kind: str, part: int = 0) -> str:
 
 
 def prose(part: int) -> str:
-    """Python's language reference, as pydoc carries it."""
-    whole = "\n\n".join(topics[name] for name in sorted(topics))
+    """Python's language reference, as pydoc carries it; a paragraph that several topics share is told once."""
+    paragraphs = dict.fromkeys(p for name in sorted(topics) for p in topics[name].split("\n\n"))
+    whole = "\n\n".join(paragraphs)
     text = whole[part * PART_CHARACTERS : (part + 1) * PART_CHARACTERS]
     return _enough("prose", part, text)
 
