@@ -207,8 +207,8 @@ def test_texts_are_long_and_their_parts_apart(kind):
     assert len(first) >= 40_000 and len(second) >= 40_000
     assert first == sample_text(kind, 0)
     lines = {line for line in first.splitlines() if len(line) > 50}
-    # A chat may quote the same words; the other kinds share nothing long but boilerplate.
-    assert len(lines & set(second.splitlines())) <= 0.02 * len(lines)
+    # Topics of the reference that a chat quotes repeat some grammar; the other kinds share next to nothing.
+    assert len(lines & set(second.splitlines())) <= (0.05 if kind == "chat" else 0.01) * len(lines)
 
 
 def test_an_unknown_text_is_refused():

@@ -82,7 +82,7 @@ def judge_text(
                 errors.per_layer[number].mean(),
                 recalled_mass(true[layer][selection.block_size].mass, selection.kept).mean(),
             )
-            records.append(Record(*label, text, layer, *(round(x.item(), 6) for x in measured)))
+            records.append(Record(*label, text, layer, *(round(x.item(), 5) for x in measured)))
     return records
 
 
@@ -207,14 +207,25 @@ def main(argv: list[str] | None = None) -> None:
                 write_records(arguments.json, records)
 
 
+WORDS = ("rule", "scope", "text")  # columns of few different words, stored once each
+
+
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    """As columns: a list a field, so that thousands of records stay small."""
-    columns = {name: [getattr(record, name) for record in records] for name in Record._fields}
-    path.write_text(json.dumps(columns))
+    """As columns, so that thousands of records stay small."""
+    columns: dict[str, list] = {name: [getattr(record, name) for record in records] for name in Record._fields}
+    for name in WORDS:
+        words = list(dict.fromkeys(columns[name]))
+        number = {word: index for index, word in enumerate(words)}
+        columns[name] = [number[word] for word in columns[name]]
+        columns[f"{name}s"] = words
+    path.write_text(json.dumps(columns, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def read_records(path: Path) -> list[Record]:
-    columns = json.loads(path.read_text())
+    columns = json.loads(path.read_text(encoding="utf-8"))
+    for name in WORDS:
+        if f"{name}s" in columns:
+            columns[name] = [columns[f"{name}s"][index] for index in columns[name]]
     return [Record(*row) for row in zip(*(columns[name] for name in Record._fields), strict=True)]
 
 
