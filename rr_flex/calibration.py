@@ -129,9 +129,9 @@ def layer_weights(
             divergence[number] += comparison.kl / len(texts)
             progress("weighing layers", number + 1, len(curves.layers))
     error = curves.error[:, :, PROBE].sum(1)
-    weights = divergence / error.clamp(min=1e-12)
+    weights = (divergence / error.clamp(min=1e-12)).clamp(min=0)
     # A divergence near nothing is rounding, of either sign: no layer is free.
-    return weights.clamp(min=0.01 * weights.clamp(min=0).mean().item())
+    return weights.clamp(min=0.01 * weights.mean().item()) if weights.any() else torch.ones_like(weights)
 
 
 def meet(curves: Curves, weights: Float[Tensor, " layers"], name: str, value: float) -> Int[Tensor, "layers Hq"]:

@@ -158,9 +158,9 @@ def test_another_model_s_profile_is_refused(profile, tmp_path):
 
 def test_a_file_that_is_no_profile_is_refused(tmp_path):
     path = tmp_path / "other.json"
-    for text, message in (("{}", "format 1, got None"), ("[]", "format 1, got 'list'"), ("{", "must be JSON")):
+    for text, message in (("{}", "format 1, got None"), ("[]", "format 1, got 'list'"), ("{", "JSON")):
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"profile must .*{message}"):
+        with pytest.raises(ValueError, match=f"profile must (have|be) {message}"):
             load_profile(path)
     with pytest.raises(FileNotFoundError, match=r"profile must be a \.json file or one of .*, got 'nothing'"):
         load_profile("nothing")

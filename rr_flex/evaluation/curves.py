@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from rr_flex.evaluation.report import Prediction
 from rr_flex.evaluation.study import Record, summarise
 
+LEAST = 1e-6  # shown: a logarithmic axis has no place for nothing
+
 
 def error_figure(records: Sequence[Record], rules: Sequence[str] | None = None, title: str = "") -> Figure:
     """Output error, and mass lost, against density; each layer at the density; bands are 95 % over texts."""
@@ -18,7 +20,7 @@ def error_figure(records: Sequence[Record], rules: Sequence[str] | None = None, 
             intervals = [summary[rule][density] for density in densities]
             if measure == "recall":
                 intervals = [(1 - x.mean, 1 - x.high, 1 - x.low) for x in intervals]
-            mean, low, high = zip(*intervals, strict=True)
+            mean, low, high = zip(*[[max(x, LEAST) for x in interval] for interval in intervals], strict=True)
             style = "--" if rule.startswith("oracle") else "-"
             axis.plot(densities, mean, style, color=f"C{number % 10}", marker="o", markersize=3, label=rule)
             axis.fill_between(densities, low, high, color=f"C{number % 10}", alpha=0.15, linewidth=0)
@@ -40,7 +42,7 @@ def prediction_figure(predictions: Sequence[Prediction], title: str = "") -> Fig
             for text in dict.fromkeys(each.text for each in predictions):
                 own = sorted((x.density, getattr(x, measure)) for x in predictions if (x.rule, x.text) == (rule, text))
                 density, value = zip(*own, strict=True)
-                value = [1 - x for x in value] if measure == "agreement" else value
+                value = [max(1 - x if measure == "agreement" else x, LEAST) for x in value]
                 axis.plot(density, value, color=f"C{number % 10}", marker="o", markersize=3, alpha=0.6, linewidth=0.8)
             axis.plot([], [], color=f"C{number % 10}", marker="o", markersize=3, label=rule)
         axis.set(yscale="log", xlabel="density: kept blocks / visible blocks, mean over layers")
