@@ -6,7 +6,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from cases import LAYOUTS, MASKS, Shape, mask_by_name, seeds, shapes, tensors
+from cases import LAYOUTS, MASKS, Shape, mask_by_name, no_compile, seeds, shapes, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,6 +246,15 @@ def test_the_best_preset_attends_to_what_it_selects(budget):
     assert kept.float().mean() < 1
     allowed = oracle.expand(kept, (300, 300), (128, 64)) & shown_by(oracle.causal_element(0), Shape())
     torch.testing.assert_close(out.double(), oracle.attend(q, k, v, allowed)[0], rtol=0, atol=1e-5)
+
+
+def test_new_thresholds_a_head_compile_nothing():
+    q, k, v = tensors(Shape())
+    chosen = {"preset": "best", "dense_last_rows": 0, "sink_blocks": 0}
+    rr_attention(q, k, v, threshold=0.1, **chosen)
+    with no_compile():
+        for threshold in (0.3, [0.1, 0.2, 0.3, 0.4], torch.tensor([0.5, 0.0, 0.2, 0.1])):
+            rr_attention(q, k, v, threshold=threshold, **chosen)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
