@@ -126,7 +126,12 @@ DENSITIES = (0.25, 0.3, 0.4, 0.5)
 
 
 def table(scope: str, texts, rules=None) -> None:
+    """Rules that every one of the texts was judged by."""
     summary = summarise(records, scope=scope, texts=texts)
+    judged = {
+        rule: {record.text for record in records if record.rule == rule and texts(record.text)} for rule in summary
+    }
+    summary = {rule: row for rule, row in summary.items() if judged[rule] == set.union(*judged.values())}
     print(f"{'':48}{'cost':>6}" + "".join(f"{density:>9.2f}" for density in DENSITIES))
     for rule in rules or summary:
         row = summary[rule]

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
-from rr_flex.evaluation.sparse_model import attend_densely, compare_selections, hidden_states
+from rr_flex.evaluation.language_model import compare_logits
+from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, compare_selections, hidden_states
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select_blocks
 from rr_flex.profiles import Profile, model_name
@@ -119,14 +120,15 @@ def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRCo
 def layer_weights(
     model: PreTrainedModel, texts: Sequence[Tensor], config: RRConfig, curves: Curves, progress: Report
 ) -> Float[Tensor, " layers"]:
-    """KL divergence that a layer's sparsity alone causes, over its squared error; mean over texts."""
+    """KL divergence that a layer's sparsity alone causes over its squared error; mean over texts, a token in four."""
     probe = config.with_settings({"budget": "threshold", "threshold": THRESHOLDS[PROBE]})
     divergence = torch.zeros(len(curves.layers), dtype=torch.float64)
     for ids in texts:
-        dense = hidden_states(model, ids, attend_densely)
+        dense = hidden_states(model, ids, attend_densely)[::4]
         for number, layer in enumerate(curves.layers):
-            ((_, comparison),) = compare_selections(model, ids, [{layer: probe}], dense=dense)
-            divergence[number] += comparison.kl / len(texts)
+            compared = hidden_states(model, ids, SparseAttention({layer: probe}))[::4]
+            head = model.get_output_embeddings()
+            divergence[number] += compare_logits(dense, compared, ids[0, ::4], head=head).kl / len(texts)
             progress("weighing layers", number + 1, len(curves.layers))
     error = curves.error[:, :, PROBE].sum(1)
     weights = (divergence / error.clamp(min=1e-12)).clamp(min=0)

@@ -1,6 +1,8 @@
 """Errors of many selections at once, budgets at equal density, intervals, and the study's own estimators."""
 
 import math
+import runpy
+from pathlib import Path
 
 import oracle
 import pytest
@@ -244,3 +246,10 @@ def test_unrounded_it_is_the_library_s_estimate(monkeypatch):
         torch.testing.assert_close(
             in_low_precision(RRConfig.from_preset(preset), "fp8").weigh(given_case), exact, rtol=0, atol=1e-5
         )
+
+
+def test_the_method_notebook_runs(capsys):
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(Path(__file__).parent.parent / "notebooks" / "method.py"))
+    out = capsys.readouterr().out
+    assert "both, order 2, 16/16 (best)" in out and "oracle mass 128×64" in out and "lower (" in out
