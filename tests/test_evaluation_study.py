@@ -75,6 +75,33 @@ def test_everything_kept_is_no_error():
     torch.testing.assert_close(errors.recall, torch.ones(1, 1, 4).double())
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_corrected_outputs_are_attention_over_kept_and_pooled_keys(order, share):
+    """0: the diagonal and pooled keys alone; 1: nothing pruned, which is dense."""
+    q, k, v = tensors(SMALL)
+    kept = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) < share
+    kept = kept | torch.eye(8, dtype=torch.bool)
+    errors = output_errors(q, k, v, [KeptBlocks(kept, (64, 64))], correction=order)
+    shown = oracle.pairs(oracle.causal_element(0), 1, 4, 512, 512)
+    dense, _ = oracle.attend(q, k, v, shown)
+    mean, variance, _ = oracle.pool(k, 64)
+    values, _, _ = oracle.pool(v, 64)
+    out = torch.zeros_like(dense)
+    for h in range(4):
+        logits = 0.25 * q[0, h].double() @ k[0, h // 2].double().T
+        logits = logits.masked_fill(~(shown & oracle.expand(kept, (512, 512), (64, 64)))[0, h], -math.inf)
+        pooled = 0.25 * q[0, h].double() @ mean[0, h // 2].T + math.log(64)
+        if order == 2:
+            pooled = pooled + 0.5 * 0.25**2 * q[0, h].double() ** 2 @ variance[0, h // 2].T
+        pruned = (~kept[0, h]).tril().repeat_interleave(64, 0)
+        both = torch.cat([logits, pooled.masked_fill(~pruned, -math.inf)], 1).softmax(1)
+        out[0, h] = both @ torch.cat([v[0, h // 2].double(), values[0, h // 2]])
+    expected = (out - dense).square().sum((2, 3))
+    torch.testing.assert_close(errors.difference[0], expected, rtol=1e-3, atol=1e-6)
+    assert share < 1 or expected.max() < 1e-20
+
+
 def test_true_blocks_are_their_definitions():
     q, k, v = tensors(SMALL)
     shown = oracle.pairs(oracle.causal_element(0), 1, 4, 512, 512)

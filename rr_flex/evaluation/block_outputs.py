@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rr_flex.geometry import ceil_div
+from rr_flex.sampling import moments
 
 TOKENS = 64  # of a strip and of its key blocks: what every block size is a multiple of
 
@@ -75,6 +76,27 @@ def strips(
         yield parts.unflatten(3, (Hq // Hkv, stop - start)).movedim(3, 2).flatten(1, 2)  # B Hq nJ rows Dv+1
 
 
+def pooled_strips(q: Tensor, k: Tensor, v: Tensor, order: int, scale: float | None = None):
+    """`strips` of the keys' and values' means over each 64 tokens, in the same scale and with the same weights."""
+    Hq, L, D = q.shape[1:]
+    Hkv = k.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    mean, variance = moments(k, TOKENS)
+    value = moments(torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)], 3), TOKENS)[0] * TOKENS
+    group = Hq // Hkv
+    mean, variance, value, keys = (x.repeat_interleave(group, 1) for x in (mean, variance, value, k.float()))
+    above = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=q.device).triu(1)
+    for row, start in enumerate(range(0, L, TOKENS)):
+        strip = q[:, :, start : start + TOKENS].float() * scale  # B Hq rows D
+        scores = strip @ keys[:, :, : start + TOKENS].mT
+        scores[..., start:].masked_fill_(above[: strip.shape[2], : scores.shape[3] - start], -torch.inf)
+        pooled = strip @ mean[:, :, : row + 1].mT
+        if order == 2:
+            pooled = pooled + 0.5 * strip.square() @ variance[:, :, : row + 1].mT
+        weight = (pooled - scores.amax(-1, keepdim=True)).exp().mT[..., None]  # B Hq nJ rows 1
+        yield weight * value[:, :, : row + 1, None]
+
+
 def output_errors(
     q: Float[Tensor, "B Hq L D"],
     k: Float[Tensor, "B Hkv L D"],
@@ -82,21 +104,27 @@ def output_errors(
     selections: Sequence[KeptBlocks],
     *,
     scale: float | None = None,
+    correction: int | None = None,
 ) -> OutputErrors:
     """Squared output errors of many selections against dense causal attention, float32 sums in float64.
 
+    `correction`: pruned blocks come back as one pooled key and value for each 64 tokens, weight 64; 1: the mean key,
+    2: with half the variance of its logits. Blocks that the diagonal crosses must be kept then.
     A row that keeps nothing gives 0, as in the kernel. Costs one dense attention, and 1/64 of it a selection.
     """
     B, Hq, L = q.shape[:3]
     recall = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     difference = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     reference = torch.zeros(B, Hq, dtype=torch.float64, device=q.device)
+    pooled = None if correction is None else pooled_strips(q, k, v, correction, scale)
     for row, parts in enumerate(strips(q, k, v, scale)):
         nJ = parts.shape[2]
         kept = torch.stack([_kept_in_strip(selection, row, nJ) for selection in selections], 2)  # B Hq n nJ
         total = parts.sum(2)
         dense = total[..., :-1] / total[..., -1:]  # B Hq rows Dv
         sums = (kept.float() @ parts.flatten(3)).unflatten(3, parts.shape[3:])  # B Hq n rows Dv+1
+        if pooled is not None:
+            sums = sums + ((~kept).float() @ next(pooled).flatten(3)).unflatten(3, parts.shape[3:])
         out = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
         recall += (sums[..., -1] / total[:, :, None, :, -1]).sum(3, dtype=torch.float64).movedim(2, 0) / L
         difference += (out - dense[:, :, None]).square().sum((3, 4), dtype=torch.float64).movedim(2, 0)
