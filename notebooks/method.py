@@ -228,7 +228,7 @@ table("layer", lambda text: text in tuned)
 # The published row is reproduced with each layer at the density; the oracle's, and order 2's with 128×64, with one level
 # for all layers, which lets a rule spend more in layers that need more; order 2's at 128×128 lies between. So about half
 # of what looked like the estimate's gain was that allocation. Within one definition order 2 at 128×128 lowers the error
-# by 10 to 40 %, and top-τ with 128×64 by little more; the threshold is what lets the finer blocks pay.
+# by 15 to 40 %, and top-τ with 128×64 by little more; the threshold is what lets the finer blocks pay.
 #
 # ## 7. The commands
 #
