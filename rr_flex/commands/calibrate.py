@@ -6,16 +6,24 @@ import io
 import sys
 from pathlib import Path
 
-from rr_flex.commands.options import USAGE_ERROR, Progress, check_writable, device_and_dtype, quiet
+from rr_flex.commands.options import Progress, add_command, add_quiet, check_writable, device_and_dtype, failed, quiet
+
+EXAMPLES = """
+examples:
+  rr-flex calibrate profile.json --target-density 0.4
+  rr-flex calibrate profile.json --target-kl 0.01 --text my.txt code.py --length 4096
+"""
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    calibrate = commands.add_parser(
+    calibrate = add_command(
+        commands,
         "calibrate",
+        run,
         help="find a threshold for every layer and head, and save them as a profile",
         description="Measures a model on texts and writes a profile: a threshold for every layer and head.",
+        examples=EXAMPLES,
     )
-    calibrate.set_defaults(run=run)
     calibrate.add_argument("profile", type=Path, help="JSON file to write")
     calibrate.add_argument("--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M]")
     calibrate.add_argument(
@@ -35,7 +43,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     calibrate.add_argument("--no-layer-weights", action="store_true", help="layers count alike: faster, less exact")
     calibrate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     calibrate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    calibrate.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet(calibrate)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -46,7 +54,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         with contextlib.redirect_stderr(io.StringIO()) if arguments.quiet else contextlib.nullcontext():
             profile = find(arguments, progress)
     except (ValueError, OSError, ModuleNotFoundError, NotImplementedError) as error:
-        parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")
+        return failed(parser, error)
     profile.save(arguments.profile)
     progress("done")
     print(file=sys.stderr)

@@ -7,7 +7,16 @@ import json
 import sys
 from pathlib import Path
 
-from rr_flex.commands.options import USAGE_ERROR, Progress, check_writable, device_and_dtype, quiet
+from rr_flex.commands.options import (
+    Progress,
+    add_command,
+    add_json,
+    add_quiet,
+    check_writable,
+    device_and_dtype,
+    failed,
+    quiet,
+)
 
 DEFAULT_RULES = (
     "rr",
@@ -18,13 +27,23 @@ DEFAULT_RULES = (
 )
 
 
+EXAMPLES = """
+examples:
+  rr-flex evaluate
+  rr-flex evaluate --text my.txt --length 8192 --output curves.png --json results.json
+  rr-flex evaluate --list-rules
+"""
+
+
 def add_to(commands: argparse._SubParsersAction) -> None:
-    evaluate = commands.add_parser(
+    evaluate = add_command(
+        commands,
         "evaluate",
+        run,
         help="output error and predictions of selection rules against density",
         description="Compares selection rules at equal density on a real model and texts of several kinds.",
+        examples=EXAMPLES,
     )
-    evaluate.set_defaults(run=run)
     evaluate.add_argument("--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M]")
     evaluate.add_argument(
         "--text",
@@ -46,8 +65,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     dtypes = ("auto", "float32", "bfloat16", "float16")
     evaluate.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
     evaluate.add_argument("--output", type=Path, metavar="PNG", help="curves of error; beside it NAME-predictions.png")
-    evaluate.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON, to FILE or in the table's place")
-    evaluate.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_json(evaluate)
+    add_quiet(evaluate)
 
 
 def numbers(kind: type):
@@ -72,7 +91,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         with contextlib.redirect_stderr(io.StringIO()) if arguments.quiet else contextlib.nullcontext():
             found, about = measure(arguments, progress)
     except (ValueError, OSError, ModuleNotFoundError, NotImplementedError) as error:
-        parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")
+        return failed(parser, error)
     if found is None:
         print("\n".join(about))
         return 0
