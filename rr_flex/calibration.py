@@ -2,8 +2,8 @@
 
 For each head the squared output error falls as its density grows. The least total error at a total density lies where
 one more block lowers the error by the same amount everywhere: for a price λ of density each head takes the threshold
-with the least error + λ · density, and λ is moved until the target holds ("water-filling"). A layer's errors weigh by
-what they do to the predictions: the KL divergence that its sparsity alone causes, over its squared error.
+with the least error + λ · density, and λ is moved until the target holds ("water-filling"). Layers count alike;
+weighing them by the KL divergence that a layer's sparsity alone causes was no better on SmolLM2.
 """
 
 import datetime
@@ -52,7 +52,7 @@ def calibrate(
     target_kl: float | None = None,
     config: RRConfig | None = None,
     names: Sequence[str] = (),
-    weigh_layers: bool = True,
+    weigh_layers: bool = False,
     progress: Report = lambda stage, done=0, of=0: None,
 ) -> Profile:
     """A threshold for every layer and head that meets one target on `texts` (token ids) with the fewest blocks.

@@ -104,7 +104,7 @@ def test_curves_are_what_a_run_measures(model, texts):
 
 @pytest.fixture(scope="module")
 def profile(model, texts):
-    return calibrate(model, texts, target_density=0.85, names=["one", "two"])
+    return calibrate(model, texts, target_density=0.85, names=["one", "two"], weigh_layers=True)
 
 
 def test_a_calibrated_profile_meets_its_target(model, texts, profile):
@@ -115,7 +115,7 @@ def test_a_calibrated_profile_meets_its_target(model, texts, profile):
 
 
 def test_a_divergence_is_met_on_the_texts(model, texts):
-    found = calibrate(model, texts, target_kl=1e-3, weigh_layers=False)
+    found = calibrate(model, texts, target_kl=1e-3)
     runs = [compare_selections(model, ids, [found.configs(model)])[0][1].kl for ids in texts]
     assert sum(runs) / 2 <= 1e-3
 

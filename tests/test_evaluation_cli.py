@@ -75,7 +75,12 @@ def test_misuse_is_a_message(source, more, message, capsys):
 
 def test_a_profile_is_written(source, tmp_path, capsys):
     path = tmp_path / "profile.json"
-    assert main(["calibrate", str(path), *source, "--length", "384", "--target-recall", "0.99", "--quiet"]) == 0
+    assert (
+        main(
+            ["calibrate", str(path), *source, "--length", "384", "--target-recall", "0.99", "--weigh-layers", "--quiet"]
+        )
+        == 0
+    )
     assert "2 layers; on the calibration texts density" in capsys.readouterr().out
     configs = RRConfig.from_profile(path)
     assert sorted(configs) == [0, 1] and len(configs[0].threshold) == 4
@@ -84,6 +89,6 @@ def test_a_profile_is_written(source, tmp_path, capsys):
 def test_a_target_out_of_reach_is_a_message(source, tmp_path, capsys):
     path = tmp_path / "profile.json"
     with pytest.raises(SystemExit):
-        main(["calibrate", str(path), *source, "--length", "384", "--target-density", "0.01", "--no-layer-weights"])
+        main(["calibrate", str(path), *source, "--length", "384", "--target-density", "0.01"])
     assert "target_density must be within reach" in capsys.readouterr().err
     assert not path.exists()

@@ -40,7 +40,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     target.add_argument("--target-error", type=float, metavar="ERROR", help="relative output error of a layer")
     target.add_argument("--target-kl", type=float, metavar="NATS", help="divergence from the dense model a token")
     calibrate.add_argument("--preset", default="best", choices=("rr", "best", "fast"), help="[%(default)s]")
-    calibrate.add_argument("--no-layer-weights", action="store_true", help="layers count alike: faster, less exact")
+    calibrate.add_argument("--weigh-layers", action="store_true", help="by what each does to the predictions: slow")
     calibrate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     calibrate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add_quiet(calibrate)
@@ -85,6 +85,6 @@ def find(arguments: argparse.Namespace, progress):
         **targets,
         config=RRConfig.from_preset(arguments.preset),
         names=names,
-        weigh_layers=not arguments.no_layer_weights,
+        weigh_layers=arguments.weigh_layers,
         progress=progress,
     )
