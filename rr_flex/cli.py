@@ -4,10 +4,10 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.commands import completion, demo, doctor, report, tasks, tune
+from rr_flex.commands import calibrate, completion, demo, doctor, evaluate, report, tasks, tune
 from rr_flex.commands.options import INTERRUPTED
 
-COMMANDS = (demo, tasks, report, tune, doctor, completion)
+COMMANDS = (demo, evaluate, calibrate, tasks, report, tune, doctor, completion)
 
 EPILOG = """\
 start here:

@@ -113,7 +113,7 @@ def settings(config: RRConfig) -> str:
 
 
 def budget_field(config: RRConfig) -> str:
-    return "tau" if config.budget == "top_tau" else "threshold"
+    return {"top_tau": "tau", "threshold": "threshold", "density": "target_density"}[config.budget]
 
 
 def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> str:

@@ -12,9 +12,19 @@ def ceil_div(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def sampled_index(head: Index, stride_index: Tensor, stride: int, last: Index) -> Tensor:
-    """Index of the query that `head` (global) takes from stride i: i·stride + (head mod stride), clamped to `last`."""
-    return smaller(stride_index * stride + head % stride, last)
+def sampled_index(head: Index, stride_index: Tensor, stride: int, last: Index, phase: str = "head") -> Tensor:
+    """Index of the query that `head` (global) takes from stride i, clamped to `last`: i·stride and a phase.
+
+    Phases: "head" (RRAttention's) head mod stride, "skew" (head + 5i) mod stride, "first", "middle", "last".
+    """
+    match phase:
+        case "head":
+            step = head % stride
+        case "skew":
+            step = (head + 5 * stride_index) % stride
+        case _:
+            step = {"first": 0, "middle": stride // 2, "last": stride - 1}[phase]
+    return smaller(stride_index * stride + step, last)
 
 
 def diagonal_blocks(

@@ -1,11 +1,15 @@
 """Sampled queries and pooled keys to block mass: the estimate of how much attention falls on each block."""
 
+from functools import reduce
+from operator import or_
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from mask_mods import any_key_visible
+from mask_mods.spans import Index, MaskMod
 from rr_flex.geometry import ceil_div, sampled_index
 
 STRIP_ELEMENTS = 1 << 25  # float32 scores held at once: 128 MiB
@@ -22,10 +26,11 @@ def block_mass(
     block_size: tuple[int, int],
     scale: float,
     head_offset: int | Tensor = 0,
+    phase: str = "head",
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """Softmax of sampled queries over visible key strides, summed over each block's tile; float32.
 
-    A key stride is visible to a sampled query when `mask_mod` shows the query any of its tokens. A row sums to the
+    A key stride is visible to a sampled query as `stride_visible` says. A row sums to the
     number of its sampled queries that see something. Scores are held for a strip of block rows at a time.
     """
     B, Hq, nq, _ = sampled.shape
@@ -43,8 +48,18 @@ def block_mass(
     for row in (0,) if nQ <= rows else range(0, nQ, rows):
         start, stop = row * queries_per_block, min((row + min(rows, nQ)) * queries_per_block, nq)
         stride_index = torch.arange(start, stop, device=sampled.device)[:, None]
-        q_idx = sampled_index(head + head_offset, stride_index, strides[0], Lq - 1)
-        visible = any_key_visible(mask_mod, batch, head, q_idx, first_key, strides[1], Lk)
+        visible = stride_visible(
+            mask_mod,
+            batch,
+            head,
+            stride_index,
+            first_key,
+            strides=strides,
+            last_query=Lq - 1,
+            Lk=Lk,
+            head_offset=head_offset,
+            phase=phase,
+        )
         scores = _scores(sampled[:, :, start:stop], pooled) * scale  # B Hq strip nk
         share = _masked_softmax(scores, visible)
         height = ceil_div(stop - start, queries_per_block)
@@ -52,6 +67,31 @@ def block_mass(
         tiles = share.unflatten(3, (nK, keys_per_block)).unflatten(2, (height, queries_per_block))
         strips.append(tiles.sum(dim=(3, 5)))
     return torch.cat(strips, dim=2)
+
+
+def stride_visible(
+    mask_mod: MaskMod,
+    b: Tensor,
+    h: Tensor,
+    stride_index: Tensor,
+    first_key: Tensor,
+    *,
+    strides: tuple[int, int],
+    last_query: Index,
+    Lk: Index,
+    head_offset: Index,
+    phase: str,
+) -> Bool[Tensor, "..."]:
+    """Does `mask_mod` show any key of the stride at `first_key` to the query that stands for query stride i?
+
+    The sampled query, or with phase "pooled" the first or the last query of the stride: that is any query of it under
+    a mask whose keys in view move with the query, and never one that none of them sees.
+    """
+    if phase == "pooled":
+        queries = [sampled_index(0, stride_index, strides[0], last_query, end) for end in ("first", "last")]
+    else:
+        queries = [sampled_index(h + head_offset, stride_index, strides[0], last_query, phase)]
+    return reduce(or_, [any_key_visible(mask_mod, b, h, q_idx, first_key, strides[1], Lk) for q_idx in queries])
 
 
 def _scores(sampled: Float[Tensor, "B Hq n E"], pooled: Float[Tensor, "B Hkv nk E"]) -> Float[Tensor, "B Hq n nk"]:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from mask_mods import any_key_visible, block_visibility
+from mask_mods import block_visibility
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import list_blocks
-from rr_flex.geometry import ceil_div, sampled_index
+from rr_flex.geometry import ceil_div
 from rr_flex.kernel import estimate_columns, estimate_options
+from rr_flex.mass import stride_visible
 
 TILE = 128  # sampled queries, or pooled keys, in a tile that the kernel visits or skips whole
 FEATURES = (16, 256)  # least and greatest width of q and k that the kernel takes
@@ -36,6 +37,7 @@ def block_mass_by_attention(
     block_size: tuple[int, int],
     scale: float,
     head_offset: int | Tensor = 0,
+    phase: str = "head",
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """What `block_mass` computes, to the rounding of q's dtype. Meant for torch.compile: eager stores all scores."""
     B, Hq, nq, _ = sampled.shape
@@ -64,6 +66,7 @@ def block_mass_by_attention(
         segment=segment,
         segments=segments,
         head_offset=head_offset,
+        phase=phase,
         device=device,
     )
     out, aux = flex_attention(
@@ -97,6 +100,7 @@ def _tiles(
     segment: int,
     segments: int,
     head_offset: int | Tensor,
+    phase: str,
     device: torch.device,
 ) -> BlockMask:
     """Which tiles of (sampled queries × pooled keys) the kernel visits, and which strides are visible inside them."""
@@ -119,10 +123,20 @@ def _tiles(
     last_query = torch.full((), Lq - 1, dtype=torch.int64, device=device)
     key_count = torch.full((), Lk, dtype=torch.int64, device=device)
 
-    def stride_visible(b, h, q_idx, kv_idx):
-        query = sampled_index(h + head_offset, q_idx, q_stride, last_query)
+    def visible_in_segment(b, h, q_idx, kv_idx):
         first_key = (b // B * segment + kv_idx) * k_stride
-        return any_key_visible(mask_mod, b % B, h, query, first_key, k_stride, key_count)
+        return stride_visible(
+            mask_mod,
+            b % B,
+            h,
+            q_idx,
+            first_key,
+            strides=strides,
+            last_query=last_query,
+            Lk=key_count,
+            head_offset=head_offset,
+            phase=phase,
+        )
 
     return BlockMask.from_kv_blocks(
         partial_count,
@@ -130,7 +144,7 @@ def _tiles(
         full_count,
         full,
         BLOCK_SIZE=TILE,
-        mask_mod=stride_visible,
+        mask_mod=visible_in_segment,
         seq_lengths=(nq, segment),
         compute_q_blocks=False,
     )

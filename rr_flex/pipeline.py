@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from mask_mods import bidirectional, block_visibility, both, from_head, visible_keys
+from mask_mods import SpanMask, any_key_visible, bidirectional, block_visibility, both, from_head, visible_keys
 from mask_mods import causal as causal_mask
 from mask_mods.spans import Index, MaskMod
 from rr_flex.block_mask import build_block_mask
@@ -22,8 +22,8 @@ from rr_flex.head_strips import head_strips
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention, kernel_can_estimate
-from rr_flex.sampling import key_moments, sample_queries, second_order_features
-from rr_flex.selection import select_threshold, select_top_tau
+from rr_flex.sampling import moments, pooled_query_features, sample_queries, second_order_features
+from rr_flex.selection import select_density, select_threshold, select_top_tau
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Selection:
     """What was chosen for one (q, k): the kept blocks, the mass that decided it, and the BlockMask."""
 
     kept: Bool[Tensor, "B Hq nQ nK"]
-    mass: Float[Tensor, "B Hq nQ nK"]  # estimated; a row sums to its number of sampled queries
+    mass: Float[Tensor, "B Hq nQ nK"]  # estimated; a row sums to its number of sampled queries (pool="both": to 1)
     visible: Bool[Tensor, "b h nQ nK"]  # blocks with a visible pair; b is B or 1, h is Hq or 1
     whole: Bool[Tensor, "b h nQ nK"]  # blocks with every pair visible
     block_size: tuple[int, int]  # tokens: (queries, keys)
@@ -227,32 +227,71 @@ def select(
         return Selection(kept, mass, visible, whole, config.block_sizes, (Lq, Lk), mask_mod, dense=True)
 
     valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
-    q_stride, k_stride = config.strides
-    sampled = sample_queries(q, q_stride, head_offset)
-    mean, variance = key_moments(k, k_stride, key_head_mask(valid_keys, Hq, k.shape[1]))
-    pooled = mean.to(k.dtype)
-    if config.order == 2:
-        sampled, pooled = second_order_features(sampled, mean, variance, scale)
-    estimate = block_mass_by_attention if kernel_can_estimate(sampled) else block_mass
-    mass = estimate(
-        sampled,
-        pooled,
-        mask_mod=mask_mod,
-        Lq=Lq,
-        Lk=Lk,
-        strides=config.strides,
-        block_size=config.block_sizes,
-        scale=scale,
-        head_offset=head_offset,
-    )
+    facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "head_offset": head_offset}
+    mass = estimate_mass(q, k, valid_keys, config, **facts)
 
     mandatory = mandatory_blocks(visible, config, Lq=Lq, q_offset=q_offset, valid_keys=valid_keys)
     if config.budget == "top_tau":
         count = config.mandatory == "count"
         kept = select_top_tau(mass, level[:, None], visible, mandatory, count_mandatory=count)
-    else:
+    elif config.budget == "threshold":
         kept = select_threshold(mass, level[:, None], visible, mandatory)
+    else:
+        kept = select_density(mass, level[0], visible, mandatory)
     return Selection(kept, mass, visible, whole, config.block_sizes, (Lq, Lk), mask_mod)
+
+
+def estimate_mass(
+    q: Float[Tensor, "B Hq Lq D"],
+    k: Float[Tensor, "B Hkv Lk D"],
+    valid_keys: Bool[Tensor, "b h Lk"],
+    config: RRConfig,
+    *,
+    mask_mod: MaskMod,
+    Lq: int,
+    Lk: int,
+    scale: float,
+    head_offset: Index,
+) -> Float[Tensor, "B Hq nQ nK"]:
+    """Block mass from pooled keys, from pooled queries, or the mean of both estimates' shares of a row."""
+    facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "block_size": config.block_sizes}
+    estimates = []
+    if config.pool != "queries":
+        q_stride, k_stride = config.strides
+        queries = sample_queries(q, q_stride, head_offset, config.phase)
+        mean, variance = moments(k, k_stride, key_head_mask(valid_keys, q.shape[1], k.shape[1]))
+        keys = mean.to(k.dtype)
+        if config.order == 2:
+            queries, keys = second_order_features(queries, mean, variance, scale)
+        mass = block_mass_by_attention if kernel_can_estimate(queries) else block_mass
+        sampling = {"strides": config.strides, "head_offset": head_offset, "phase": config.phase}
+        estimates.append(mass(queries, keys, **sampling, **facts))
+    if config.pool != "keys":
+        # Beside pooled keys, whose second order it would repeat, the mean query alone is as good (README, "Accuracy").
+        order = config.order if config.pool == "queries" else 1
+        valid = queries_that_see(mask_mod, q.shape[0], q.shape[1], Lq, Lk, q.device)
+        queries, keys = pooled_query_features(q, k, config.tokens_per_pooled_query, order, scale, valid)
+        mass = block_mass_by_attention if kernel_can_estimate(queries) else block_mass
+        strides = (config.tokens_per_pooled_query, 1)
+        estimates.append(mass(queries, keys, strides=strides, phase="pooled", **facts))
+    return estimates[0] if len(estimates) == 1 else (row_share(estimates[0]) + row_share(estimates[1])) / 2
+
+
+def queries_that_see(mask_mod: MaskMod, B: int, Hq: int, Lq: int, Lk: int, device: torch.device) -> Tensor | None:
+    """Bool [b, h, Lq], False for padding, which should not be pooled; None where the mask is no SpanMask."""
+    if not isinstance(mask_mod, SpanMask):
+        return None
+    b = torch.arange(B, device=device)[:, None, None]
+    h = torch.arange(Hq, device=device)[:, None]
+    first_key = torch.zeros((), dtype=torch.int64, device=device)
+    sees = any_key_visible(mask_mod, b, h, torch.arange(Lq, device=device), first_key, Lk, Lk)
+    return sees.expand(torch.broadcast_shapes(sees.shape, (1, 1, Lq)))
+
+
+def row_share(mass: Float[Tensor, "B Hq nQ nK"]) -> Float[Tensor, "B Hq nQ nK"]:
+    """Each block's share of its row; 0 in a row without mass, NaN in one that has NaN."""
+    total = mass.sum(-1, keepdim=True)
+    return mass / torch.where(total == 0, 1, total)
 
 
 def resolve_mask(mask_mod: MaskMod | None, causal: bool | None, q_offset: Index) -> MaskMod:

@@ -9,13 +9,16 @@ from rr_flex.geometry import ceil_div, sampled_index
 
 
 def sample_queries(
-    q: Float[Tensor, "B Hq Lq D"], stride: int, head_offset: int | Tensor = 0
+    q: Float[Tensor, "B Hq Lq D"], stride: int, head_offset: int | Tensor = 0, phase: str = "head"
 ) -> Float[Tensor, "B Hq nq D"]:
-    """One query a stride: head h takes token i·stride + ((h + head_offset) mod stride), clamped to Lq − 1."""
+    """One query a stride: head h takes token i·stride + ((h + head_offset) mod stride), clamped to Lq − 1.
+
+    Other phases than the paper's "head" are those of `sampled_index`.
+    """
     B, Hq, Lq, D = q.shape
     head = torch.arange(Hq, device=q.device)[:, None] + head_offset
     stride_index = torch.arange(ceil_div(Lq, stride), device=q.device)
-    index = sampled_index(head, stride_index, stride, Lq - 1)  # Hq nq
+    index = sampled_index(head, stride_index, stride, Lq - 1, phase).expand(Hq, -1)  # Hq nq
     return q.gather(2, index[None, :, :, None].expand(B, -1, -1, D))
 
 
@@ -23,20 +26,20 @@ def pool_keys(
     k: Float[Tensor, "B Hkv Lk D"], stride: int, valid: Bool[Tensor, "#B #Hkv Lk"] | None = None
 ) -> Float[Tensor, "B Hkv nk D"]:
     """Mean of each run of `stride` keys over its `valid` ones, summed in float32; a run with none pools to 0."""
-    return key_moments(k, stride, valid)[0].to(k.dtype)
+    return moments(k, stride, valid)[0].to(k.dtype)
 
 
-def key_moments(
-    k: Float[Tensor, "B Hkv Lk D"], stride: int, valid: Bool[Tensor, "#B #Hkv Lk"] | None = None
-) -> tuple[Float[Tensor, "B Hkv nk D"], Float[Tensor, "B Hkv nk D"]]:
-    """Mean and population variance of each run of `stride` keys over its `valid` ones, in float32."""
-    Lk = k.shape[2]
-    nk = ceil_div(Lk, stride)
+def moments(
+    x: Float[Tensor, "B H L D"], stride: int, valid: Bool[Tensor, "#B #H L"] | None = None
+) -> tuple[Float[Tensor, "B H n D"], Float[Tensor, "B H n D"]]:
+    """Mean and population variance of each run of `stride` tokens over its `valid` ones, in float32."""
+    L = x.shape[2]
+    n = ceil_div(L, stride)
     if valid is None:
-        valid = torch.ones(1, 1, Lk, dtype=torch.bool, device=k.device)
-    padding = nk * stride - Lk
-    runs = F.pad(k.float(), (0, 0, 0, padding)).unflatten(2, (nk, stride))
-    live = F.pad(valid, (0, padding)).unflatten(2, (nk, stride))[..., None]  # B Hkv nk stride 1
+        valid = torch.ones(1, 1, L, dtype=torch.bool, device=x.device)
+    padding = n * stride - L
+    runs = F.pad(x.float(), (0, 0, 0, padding)).unflatten(2, (n, stride))
+    live = F.pad(valid, (0, padding)).unflatten(2, (n, stride))[..., None]  # B H n stride 1
     count = live.sum(3).clamp(min=1)
     mean = torch.where(live, runs, 0).sum(3) / count
     variance = torch.where(live, (runs - mean[:, :, :, None]).square(), 0).sum(3) / count
@@ -54,7 +57,31 @@ def second_order_features(
     log-mean-exp of Gaussian logits = mean + ½·variance, with variance ≈ scale²·Σ_d q_d²·var_d (keys' axes taken as
     uncorrelated): q' = [q, ½·scale·q²], k' = [mean, var]. Clamped to the largest finite number of q's dtype.
     """
-    largest = torch.finfo(sampled.dtype).max
-    square = (0.5 * scale * sampled.float().square()).clamp(max=largest)
-    queries = torch.cat([sampled, square.to(sampled.dtype)], dim=-1)
-    return queries, torch.cat([mean, variance.clamp(max=largest)], dim=-1).to(sampled.dtype)
+    return _with_square(sampled, scale), _with_variance(mean, variance, sampled.dtype)
+
+
+def pooled_query_features(
+    q: Float[Tensor, "B Hq Lq D"],
+    k: Float[Tensor, "B Hkv Lk D"],
+    query_pool: int,
+    order: int,
+    scale: float,
+    valid: Bool[Tensor, "#B #Hq Lq"] | None = None,
+) -> tuple[Float[Tensor, "B Hq nq E"], Float[Tensor, "B Hkv Lk E"]]:
+    """The same with the sides exchanged: queries pooled over `query_pool` tokens, every key on its own.
+
+    E is D at order 1, where the pooled query is the mean, and 2·D at order 2: q' = [mean, var], k' = [k, ½·scale·k²].
+    """
+    mean, variance = moments(q, query_pool, valid)
+    if order == 1:
+        return mean.to(q.dtype), k
+    return _with_variance(mean, variance, q.dtype), _with_square(k, scale)
+
+
+def _with_square(x: Tensor, scale: float) -> Tensor:
+    square = (0.5 * scale * x.float().square()).clamp(max=torch.finfo(x.dtype).max)
+    return torch.cat([x, square.to(x.dtype)], dim=-1)
+
+
+def _with_variance(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat([mean, variance.clamp(max=torch.finfo(dtype).max)], dim=-1).to(dtype)

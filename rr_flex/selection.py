@@ -5,6 +5,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+DENSITY_RANGE = (-40.0, 1.0)  # natural logarithms of the shares between which select_density seeks its threshold
+DENSITY_PASSES = 7
+
 
 def select_top_tau(
     mass: Float[Tensor, "... nK"],
@@ -44,6 +47,36 @@ def select_threshold(
     mass, visible, mandatory, total, told = _prepare(mass, visible, mandatory)
     threshold = torch.as_tensor(threshold, dtype=mass.dtype, device=mass.device)[..., None]
     return torch.where(told, (mass > threshold * total) & visible | mandatory, visible)
+
+
+def select_density(
+    mass: Float[Tensor, "B H nQ nK"],
+    density: float | Float[Tensor, ""],
+    visible: Bool[Tensor, "#B #H nQ nK"] | None = None,
+    mandatory: Bool[Tensor, "#B #H nQ nK"] | None = None,
+) -> Bool[Tensor, "B H nQ nK"]:
+    """`select_threshold` at each sequence's own threshold: the least that keeps no more than `density` of its visible
+    blocks, over all heads. Found to a factor 1 + 2e−5; mandatory blocks stay where they alone are more.
+
+    A row's choice depends on the other rows and heads. No host sync: each pass over the mass cuts the interval of
+    log-shares in eight.
+    """
+    mass, visible, mandatory, total, told = _prepare(mass, visible, mandatory)
+    share = mass / torch.where(told, total, 1)
+    wanted = density * visible.sum((1, 2, 3), dtype=torch.float32)[:, None]  # B 1
+    fixed = (mandatory | (visible & ~told)).sum((1, 2, 3), dtype=torch.float32)[:, None]
+    free = torch.where(visible & ~mandatory & told, share, -1.0)
+    steps = torch.arange(9, device=mass.device, dtype=share.dtype) / 8
+    low, high = (torch.full_like(fixed, end, dtype=share.dtype) for end in DENSITY_RANGE)
+    for _ in range(DENSITY_PASSES):
+        edges = low + (high - low) * steps  # B 9, ascending: what they keep falls
+        cuts = edges[:, 1:-1].exp()
+        counts = (free[..., None] > cuts[:, None, None, None]).sum((1, 2, 3), dtype=torch.float32)
+        place = (counts + fixed > wanted).sum(-1, keepdim=True)
+        low, high = edges.gather(1, place), edges.gather(1, place + 1)
+    threshold = high.exp()[:, :, None, None]
+    everything = torch.as_tensor(density, device=mass.device) >= 1
+    return torch.where(told & ~everything, (share > threshold) & visible | mandatory, visible)
 
 
 def _prepare(mass: Tensor, visible: Tensor | None, mandatory: Tensor | None):

@@ -13,7 +13,15 @@ PACKAGES = ("mask_mods", "rr_flex")
 # A module imports from its own line or one above. A package's name stands for all its modules.
 LINES = [
     ["mask_mods"],
-    ["rr_flex.geometry", "rr_flex.config", "rr_flex.checks", "rr_flex.compiling", "rr_flex.kernel", "rr_flex.dense"],
+    [
+        "rr_flex.geometry",
+        "rr_flex.config",
+        "rr_flex.profiles",
+        "rr_flex.checks",
+        "rr_flex.compiling",
+        "rr_flex.kernel",
+        "rr_flex.dense",
+    ],
     ["rr_flex.head_strips"],
     ["rr_flex.sampling"],
     ["rr_flex.mass"],
@@ -28,6 +36,7 @@ LINES = [
     ["rr_flex"],
     ["rr_flex.models", "rr_flex.distributed", "rr_flex.serving"],
     ["rr_flex.evaluation", "rr_flex.tasks"],
+    ["rr_flex.calibration"],
     ["rr_flex.plots", "rr_flex.notebook"],
     ["rr_flex.report"],
     ["rr_flex.demo", "rr_flex.doctor"],

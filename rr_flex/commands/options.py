@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
-from rr_flex.config import Budget, Mandatory, RRConfig
+from rr_flex.config import Budget, Mandatory, Phase, Pool, Preset, RRConfig
 
 # Exit codes of every subcommand. FAILED: it ran, and what it found is bad (a check of `doctor`, a failed case).
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -49,11 +49,15 @@ SETTINGS_HELP = {
     "stride": "tokens per sampled query and per pooled key",
     "query_stride": "tokens per sampled query; the stride without it",
     "key_stride": "tokens per pooled key; the stride without it",
+    "phase": "which token of a stride is sampled",
+    "pool": "what is pooled before it is scored: a stride's keys, a block's queries, or both in turn",
+    "query_pool": "tokens per pooled query; the query block without it",
     "block_size": "64, 128 or QUERYxKEY tokens, as in 128x64",
-    "order": "1: mean of a stride's logits, 2: and half their variance",
+    "order": "1: mean of the pooled logits, 2: and half their variance",
     "budget": "the rule that turns mass into kept blocks",
     "tau": "for top_tau: share of a row's estimated mass to keep, in (0, 1]",
     "threshold": "for threshold: keep blocks with a larger share of their row's mass than this",
+    "target_density": "for density: kept / visible blocks, mean over heads",
     "mandatory": "mandatory blocks count towards tau, or are added to it",
     "sink_blocks": "key blocks always kept at the start",
     "local_blocks": "key blocks always kept up to the diagonal",
@@ -63,21 +67,25 @@ SETTINGS_HELP = {
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of RRConfig."""
+    """--preset, and a flag for every field of RRConfig."""
     settings = parser.add_argument_group("settings of the selection (RRConfig)")
-    types = {"block_size": block_size, "budget": str, "mandatory": str}
+    presets = {"choices": get_args(Preset), "default": "rr", "help": "where unsaid settings come from [%(default)s]"}
+    settings.add_argument("--preset", **presets)
+    types = {"block_size": block_size} | dict.fromkeys(("budget", "mandatory", "phase", "pool"), str)
     choices = {"budget": get_args(Budget), "mandatory": get_args(Mandatory), "order": (1, 2)}
+    choices |= {"phase": get_args(Phase), "pool": get_args(Pool)}
     for field in dataclasses.fields(RRConfig):
         kind = types.get(field.name, float if isinstance(field.default, float) else int)
-        text = SETTINGS_HELP[field.name] + ("" if field.default is None else " [%(default)s]")
+        text = SETTINGS_HELP[field.name] + ("" if field.default is None else f" [{field.default}]")
         shown = {"choices": choices[field.name]} if field.name in choices else {"metavar": kind.__name__.upper()}
         flag = "--" + field.name.replace("_", "-")
-        settings.add_argument(flag, type=kind, default=field.default, help=text, **shown)
+        settings.add_argument(flag, type=kind, help=text, **shown)
 
 
 def config_of(arguments: argparse.Namespace) -> RRConfig:
     """The RRConfig that `add_settings`'s flags describe; raises what RRConfig raises."""
-    return RRConfig(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(RRConfig)})
+    said = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(RRConfig)}
+    return RRConfig.from_preset(arguments.preset, **{name: x for name, x in said.items() if x is not None})
 
 
 def block_size(text: str) -> int | tuple[int, int]:

@@ -1,5 +1,6 @@
 """What a change to the attention does to a language model's predictions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,16 @@ class LanguageModelComparison:
 
 
 def compare_logits(
-    reference: Float[Tensor, "L V"], compared: Float[Tensor, "L V"], ids: Int[Tensor, "L"], *, chunk: int = 256
+    reference: Float[Tensor, "L V"],
+    compared: Float[Tensor, "L V"],
+    ids: Int[Tensor, "L"],
+    *,
+    chunk: int = 256,
+    head: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> LanguageModelComparison:
     """Compares two runs' logits over `ids`, `chunk` positions at a time so that no second [L, V] is made.
 
+    With `head` (a model's last projection) the runs are hidden states [L, width], and no [L, V] is made at all.
     The last position has no next token in `ids`: it counts for agreement and KL, not for perplexity.
     """
     L = ids.shape[0]
@@ -30,8 +37,8 @@ def compare_logits(
     agreed = torch.zeros((), dtype=torch.int64, device=reference.device)
     kl = torch.zeros((), dtype=torch.float64, device=reference.device)
     for start in range(0, L, chunk):
-        log_p = reference[start : start + chunk].float().log_softmax(-1)
-        log_q = compared[start : start + chunk].float().log_softmax(-1)
+        log_p = head(reference[start : start + chunk]).float().log_softmax(-1)
+        log_q = head(compared[start : start + chunk]).float().log_softmax(-1)
         target = ids[start + 1 : start + chunk + 1]
         for run, log_probability in enumerate((log_p, log_q)):
             loss[run] += F.nll_loss(log_probability[: target.shape[0]], target, reduction="sum")

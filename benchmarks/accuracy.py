@@ -1,0 +1,62 @@
+"""Selection rules at equal density on the structured workload: `python -m benchmarks.accuracy --json FILE`.
+
+A seed is a text of one layer; rules are those of `rr_flex.evaluation.study`. Runs on a GPU if there is one.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.workloads import structured
+from rr_flex.evaluation.estimators import RULES
+from rr_flex.evaluation.study import judge_text, summarise, write_records
+
+COMPARED = (
+    "rr",
+    "rr, threshold",
+    "rr 128×64, threshold",
+    "order 2",
+    "order 2 128×64, threshold",
+    "order 2 128×64, threshold, strides 16/8",
+    "pooled queries, order 2",
+    "pooled queries (64), order 2",
+    "both, order 1, 16/16 (fast)",
+    "both, order 2, 16/16 (best)",
+    "both, order 2, 8/8",
+    "fast 128×128",
+    "best 128×128",
+    "best, top-τ",
+    "oracle mass",
+    "oracle mass 128×64",
+    "oracle displacement 128×64",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=8, help="query heads, four to a key head")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="seed 0 is what rules were chosen on")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    records = []
+    for seed in arguments.seeds:
+        shape = {"L": arguments.length, "Hq": arguments.heads, "Hkv": arguments.heads // 4, "D": 128}
+        inputs = structured(**shape, dtype=torch.float32, device=device, seed=seed)
+        with torch.no_grad():
+            name = f"structured{seed}-{arguments.length}"
+            records += judge_text(name, {0: tuple(inputs)}, {rule: RULES[rule] for rule in COMPARED}, scopes=("layer",))
+        write_records(arguments.json, records)
+        for rule, row in summarise(
+            records, scope="layer", texts=lambda text: text.endswith(str(arguments.length))
+        ).items():
+            print(
+                f"seeds to {seed}  {rule:42}" + "".join(f"{row[density].mean:9.4f}" for density in sorted(row)),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Every rule of the study by name: what it weighs a block by, its block size, how it spends a budget, what it costs.
+
+Rules that users can have are settings of RRConfig, run through the library itself. The others are written out here,
+plainly and not fast, to say what was tried and what an oracle would do.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from rr_flex.config import RRConfig
+from rr_flex.evaluation.block_outputs import TrueBlocks
+from rr_flex.evaluation.equal_density import Spending
+from rr_flex.pipeline import row_share, select_blocks
+from rr_flex.sampling import moments, sample_queries
+
+Weigh = Callable[["Case"], Float[Tensor, "B Hq nQ nK"]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's prefill: causal, equally long q and k."""
+
+    q: Float[Tensor, "B Hq L D"]
+    k: Float[Tensor, "B Hkv L D"]
+    v: Float[Tensor, "B Hkv L D"]
+    true: dict[tuple[int, int], TrueBlocks]  # by block size
+
+
+@dataclass(frozen=True)
+class Rule:
+    weigh: Weigh
+    block_size: tuple[int, int]
+    spending: Spending
+    cost: float | None = None  # of the estimate, in units of published RR's: see `cost_of`; None: not a candidate
+    config: RRConfig | None = None  # the settings, where the rule is the library's own
+
+
+def configured(**settings) -> Rule:
+    """The library's own mass for these settings of RRConfig; its budget says how to spend, its level is not used."""
+    config = RRConfig().with_settings(settings)
+
+    def weigh(case: Case) -> Tensor:
+        return select_blocks(case.q, case.k, config=config).mass
+
+    return Rule(weigh, config.block_sizes, config.budget, cost_of(config), config)
+
+
+def cost_of(config: RRConfig, D: int = 128, columns: int = 128) -> float:
+    """Multiplications of the estimate as attention over those of published RR: a pair of a query and a key that are
+    scored costs its features (D, at order 2 twice that) and a column of V for each of the key blocks in a segment."""
+    published = (D + columns) / 8**2
+    cost = 0.0
+    if config.pool != "queries":
+        cost += (config.order * D + columns) / (config.strides[0] * config.strides[1])
+    if config.pool != "keys":
+        order = config.order if config.pool == "queries" else 1
+        cost += (order * D + columns) / config.tokens_per_pooled_query
+    return cost / published
+
+
+def multiplications(config: RRConfig) -> float:
+    """The same without V: the features of scored pairs alone, as they would count in a kernel that sums blocks."""
+    return cost_of(config, D=1, columns=0)
+
+
+def true_mass(size: tuple[int, int], spending: Spending = "threshold") -> Rule:
+    """Oracle: the exact mass of every query and key."""
+    return Rule(lambda case: case.true[size].mass, size, spending)
+
+
+def true_displacement(size: tuple[int, int]) -> Rule:
+    """Oracle: how far the output moves without the block, Σ over queries of ‖Σ_j p_j (v_j − out)‖²."""
+    return Rule(lambda case: case.true[size].displacement, size, "raw")
+
+
+def true_mass_squared(size: tuple[int, int]) -> Rule:
+    """Oracle: Σ over queries of (a query's probability of the block)², its squared error if values were noise."""
+    return Rule(lambda case: case.true[size].mass_squared, size, "raw")
+
+
+def at_random(size: tuple[int, int]) -> Rule:
+    def weigh(case: Case) -> Tensor:
+        return torch.rand(case.true[size].mass.shape, generator=torch.Generator().manual_seed(0)).to(case.q.device)
+
+    return Rule(weigh, size, "raw")
+
+
+def antidiagonal(size: tuple[int, int], stride: int = 8, spending: Spending = "top_tau") -> Rule:
+    """XAttention (arXiv 2503.16428): a stride × stride tile's logit is the mean of its antidiagonal's."""
+
+    def weigh(case: Case) -> Tensor:
+        q, k = (x.unflatten(2, (-1, stride)) for x in (case.q, case.k))
+        queries, keys = q.flip(3).flatten(3), k.flatten(3)  # B H n stride*D
+        last = torch.arange(queries.shape[2], device=q.device) * stride + stride - 1
+        return _mass(_scores(queries, keys) * case.q.shape[3] ** -0.5 / stride, last, stride, stride, size)
+
+    return Rule(weigh, size, spending, 8.0)
+
+
+def block_means(size: tuple[int, int]) -> Rule:
+    """Mean query by mean key of each block; a block counts by its score over its row's highest (FlashPrefill)."""
+
+    def weigh(case: Case) -> Tensor:
+        queries, keys = moments(case.q, size[0])[0], moments(case.k, size[1])[0]
+        scores = _scores(queries, keys) * case.q.shape[3] ** -0.5
+        row = torch.arange(scores.shape[2], device=scores.device)[:, None]
+        hidden = torch.arange(scores.shape[3], device=scores.device) * size[1] >= (row + 1) * size[0]
+        scores = scores.masked_fill(hidden, -math.inf)
+        return (scores - scores.amax(-1, keepdim=True)).exp()
+
+    return Rule(weigh, size, "raw", 64 / (size[0] * size[1]) * 0.5)
+
+
+def exact_keys(size: tuple[int, int], query_stride: int) -> Rule:
+    """Sampled queries against every key: what pooling costs is what this does not lose."""
+
+    def weigh(case: Case) -> Tensor:
+        return _mass(*_sampled(case, query_stride, case.k), query_stride, 1, size)
+
+    return Rule(weigh, size, "threshold", 64 / query_stride)
+
+
+def second_order(size: tuple[int, int], bend: str) -> Rule:
+    """Order 2 at stride 8 with another second-order term t = ½·variance of a stride's logits.
+
+    "pairs": with the covariance of the two halves of a rotary pair; "bounded": t / √(1 + t/2), which grows as the
+    deviation does; "capped": at most 4; "full": the exact variance; "full, bounded".
+    """
+
+    def weigh(case: Case) -> Tensor:
+        D = case.q.shape[3]
+        scale, half = D**-0.5, D // 2
+        mean, variance = moments(case.k, 8)
+        queries = sample_queries(case.q, 8)
+        scores, last = _sampled(case, 8, mean)
+        if bend.startswith("full"):
+            logits = _scores(queries, case.k) * scale
+            term = 0.5 * logits.unflatten(-1, (-1, 8)).var(-1, correction=0)
+        else:
+            term = _scores(queries.square(), variance) * (0.5 * scale**2)
+        if bend == "pairs":
+            apart = case.k.unflatten(2, (-1, 8)) - mean[:, :, :, None]
+            pairs = (apart[..., :half] * apart[..., half:]).mean(3)
+            term = term + _scores(queries[..., :half] * queries[..., half:], pairs) * scale**2
+        elif bend.endswith("bounded"):
+            term = term / (1 + term / 2).sqrt()
+        elif bend == "capped":
+            term = term.clamp(max=4)
+        return _mass(scores + term, last, 8, 8, size)
+
+    return Rule(weigh, size, "threshold")
+
+
+def around_mean_query(size: tuple[int, int], order: int) -> Rule:
+    """Each stride's log-mean-exp expanded around the head's mean query instead of around 0, at stride 8."""
+
+    def weigh(case: Case) -> Tensor:
+        scale, group = case.q.shape[3] ** -0.5, case.q.shape[1] // case.k.shape[1]
+        center = case.q.mean(2, keepdim=True)
+        keys = case.k.repeat_interleave(group, 1).unflatten(2, (-1, 8))
+        logits = (keys * center[:, :, :, None]).sum(-1) * scale  # B Hq nk 8
+        share = logits.softmax(-1)
+        constant = logits.logsumexp(-1) - (share * logits).sum(-1)
+        mean = (share[..., None] * keys).sum(3)
+        scores, last = _sampled(case, 8, mean)
+        scores = scores + constant[:, :, None]
+        if order == 2:
+            variance = (share[..., None] * (keys - mean[:, :, :, None]).square()).sum(3)
+            scores = scores + _scores((sample_queries(case.q, 8) - center).square(), variance) * (0.5 * scale**2)
+        return _mass(scores, last, 8, 8, size)
+
+    return Rule(weigh, size, "threshold")
+
+
+def clustered(size: tuple[int, int], side: str, levels: int) -> Rule:
+    """Runs that are alike: each 64 keys, or 128 queries, split in two `levels` times along their main direction.
+
+    Keys pool to 64 / 2^levels a run at order 2, queries to 128 / 2^levels.
+    """
+
+    def weigh(case: Case) -> Tensor:
+        scale = case.q.shape[3] ** -0.5
+        if side == "keys":
+            run = 64 >> levels
+            mean, variance = moments(_alike(case.k, 64, levels), run)
+            scores, last = _sampled(case, 8, mean)
+            scores = scores + _scores(sample_queries(case.q, 8).square(), variance) * (0.5 * scale**2)
+            return _mass(scores, last, 8, run, size, visible_by=64)
+        run = 128 >> levels
+        mean, variance = moments(_alike(case.q, 128, levels), run)
+        scores = _scores(mean, case.k) * scale + _scores(variance, case.k.square()) * (0.5 * scale**2)
+        last = torch.arange(mean.shape[2], device=case.q.device) * run // 128 * 128 + 127
+        return _mass(scores, last, run, 1, size)
+
+    return Rule(weigh, size, "threshold", (64 / (8 * (64 >> levels)) if side == "keys" else 64 / (128 >> levels)) * 1.5)
+
+
+def by_value(rule: Rule) -> Rule:
+    """The rule's share of a row times ‖mean value of the block − the row's output‖, both from block means."""
+
+    def weigh(case: Case) -> Tensor:
+        share = row_share(rule.weigh(case))
+        group = case.q.shape[1] // case.v.shape[1]
+        value = moments(case.v, rule.block_size[1])[0].repeat_interleave(group, 1)
+        return share * torch.cdist(share @ value, value)
+
+    return Rule(weigh, rule.block_size, "raw", rule.cost)
+
+
+def spent(rule: Rule, spending: Spending) -> Rule:
+    """The same weights under another budget rule."""
+    return Rule(rule.weigh, rule.block_size, spending, rule.cost)
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """[B, Hq, n, E] by [B, Hkv, m, E] -> [B, Hq, n, m]."""
+    Hq, n, H = *queries.shape[1:3], keys.shape[1]
+    grouped = queries.unflatten(1, (H, Hq // H)).flatten(2, 3)
+    return (grouped @ keys.mT).unflatten(2, (Hq // H, n)).flatten(1, 2)
+
+
+def _sampled(case: Case, stride: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the paper's sampled queries with `keys`, and the positions [Hq, nq] of the former."""
+    Hq, L, D = case.q.shape[1:]
+    head = torch.arange(Hq, device=case.q.device)[:, None]
+    position = (torch.arange(0, L, stride, device=case.q.device) + head % stride).clamp(max=L - 1)
+    return _scores(sample_queries(case.q, stride), keys) * D**-0.5, position
+
+
+def _mass(scores: Tensor, position: Tensor, q_run: int, k_run: int, size: tuple[int, int], visible_by: int = 1):
+    """Softmax over the runs of keys that begin at or before a query's position, summed over blocks; L divides."""
+    first = torch.arange(scores.shape[3], device=scores.device) * k_run // visible_by * visible_by
+    share = scores.masked_fill_(first > position[..., None], -math.inf).softmax(-1)
+    tiles = F.pad(share, (0, -scores.shape[3] % (size[1] // k_run))).unflatten(-1, (-1, size[1] // k_run)).sum(-1)
+    return tiles.unflatten(-2, (-1, size[0] // q_run)).sum(-2)
+
+
+def _alike(x: Tensor, block: int, levels: int) -> Tensor:
+    """The tokens of each block in an order in which runs of block / 2^levels are alike."""
+    x = x.unflatten(2, (-1, block))
+    for level in range(levels):
+        halves = x.unflatten(3, (2**level, -1))
+        apart = halves - halves.mean(4, keepdim=True)
+        direction = torch.ones_like(apart[..., 0, :])
+        for _ in range(4):  # power iteration
+            direction = (apart.mT @ (apart @ direction[..., None]))[..., 0]
+            direction = direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-20)
+        order = (apart @ direction[..., None]).argsort(4)
+        x = halves.gather(4, order.expand_as(halves)).flatten(3, 4)
+    return x.flatten(2, 3)
+
+
+PUBLISHED, WIDE = (128, 128), (128, 64)
+
+RULES: dict[str, Rule] = {
+    "rr": configured(),
+    "rr, threshold": configured(budget="threshold"),
+    "rr, threshold a head": spent(configured(), "per_head"),
+    "rr, always the last query": configured(phase="last"),
+    "rr, first": configured(phase="first"),
+    "rr, middle": configured(phase="middle"),
+    "rr, h + 5i": configured(phase="skew"),
+    "rr 128×64": configured(block_size=WIDE),
+    "rr 128×64, threshold": configured(block_size=WIDE, budget="threshold"),
+    "order 2": configured(order=2),
+    "order 2, threshold": configured(order=2, budget="threshold"),
+    "order 2 128×64": configured(order=2, block_size=WIDE),
+    "order 2 128×64, threshold": configured(order=2, block_size=WIDE, budget="threshold"),
+    "order 2 64×64, threshold": configured(order=2, block_size=64, budget="threshold"),
+    "order 2 128×64, threshold, strides 16/8": configured(
+        order=2, block_size=WIDE, budget="threshold", query_stride=16
+    ),
+    "order 2 128×64, threshold, strides 32/8": configured(
+        order=2, block_size=WIDE, budget="threshold", query_stride=32
+    ),
+    "order 2 128×64, threshold, strides 16/16": configured(order=2, block_size=WIDE, budget="threshold", stride=16),
+    "order 2 128×64, threshold, strides 16/4": configured(
+        order=2, block_size=WIDE, budget="threshold", query_stride=16, key_stride=4
+    ),
+    "antidiagonal": antidiagonal(PUBLISHED),
+    "antidiagonal 128×64, threshold": antidiagonal(WIDE, spending="threshold"),
+    "block means, share of the highest": block_means(PUBLISHED),
+    "block means 128×64, share of the highest": block_means(WIDE),
+    "random": at_random(PUBLISHED),
+    "order 2, rotary pairs": second_order(WIDE, "pairs"),
+    "order 2, bounded": second_order(WIDE, "bounded"),
+    "order 2, capped": second_order(WIDE, "capped"),
+    "order 2, full covariance": second_order(WIDE, "full"),
+    "order 2, full covariance, bounded": second_order(WIDE, "full, bounded"),
+    "order 1 around the mean query": around_mean_query(WIDE, 1),
+    "order 2 around the mean query": around_mean_query(WIDE, 2),
+    "order 2, keys clustered": clustered(WIDE, "keys", 3),
+    "every key, 1 query in 8": exact_keys(WIDE, 8),
+    "every key, 1 query in 32": exact_keys(WIDE, 32),
+    "every key, 1 query in 64": exact_keys(WIDE, 64),
+    "pooled queries": configured(pool="queries", block_size=WIDE, budget="threshold"),
+    "pooled queries, order 2": configured(pool="queries", order=2, block_size=WIDE, budget="threshold"),
+    "pooled queries (64), order 2": configured(
+        pool="queries", order=2, query_pool=64, block_size=WIDE, budget="threshold"
+    ),
+    "pooled queries, order 2, two clusters": clustered(WIDE, "queries", 1),
+    "both, order 1, 16/16 (fast)": configured(preset="fast"),
+    "both, order 2, 16/16 (best)": configured(preset="best"),
+    "both, order 2, 16/8": configured(preset="best", key_stride=8),
+    "both, order 2, 8/8": configured(preset="best", stride=8),
+    "both, order 2, 16/16, queries by 64": configured(preset="best", query_pool=64),
+    "best, top-τ": spent(configured(preset="best"), "top_tau"),
+    "best, threshold a head": spent(configured(preset="best"), "per_head"),
+    "best 128×128": configured(preset="best", block_size=128),
+    "fast 128×128": configured(preset="fast", block_size=128),
+    "best by value": by_value(configured(preset="best")),
+    "oracle mass, top-τ": true_mass(PUBLISHED, "top_tau"),
+    "oracle mass": true_mass(PUBLISHED),
+    "oracle mass 128×64, top-τ": true_mass(WIDE, "top_tau"),
+    "oracle mass 128×64": true_mass(WIDE),
+    "oracle mass 64×64": true_mass((64, 64)),
+    "oracle mass² 128×64": true_mass_squared(WIDE),
+    "oracle displacement": true_displacement(PUBLISHED),
+    "oracle displacement 128×64": true_displacement(WIDE),
+}

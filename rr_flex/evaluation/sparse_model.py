@@ -1,0 +1,104 @@
+"""A Hugging Face model run dense and with block-sparse attention, compared by its predictions.
+
+Attention here is plain masked softmax a block row at a time, exact and without compiling: for judging, not for speed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from mask_mods import sliding_window
+from rr_flex.config import RRConfig
+from rr_flex.evaluation.language_model import LanguageModelComparison, compare_logits
+from rr_flex.models.attention import attention_by
+from rr_flex.pipeline import select_blocks
+
+Configs = RRConfig | Mapping[int, RRConfig | None]
+
+
+def attend_to_blocks(
+    q: Float[Tensor, "B Hq L D"],
+    k: Float[Tensor, "B Hkv L D"],
+    v: Float[Tensor, "B Hkv L Dv"],
+    kept: Bool[Tensor, "B Hq nQ nK"],
+    block_size: tuple[int, int],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Tensor, "B Hq L Dv"]:
+    """Causal attention over the kept blocks, one block row at a time."""
+    L = q.shape[2]
+    q_block, k_block = block_size
+    rows = []
+    for row, start in enumerate(range(0, L, q_block)):
+        stop = min(start + q_block, L)
+        position, key = torch.arange(start, stop, device=q.device)[:, None], torch.arange(stop, device=q.device)
+        allowed = key <= position
+        if window is not None:
+            allowed &= key > position - window
+        mask = kept[:, :, row].repeat_interleave(k_block, -1)[:, :, None, :stop] & allowed
+        rows.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], attn_mask=mask, scale=scale, enable_gqa=True
+            )
+        )
+    return torch.cat(rows, 2)
+
+
+def attend_densely(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
+    if window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    position = torch.arange(q.shape[2], device=q.device)
+    visible = (position <= position[:, None]) & (position > position[:, None] - window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+
+
+@dataclass
+class SparseAttention:
+    """An attention function for `attention_by`: each layer selects by its own config, None (or no entry) is dense."""
+
+    configs: Configs
+    densities: dict[int, float] = field(default_factory=dict)  # of the last run, by layer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
+        config = self.configs if isinstance(self.configs, RRConfig) else self.configs.get(layer)
+        if config is None:
+            self.densities[layer] = 1.0
+            return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
+        mask_mod = None if window is None else sliding_window(window)
+        selection = select_blocks(q, k, config=config, mask_mod=mask_mod, scale=scale)
+        self.densities[layer] = selection.density.item()
+        return attend_to_blocks(q, k, v, selection.kept, selection.block_size, scale=scale, window=window)
+
+    @property
+    def density(self) -> float:
+        return sum(self.densities.values()) / len(self.densities)
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, ids: Int[Tensor, "1 L"], attend: Callable) -> Float[Tensor, "L width"]:
+    """The last hidden states of a prefill whose attention is `attend`."""
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        raise NotImplementedError("model must have no soft cap on its logits, got final_logit_softcapping")
+    with attention_by(model, attend):
+        return model.base_model(ids, use_cache=False).last_hidden_state[0]
+
+
+@torch.no_grad()
+def compare_selections(
+    model: PreTrainedModel, ids: Int[Tensor, "1 L"], candidates: Iterable[Configs], *, dense: Tensor | None = None
+) -> list[tuple[float, LanguageModelComparison]]:
+    """(density, comparison with the dense run) for each candidate; logits are made some positions at a time."""
+    reference = hidden_states(model, ids, attend_densely) if dense is None else dense
+    head = model.get_output_embeddings()
+    results = []
+    for configs in candidates:
+        attention = SparseAttention(configs)
+        compared = hidden_states(model, ids, attention)
+        results.append((attention.density, compare_logits(reference, compared, ids[0], head=head)))
+    return results

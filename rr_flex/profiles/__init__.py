@@ -1,0 +1,84 @@
+"""Calibrated profiles: a threshold for every layer and head of one model, as a small JSON file."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rr_flex.config import RRConfig
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What calibration found, and what it was found on."""
+
+    model: str  # name of the model, as its own config gives it
+    layers: dict[int, list[float]]  # a threshold a query head
+    settings: dict[str, Any]  # fields of RRConfig that the thresholds belong to
+    target: dict[str, float]  # such as {"density": 0.3}
+    measured: dict[str, float] = field(default_factory=dict)  # on the calibration texts
+    texts: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+    format: int = FORMAT
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def configs(self, model: Any = None) -> dict[int, RRConfig]:
+        """Layer -> RRConfig. With a transformers model or config, ValueError where the profile is another's."""
+        if model is not None:
+            self.check(model)
+        settings = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}
+        settings["budget"] = "threshold"
+        return {layer: RRConfig(**settings | {"threshold": levels}) for layer, levels in self.layers.items()}
+
+    def check(self, model: Any) -> None:
+        """ValueError naming what differs between the profile's model and this one."""
+        config = getattr(model, "config", model)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        own_heads = {len(levels) for levels in self.layers.values()}
+        if own_heads != {heads}:
+            raise ValueError(
+                f"profile must have the model's {heads} query heads, got {sorted(own_heads)} ({self.model})"
+            )
+        if max(self.layers) >= layers:
+            raise ValueError(
+                f"profile must fit the model's {layers} layers, got layer {max(self.layers)} ({self.model})"
+            )
+        found = model_name(model)
+        if found and found != self.model:
+            raise ValueError(f"profile must be of model {found!r}, got one of {self.model!r}; calibrate this one")
+
+
+def load_profile(source: str | Path) -> Profile:
+    """A profile by path, or a shipped one by name. ValueError or FileNotFoundError say what is wrong with it."""
+    path = Path(source)
+    if path.suffix != ".json":
+        path = SHIPPED / f"{source}.json"
+        if not path.exists():
+            shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json"))) or "none"
+            raise FileNotFoundError(f"profile must be a .json file or one of {shipped}, got {str(source)!r}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"profile must be JSON, got {path}: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise ValueError(f"profile must have format {FORMAT}, got {found!r} in {path}")
+    document["layers"] = {int(layer): levels for layer, levels in document["layers"].items()}
+    return Profile(**document)
+
+
+def model_name(model: Any) -> str:
+    """What identifies a transformers model: its type and sizes, since a path says nothing; "" without a config."""
+    config = getattr(model, "config", model)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(config, "model_type"):
+        return ""
+    sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size)
+    return f"{config.model_type}-" + "-".join(map(str, sizes))

@@ -1,0 +1,274 @@
+"""Estimates other than the paper's, each against its own formula in float64, and the budget by density."""
+
+import math
+import warnings
+
+import oracle
+import pytest
+import torch
+from cases import LAYOUTS, MASKS, Shape, mask_by_name, no_compile, seeds, shapes, tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mask_mods import causal
+from rr_flex import RRConfig, rr_attention, select_blocks
+from rr_flex.config import PRESETS
+from rr_flex.mass import block_mass
+from rr_flex.mass_by_attention import block_mass_by_attention
+from rr_flex.sampling import moments, pooled_query_features, sample_queries, second_order_features
+from rr_flex.selection import select_density, select_threshold
+
+
+def settings_of(layout):
+    (q_stride, k_stride), block_size = layout
+    return {"query_stride": q_stride, "key_stride": k_stride, "block_size": block_size}
+
+
+def mass_of_pooled_queries(q, k, shown, *, scale, query_pool, block_size, order):
+    """Each block of queries as one query (or a few): mean logit over its queries that see something, order 2 with half
+    the variance, a softmax over the keys that its first or last query sees. Loops, float64."""
+    (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
+    mass = torch.zeros(B, Hq, math.ceil(Lq / block_size[0]), math.ceil(Lk / block_size[1])).double()
+    for b in range(B):
+        for h in range(Hq):
+            keys = k[b, h // (Hq // Hkv)].double()
+            for run in oracle.runs(Lq, query_pool):
+                alive = [i for i in run if shown[b, h, i].any()]
+                seen = shown[b, h, run[0]] | shown[b, h, run[-1]]
+                if not seen.any():
+                    continue
+                queries = q[b, h, alive].double()
+                logits = scale * keys @ queries.mean(0)
+                if order == 2:
+                    variance = ((queries - queries.mean(0)) ** 2).mean(0)
+                    logits = logits + 0.5 * scale**2 * keys**2 @ variance
+                share = torch.softmax(logits.masked_fill(~seen, -math.inf), 0)
+                for j, part in enumerate(share.split(block_size[1])):
+                    mass[b, h, run[0] // block_size[0], j] += part.sum()
+    return mass
+
+
+def shown_by(mask, shape):
+    return oracle.pairs(mask, shape.B, shape.Hq, shape.Lq, shape.Lk)
+
+
+@settings(max_examples=25)
+@given(shape=shapes(), query_pool=st.sampled_from([None, 16, 64]), order=st.sampled_from([1, 2]), seed=seeds)
+@pytest.mark.parametrize("block_size", [(128, 64), (64, 128)])
+def test_pooled_queries_are_their_formula(block_size, shape, query_pool, order, seed):
+    q, k, _ = tensors(shape, seed)
+    chosen = {"pool": "queries", "query_pool": query_pool, "order": order, "block_size": block_size, "scale": 0.2}
+    shown = shown_by(oracle.causal_element(shape.Lk - shape.Lq), shape)
+    facts = {"scale": 0.2, "query_pool": query_pool or block_size[0], "block_size": block_size, "order": order}
+    expected = mass_of_pooled_queries(q, k, shown, **facts)
+    torch.testing.assert_close(select_blocks(q, k, **chosen).mass.double(), expected, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=8)
+@given(shape=shapes(bottom_right=True), seed=seeds)
+@pytest.mark.parametrize("name", MASKS)
+def test_pooled_queries_obey_any_mask(name, shape, seed):
+    q, k, _ = tensors(shape, seed)
+    mask, _ = mask_by_name(name, shape, seed)
+    facts = {"scale": shape.D**-0.5, "query_pool": 64, "block_size": (128, 64), "order": 2}
+    expected = mass_of_pooled_queries(q, k, shown_by(mask, shape), **facts)
+    chosen = {"mask_mod": mask, "pool": "queries", "query_pool": 64, "block_size": (128, 64), "order": 2}
+    torch.testing.assert_close(select_blocks(q, k, **chosen).mass.double(), expected, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=20)
+@given(shape=shapes(), layout=st.sampled_from(LAYOUTS), order=st.sampled_from([1, 2]), seed=seeds)
+def test_both_is_the_mean_of_two_shares(shape, layout, order, seed):
+    q, k, _ = tensors(shape, seed)
+    shown = shown_by(oracle.causal_element(shape.Lk - shape.Lq), shape)
+    strides, block_size = layout
+    keys = oracle.block_mass(q, k, shown, scale=shape.D**-0.5, strides=strides, block_size=block_size, order=order)
+    facts = {"scale": shape.D**-0.5, "query_pool": block_size[0], "block_size": block_size, "order": 1}
+    queries = mass_of_pooled_queries(q, k, shown, **facts)
+    keys, queries = (x / x.sum(-1, keepdim=True).clamp(min=1e-300) for x in (keys, queries))
+    mass = select_blocks(q, k, pool="both", order=order, **settings_of(layout)).mass
+    torch.testing.assert_close(mass.double(), (keys + queries) / 2, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [
+        ("head", lambda h, i: h % 8),
+        ("skew", lambda h, i: (h + 5 * i) % 8),
+        ("first", lambda h, i: 0),
+        ("middle", lambda h, i: 4),
+        ("last", lambda h, i: 7),
+    ],
+)
+def test_a_phase_samples_its_token(phase, step):
+    q, k, _ = tensors(Shape(Lq=300, Lk=300))
+    sampled = sample_queries(q, 8, 3, phase)
+    for h in range(4):
+        index = [min(8 * i + step(h + 3, i), 299) for i in range(38)]
+        assert torch.equal(sampled[:, h], q[:, h, index])
+    # The estimate looks from where the sampled query stands.
+    mass = select_blocks(q, k, phase=phase, head_offset=3).mass
+    keys = moments(k, 8)[0].repeat_interleave(2, 1).double()
+    scores = sampled.double() @ keys.mT / 4
+    for h in range(4):
+        position = torch.tensor([min(8 * i + step(h + 3, i), 299) for i in range(38)])
+        share = scores[:, h].masked_fill(torch.arange(38) * 8 > position[:, None], -math.inf).softmax(-1)
+        torch.testing.assert_close(mass[:, h, 0, 0].double(), share[:, :16, :16].sum((1, 2)), rtol=0, atol=2e-5)
+
+
+@given(seed=seeds)
+def test_order_two_is_exact_where_a_stride_s_keys_are_equal(seed):
+    q, k, _ = tensors(Shape(Lq=64, Lk=256), seed)
+    k = k[:, :, ::8].repeat_interleave(8, 2)
+    queries, keys = second_order_features(q, *moments(k, 8), 0.25)
+    exact = q @ k[:, :, ::8].repeat_interleave(2, 1).mT
+    torch.testing.assert_close(queries @ keys.repeat_interleave(2, 1).mT, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["keys", "queries"])
+def test_order_two_is_nearer_to_log_mean_exp_on_gaussian_strides(side):
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(1, 1, 200, 32, generator=generator)
+    many = torch.randn(1, 1, 64 * 128, 32, generator=generator) * torch.rand(32, generator=generator) * 1.5
+    scale = 32**-0.5
+    exact = (few @ many.mT * scale).unflatten(-1, (64, 128)).logsumexp(-1) - math.log(128)
+    first = few @ moments(many, 128)[0].mT * scale
+    if side == "keys":
+        a, b = second_order_features(few, *moments(many, 128), scale)
+    else:
+        b, a = pooled_query_features(many, few, 128, 2, scale)
+    second = a @ b.mT * scale
+    assert (second - exact).abs().mean() < 0.2 * (first - exact).abs().mean()
+
+
+@settings(max_examples=5)
+@given(seed=seeds, name=st.sampled_from(["causal", *MASKS]), query_pool=st.sampled_from([32, 128]))
+def test_pooled_queries_as_attention_equal_the_strips(name, query_pool, seed):
+    shape = Shape(Lq=300, Lk=700)
+    q, k, _ = tensors(shape, seed)
+    mask = causal(400) if name == "causal" else mask_by_name(name, shape, seed)[0]
+    queries, keys = pooled_query_features(q, k, query_pool, 2, 0.25)
+    facts = {"mask_mod": mask, "Lq": 300, "Lk": 700, "strides": (query_pool, 1), "block_size": (128, 64)}
+    facts |= {"scale": 0.25, "phase": "pooled"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
+        attention = block_mass_by_attention(queries, keys, **facts)
+    torch.testing.assert_close(attention, block_mass(queries, keys, **facts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["queries", "both"])
+def test_a_block_row_depends_on_its_own_queries_and_earlier_keys(pool):
+    q, k, _ = tensors(Shape(Lq=640, Lk=640))
+    chosen = {"pool": pool, "tau": 0.6, "dense_last_rows": 0}
+    kept = select_blocks(q, k, **chosen).kept
+    changed_q, changed_k = q.clone(), k.clone()
+    changed_q[:, :, 384:], changed_k[:, :, 384:] = 7, 9
+    assert torch.equal(select_blocks(changed_q, changed_k, **chosen).kept[:, :, :3], kept[:, :, :3])
+    chunk = select_blocks(q[:, :, 384:512], k[:, :, :512], q_offset=384, **chosen).kept
+    assert torch.equal(chunk, kept[:, :, 3:4, :4])
+
+
+def blocks_of_mass(seed, B=2, H=3, nQ=9, nK=9):
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(B, H, nQ, nK, generator=generator) ** 6
+    visible = torch.ones(nQ, nK, dtype=torch.bool).tril()[None, None]
+    return mass * visible, visible, torch.eye(nQ, dtype=torch.bool)[None, None]
+
+
+@given(seed=seeds, density=st.floats(0.01, 0.999))
+def test_a_density_is_kept_by_one_threshold_a_sequence(seed, density):
+    mass, visible, mandatory = blocks_of_mass(seed)
+    kept = select_density(mass, density, visible, mandatory)
+    assert not (kept & ~visible).any() and (kept | ~mandatory).all()
+    wanted = density * 3 * int(visible.sum())
+    count, share = kept.sum((1, 2, 3)), mass / mass.sum(-1, keepdim=True)
+    for b in range(2):
+        forced = 3 * int(mandatory.sum())
+        # One block more would be too many: the shares are so far apart that none ties with another.
+        assert count[b] <= max(wanted, forced) and count[b] >= min(max(math.floor(wanted), forced), 135) - 1
+        free = visible[0] & ~mandatory[0]
+        dropped = share[b][free & ~kept[b]]
+        chosen = share[b][free & kept[b]]
+        assert not len(dropped) or not len(chosen) or dropped.max() < chosen.min()
+    alone = select_density(mass[1:], density, visible, mandatory)
+    assert torch.equal(alone, kept[1:])
+
+
+def test_full_density_keeps_everything_and_a_silent_row_too():
+    mass, visible, mandatory = blocks_of_mass(0)
+    assert torch.equal(select_density(mass, 1.0, visible, mandatory), visible.expand_as(mass))
+    mass[0, 0, 5] = math.nan
+    kept = select_density(mass, 0.3, visible, mandatory)
+    assert kept[0, 0, 5].sum() == 6
+    assert kept[0].sum() <= 0.3 * 3 * 45 < kept[0].sum() + 2
+
+
+def test_a_density_is_a_setting():
+    q, k, _ = tensors(Shape(Lq=1280, Lk=1280))
+    for density in (0.6, 0.8):  # the mandatory blocks are 0.49
+        selection = select_blocks(q, k, budget="density", target_density=density)
+        assert density - 0.02 < selection.density <= density + 1e-6
+
+
+def test_a_threshold_may_be_one_a_head():
+    q, k, _ = tensors(Shape(Lq=700, Lk=700))
+    each = [0.0, 0.05, 0.2, 0.9]
+    kept = select_blocks(q, k, budget="threshold", threshold=each).kept
+    assert torch.equal(select_blocks(q, k, budget="threshold", threshold=torch.tensor(each)).kept, kept)
+    for head, one in enumerate(each):
+        assert torch.equal(kept[:, head], select_blocks(q, k, budget="threshold", threshold=one).kept[:, head])
+    with pytest.raises(ValueError, match="threshold must be one number or one a query head"):
+        select_blocks(q, k, budget="threshold", threshold=[0.1, 0.2])
+    mass, visible, _ = blocks_of_mass(1)
+    assert torch.equal(select_threshold(mass, torch.tensor(-1.0), visible), visible.expand_as(mass))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_its_settings(preset):
+    q, k, _ = tensors(Shape(Lq=700, Lk=700))
+    config = RRConfig.from_preset(preset)
+    assert torch.equal(select_blocks(q, k, preset=preset).kept, select_blocks(q, k, config=config).kept)
+    assert RRConfig.from_preset("rr") == RRConfig()
+    assert RRConfig().with_settings({"preset": preset, "stride": 32}).stride == 32
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match=r"preset must be one of rr, best, fast, got 'better'"):
+        RRConfig.from_preset("better")
+
+
+@pytest.mark.parametrize("budget", [{}, {"budget": "density", "target_density": 0.6}])
+def test_the_best_preset_attends_to_what_it_selects(budget):
+    q, k, v = tensors(Shape())
+    chosen = {"preset": "best", "dense_last_rows": 0, "sink_blocks": 0, "threshold": 0.1} | budget
+    out = rr_attention(q, k, v, **chosen)
+    kept = select_blocks(q, k, **chosen).kept
+    assert kept.float().mean() < 1
+    allowed = oracle.expand(kept, (300, 300), (128, 64)) & shown_by(oracle.causal_element(0), Shape())
+    torch.testing.assert_close(out.double(), oracle.attend(q, k, v, allowed)[0], rtol=0, atol=1e-5)
+
+
+def test_new_thresholds_a_head_compile_nothing():
+    q, k, v = tensors(Shape())
+    chosen = {"preset": "best", "dense_last_rows": 0, "sink_blocks": 0}
+    rr_attention(q, k, v, threshold=0.1, **chosen)
+    with no_compile():
+        for threshold in (0.3, [0.1, 0.2, 0.3, 0.4], torch.tensor([0.5, 0.0, 0.2, 0.1])):
+            rr_attention(q, k, v, threshold=threshold, **chosen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_gpu_estimates_what_a_cpu_does(preset):
+    q, k, v = tensors(Shape(Lq=2000, Lk=2000, D=64))
+    there = [x.cuda() for x in (q, k, v)]
+    mass = select_blocks(*there[:2], preset=preset, min_length=0).mass.cpu()
+    torch.testing.assert_close(mass, select_blocks(q, k, preset=preset).mass, rtol=0, atol=2e-2)
+    chosen = {"preset": preset, "budget": "density", "target_density": 0.7, "min_length": 0}
+    selection = select_blocks(*there[:2], **chosen)
+    assert 0.68 < selection.density <= 0.7 + 1e-6
+    block_size = RRConfig.from_preset(preset).block_sizes
+    allowed = oracle.expand(selection.kept.cpu(), (2000, 2000), block_size)
+    allowed = allowed & shown_by(oracle.causal_element(0), Shape(Lq=2000, Lk=2000))
+    out = rr_attention(*there, **chosen).cpu().double()
+    torch.testing.assert_close(out, oracle.attend(q, k, v, allowed)[0], rtol=0, atol=2e-2)

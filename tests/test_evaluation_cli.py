@@ -1,0 +1,94 @@
+"""`rr-flex evaluate` and `rr-flex calibrate` on a two-layer model made here, and their misuse."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from test_cli import tiny  # noqa: F401
+
+from rr_flex import RRConfig
+from rr_flex.cli import main
+
+RULES = ["rr", "both, order 2, 16/16 (best)", "oracle mass 128×64"]
+
+
+@pytest.fixture
+def source(tiny):  # noqa: F811
+    return ["--model", str(tiny), "--text", str(tiny / "text.txt"), "--device", "cpu"]
+
+
+def evaluate(source, *more):
+    return ["evaluate", *source, "--length", "384", "--densities", "0.9,1", "--layers", "0,1", "--rules", *RULES, *more]
+
+
+def test_full_density_is_the_dense_model(source, tmp_path, capsys):
+    paths = ["--json", str(tmp_path / "out.json"), "--output", str(tmp_path / "curves.png")]
+    assert main(evaluate(source, *paths)) == 0
+    out, _ = capsys.readouterr()
+    assert all(rule in out for rule in RULES) and "perplexity" in out
+    for name in ("curves.png", "curves-predictions.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["tokens"] == 384 and report["layers"] == [0, 1]
+    assert len(report["records"]) == 3 * 2 * 2 * 2
+    assert all(each["error"] < 1e-5 for each in report["records"] if each["density"] == 1)
+    # The oracle has no settings, so the model runs with the other two.
+    assert {each["rule"] for each in report["predictions"]} == set(RULES[:2])
+    assert all(0 < each["density"] <= 1 and each["kl"] >= -1e-6 for each in report["predictions"])
+
+
+def test_quantization_stands_beside_sparsity(source, capsys):
+    pytest.importorskip("torchao")
+    assert main(evaluate(source, "--quantize", "int8-weight-only", "--json", "--quiet")) == 0
+    report = json.loads(capsys.readouterr().out)
+    (dense,) = (each for each in report["predictions"] if each["rule"] == "dense")
+    assert dense["density"] == 1 and 0 < dense["kl"] < 0.1
+    assert len(report["predictions"]) == 11
+
+
+def test_all_rules_can_be_listed(capsys):
+    assert main(["evaluate", "--list-rules", "--quiet"]) == 0
+    assert set(RULES) <= set(capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--length", "300"], "--length must be a multiple of 128"),
+        (["--rules", "nonsense"], "--rules must be of those that --list-rules prints"),
+        (["--layers", "7"], r"--layers must lie in \[0, 2\)"),
+        (["--densities", "1.5"], r"--densities must lie in \(0, 1\]"),
+        (["--quantize", "int1"], "--quantize must be one of"),
+        (["--output", "/nowhere/at.png"], "--output must name a file in an existing folder"),
+        (["--text", "/no/such/file"], "No such file"),
+    ],
+)
+def test_misuse_is_a_message(source, more, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(evaluate(source, *more))
+    assert stop.value.code == 2
+    assert pytest.importorskip("re").search(message, capsys.readouterr().err)
+
+
+def test_a_profile_is_written(source, tmp_path, capsys):
+    path = tmp_path / "profile.json"
+    assert (
+        main(
+            ["calibrate", str(path), *source, "--length", "384", "--target-recall", "0.99", "--weigh-layers", "--quiet"]
+        )
+        == 0
+    )
+    assert "2 layers; on the calibration texts density" in capsys.readouterr().out
+    configs = RRConfig.from_profile(path)
+    assert sorted(configs) == [0, 1] and len(configs[0].threshold) == 4
+
+
+def test_a_target_out_of_reach_is_a_message(source, tmp_path, capsys):
+    path = tmp_path / "profile.json"
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(path), *source, "--length", "384", "--target-density", "0.01"])
+    assert "target_density must be within reach" in capsys.readouterr().err
+    assert not path.exists()
