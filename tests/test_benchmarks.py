@@ -13,7 +13,7 @@ from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure
 from benchmarks.workloads import captured, structured
-from rr_flex import RRConfig
+from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation.true_mass import true_block_mass
 
 CPU = torch.device("cpu")
@@ -226,3 +226,16 @@ def test_nothing_in_the_packages_imports_the_benchmarks():
     assert files and not [
         path for path in files if "import benchmarks" in (text := path.read_text()) or "from benchmarks" in text
     ]
+
+
+@pytest.mark.parametrize("budget", ["top_tau", "threshold"])
+def test_a_level_is_found_for_a_density(budget):
+    pytest.importorskip("transformers")
+    from benchmarks.prefill_model import level_for_density
+
+    generator = torch.Generator().manual_seed(0)
+    q, k = (3 * torch.randn(1, heads, 1280, 32, generator=generator) for heads in (4, 2))
+    config = RRConfig(budget=budget, block_size=64)
+    level = level_for_density(select_blocks(q, k, config=config), config, 0.5)
+    name = "tau" if budget == "top_tau" else "threshold"
+    assert abs(select_blocks(q, k, config=config.with_settings({name: level})).density - 0.5) < 0.03

@@ -215,6 +215,20 @@ def test_a_compiled_model(llama):
     assert on.report().sparse == 2 and not on.report().dense
 
 
+@torch.no_grad()
+def test_a_prefix_in_a_static_cache(llama):
+    """The cache's length is a tensor that the first layer's update moves on, before any attention reads it."""
+    dense = logits(llama)
+    name = "cache" if "cache" in inspect.signature(llama.forward).parameters else "past_key_values"
+    cache = {name: hf.StaticCache(config=llama.config, max_cache_len=330)}
+    with enable(llama, tau=1.0, **SETTINGS) as on:
+        llama(IDS[:1, :192], **cache)
+        positions = torch.arange(192, 320)[None]
+        rest = llama(IDS[:1, 192:], **cache, position_ids=positions).logits
+    assert on.report().sparse == 4
+    torch.testing.assert_close(rest, dense[:, 192:], atol=1e-3, rtol=1e-3)
+
+
 def test_a_device_map_with_layers_on_disk(llama, tmp_path):
     """accelerate's hooks move every argument of a layer to its device, the mask among them."""
     accelerate = pytest.importorskip("accelerate")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ pytest.importorskip("transformers")
 
 from rr_flex import RRConfig
 from rr_flex.commands.tasks import import_suite
-from rr_flex.tasks import answers, helmet, recall, results
+from rr_flex.tasks import answers, helmet, recall, results, video_mme
 from rr_flex.tasks.results import DENSE, Cell
 from rr_flex.tasks.run import describe, run
 
@@ -160,6 +161,58 @@ def test_helmet_rows(helmet_data, task, right, wrong, holds):
 def test_missing_data_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="HELMET's data"):
         helmet.questions(tmp_path, "json_kv", 8192, 1)
+
+
+class Processor:
+    """A vision-language processor that notes what it was given."""
+
+    def apply_chat_template(self, messages, **_):
+        self.messages = messages
+        return "<video>" + messages[0]["content"][1]["text"]
+
+    def __call__(self, text, videos, **options):
+        self.videos, self.options = videos, options
+
+        class Inputs(dict):
+            def to(self, device):
+                return self
+
+        return Inputs(input_ids=torch.tensor([[ord(character) % 250 for character in text[0]]]))
+
+    def batch_decode(self, ids, **_):
+        return ["".join(map(chr, row.tolist())) for row in ids]
+
+
+class VideoOracle(Oracle):
+    def generate(self, input_ids, **options):
+        return super().generate(input_ids)
+
+
+def test_video_mme_rows(tmp_path):
+    row = {"videoID": "v1", "question": "What moves?", "options": ["A. sun", "B. cat", "C. sea", "D. car"]}
+    rows(tmp_path / "videomme.jsonl", row | {"answer": "B", "duration": "long"}, row | {"duration": "short"})
+    with pytest.raises(FileNotFoundError, match="must hold the video v1"):
+        video_mme.questions(tmp_path, "long", 5)
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "v1.npy", np.zeros((9, 4, 6, 3), dtype=np.uint8))
+    (question,) = video_mme.questions(tmp_path, "long", 5)
+    assert question.prompt.splitlines()[1:] == ["What moves?", *row["options"], "The best answer is:"]
+    scores, processor = video_mme.scores_in(tmp_path, frames=3), Processor()
+    assert scores(VideoOracle(" B. cat"), processor, "long", 0, 1)[0] == [1.0]
+    assert processor.videos[0].shape == (3, 3, 4, 6) and processor.options["do_sample_frames"] is False
+    assert scores(VideoOracle("C"), processor, "long", 0, 1)[0] == [0.0]
+    with pytest.raises(ValueError, match="must be one of short"):
+        video_mme.questions(tmp_path, "endless", 1)
+    with pytest.raises(ValueError, match="--lengths must be 0"):
+        scores(VideoOracle("C"), processor, "long", 8192, 1)
+
+
+def test_letters():
+    assert [video_mme.letter(text) for text in (" B.", "The best answer is: C", "A cat", "Dog", "no", "")] == [
+        *"BCAD",
+        "",
+        "",
+    ]
 
 
 def test_suites_check_their_arguments(tmp_path):

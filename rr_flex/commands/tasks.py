@@ -20,7 +20,7 @@ from rr_flex.commands.options import (
 )
 from rr_flex.writing import write_atomically
 
-SUITES = ("ruler", "recall", "helmet")
+SUITES = ("ruler", "recall", "helmet", "video-mme")
 
 EXAMPLES = """
 examples:
@@ -46,7 +46,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     tasks.add_argument(
         "--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]"
     )
-    tasks.add_argument("--data", type=Path, metavar="DIR", help="HELMET's data folder, for the suite helmet")
+    tasks.add_argument("--data", type=Path, metavar="DIR", help="folder of the data, for helmet and video-mme")
     tasks.add_argument("--chat-template", action="store_true", help="prompts through the model's chat template")
     tasks.add_argument("--no-dense", action="store_true", help="leave the dense baseline out")
     tasks.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
@@ -88,7 +88,16 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         results.read(arguments.results)
         progress("loading the model")
-        model, tokenizer = load_causal_lm(arguments.model, **device_and_dtype(arguments.device, arguments.dtype))
+        where = device_and_dtype(arguments.device, arguments.dtype)
+        if arguments.suite == "video-mme":
+            from rr_flex.tasks import video_mme
+
+            if arguments.model is None:
+                raise ValueError("--model must name a vision-language model for --suite video-mme, got none")
+            model, tokenizer = video_mme.load(arguments.model, **where)
+            arguments.lengths = [0]
+        else:
+            model, tokenizer = load_causal_lm(arguments.model, **where)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return failed(parser, error)
 
@@ -134,12 +143,15 @@ def import_suite(arguments: argparse.Namespace):
             score, known = recall.scores, list(recall.TASKS)
             usual = known
         else:
-            from rr_flex.tasks import helmet
-
             if arguments.data is None or not arguments.data.is_dir():
-                raise ValueError(f"--data must be HELMET's data folder for --suite helmet, got {arguments.data}")
-            score, known = helmet.scores_in(arguments.data), list(helmet.TASKS)
-            usual = known
+                raise ValueError(
+                    f"--data must be the data's folder for --suite {arguments.suite}, got {arguments.data}"
+                )
+            from rr_flex.tasks import helmet, video_mme
+
+            module = helmet if arguments.suite == "helmet" else video_mme
+            known = list(helmet.TASKS if module is helmet else video_mme.DURATIONS)
+            score, usual = module.scores_in(arguments.data), known
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rr_flex"):
             raise

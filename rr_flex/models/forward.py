@@ -106,10 +106,10 @@ def _select_and_attend(
     k: Tensor,
     v: Tensor,
     mask: PrefillMask,
-    mask_mod,
+    mask_mod: SpanMask | None,
     config: RRConfig,
     plan: Plan,
-    kwargs,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(out [B,Hq,Lq,Dv], density, 0-dim)."""
     Hq = q.shape[1]

@@ -1,0 +1,104 @@
+"""Video-MME (arXiv 2405.21075) from local files: rows of questions with four options, and the videos they ask about."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ASK = (
+    "Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option."
+)
+DURATIONS = ("short", "medium", "long")
+SUFFIXES = (".mp4", ".mkv", ".webm", ".npy")
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class VideoQuestion:
+    video: Path  # a video file, or .npy: uint8 [frames, height, width, 3]
+    prompt: str
+    answer: str  # A, B, C or D
+    duration: str  # one of DURATIONS
+
+
+def questions(folder: Path, duration: str, samples: int) -> list[VideoQuestion]:
+    """The first `samples` of one duration: `videomme.jsonl` (fields videoID, question, options, answer, duration),
+    one row a line as the data set has them, and `data/{videoID}.mp4`. FileNotFoundError for a video that is not there.
+    """
+    if duration not in DURATIONS:
+        raise ValueError(f"task must be one of {', '.join(DURATIONS)}, got {duration!r}")
+    lines = (folder / "videomme.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, filter(str.strip, lines)) if row["duration"] == duration]
+    return [
+        VideoQuestion(
+            find_video(folder / "data", row["videoID"]),
+            "\n".join([ASK, row["question"], *row["options"], "The best answer is:"]),
+            row["answer"],
+            duration,
+        )
+        for row in rows[:samples]
+    ]
+
+
+def find_video(folder: Path, name: str) -> Path:
+    for suffix in SUFFIXES:
+        if (path := folder / f"{name}{suffix}").exists():
+            return path
+    raise FileNotFoundError(f"{folder} must hold the video {name} ({', '.join(SUFFIXES)})")
+
+
+def load(name: str, *, device: str | torch.device, dtype: torch.dtype):
+    """(vision-language model in eval mode, its processor), by Hugging Face name or folder."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+
+
+def scores_in(folder: Path, frames: int = 64):
+    """The function that scores one duration from `folder`; `frames` a video: see rr_flex.tasks.run.Scores.
+
+    `length` is not a setting here: the video decides, so it must be 0.
+    """
+
+    def scores(model, processor, task: str, length: int, samples: int, *, chat: bool = True):
+        if length:
+            raise ValueError(f"--lengths must be 0 for video-mme, whose videos decide, got {length}")
+        found, tokens = [], 0
+        for question in questions(folder, task, samples):
+            inputs = prepare(processor, question, frames).to(model.device)
+            size = inputs["input_ids"].shape[1]
+            with torch.no_grad():
+                out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            text = processor.batch_decode(out[:, size:], skip_special_tokens=True)[0]
+            tokens += size
+            found.append(float(letter(text) == question.answer))
+        return found, tokens
+
+    return scores
+
+
+def prepare(processor, question: VideoQuestion, frames: int) -> Any:
+    """The processor's inputs for one chat turn of video and question; it samples `frames` frames of a video file."""
+    if question.video.suffix == ".npy":
+        clip = np.load(question.video)
+        chosen = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
+        video, sampling = torch.from_numpy(clip[chosen]).permute(0, 3, 1, 2), {"do_sample_frames": False}
+    else:
+        video, sampling = str(question.video), {"do_sample_frames": True, "num_frames": frames}
+    turn = [{"type": "video"}, {"type": "text", "text": question.prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
+    )
+    return processor(text=[text], videos=[video], return_tensors="pt", **sampling)
+
+
+def letter(text: str) -> str:
+    """The first A, B, C or D that stands alone, or that starts the answer; "" without one."""
+    match = re.search(r"\b([ABCD])\b", text) or re.match(r"\s*([ABCD])", text)
+    return match.group(1) if match else ""
