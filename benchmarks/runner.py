@@ -217,13 +217,13 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
         step("select")
         timings["select"] = bench.time(lambda index: stages.choose_compiled(masses[index], level, same, L))
     chosen = [stages.choose(mass, level, same, L) for mass in masses]
-    del masses
+    masses.clear()
     if case.every_stage:
         step("lists")
         timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
     densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
     masks = [stages.block_mask(kept, blocks.whole, config, L) for kept, blocks in chosen]
-    del chosen
+    chosen.clear()
     step("selection")
     timings["selection"] = bench.time(lambda index: stages.selection(sets[index].q, sets[index].k, level, config))
     step("attention")

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mask_mods.spans import SpanMask
 from rr_flex.attention import rr_attention
 from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
