@@ -85,6 +85,16 @@ def test_demo_page_holds_its_numbers_and_nothing_from_outside(write, tmp_path):
     assert "default-src 'none'" in page and "http://" not in page and "https://" not in page
 
 
+def test_json_says_what_was_written(write, tmp_path, capsys):
+    page, about = tmp_path / "page.html", tmp_path / "about.json"
+    arguments = ["report", str(write(demo_document())), "-o", str(page), "--quiet", "--json"]
+    assert main(arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["output"] == str(page) and said["bytes"] == page.stat().st_size and len(said["runs"]) == 1
+    assert main([*arguments, str(about)]) == 0
+    assert capsys.readouterr() == ("", "") and json.loads(about.read_text()) == said
+
+
 def test_text_cannot_leave_its_place(write):
     evil = "</script><script>alert(1)</script><!--"
     document = demo_document(tokens=[evil] * 1000) | {"model": evil}

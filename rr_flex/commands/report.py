@@ -1,10 +1,11 @@
 """`rr-flex report`: one page from the JSON of other commands."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from rr_flex.commands.options import add_command, add_quiet, check_writable, failed
+from rr_flex.commands.options import add_command, add_json, add_quiet, check_writable, failed
 from rr_flex.writing import write_atomically
 
 EXAMPLES = """
@@ -28,6 +29,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     page = {"type": Path, "default": Path("rr-flex-report.html"), "metavar": "HTML"}
     report.add_argument("-o", "--output", help="[%(default)s]", **page)
     report.add_argument("--title", help="the page's title [the run's own]")
+    add_json(report)
     add_quiet(report)
 
 
@@ -36,11 +38,20 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     try:
         check_writable("--output", arguments.output)
+        if arguments.json not in (None, "-"):
+            check_writable("--json", Path(arguments.json))
         runs = [run for path in arguments.runs for run in read_runs(path)]
     except (ValueError, OSError) as error:
         return failed(parser, error)
     page = report_page(runs, title=arguments.title).encode()
     write_atomically(arguments.output, lambda stream: stream.write(page))
+    if arguments.json is not None:
+        about = {"output": str(arguments.output), "bytes": len(page), "runs": [str(path) for path in arguments.runs]}
+        document = json.dumps(about, indent=2)
+        if arguments.json == "-":
+            print(document)
+        else:
+            write_atomically(Path(arguments.json), lambda stream: stream.write(document.encode()))
     if not arguments.quiet:
         print(f"{arguments.output}: {len(runs)} run{'s' if len(runs) > 1 else ''}", file=sys.stderr)
     return 0
