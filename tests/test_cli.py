@@ -140,7 +140,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 def test_ctrl_c_exits_130_and_leaves_nothing(command, tmp_path):
     program = [sys.executable, "-m", "rr_flex", *command, "--tau", "0.9"]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    # In the middle of the work, whatever that takes on this machine; the imports before it, others' code, may swallow it.
+    # In the middle of the work. Before it come the imports of others' code, which may swallow the signal.
     assert any("compiling" in line and "s  " in line for line in iter(process.stderr.readline, ""))
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
