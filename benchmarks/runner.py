@@ -239,8 +239,7 @@ def strips_of(case: Case) -> list:
 
 def density_in_strips(inputs: Inputs, config: RRConfig) -> float:
     selection = select_blocks(inputs.q, inputs.k, config=config)
-    kept = selection.kept.sum()
-    return (kept / selection.visible.expand_as(selection.kept).sum()).item()
+    return stages.density(selection.kept, selection.visible)
 
 
 def measure_rival(case: Case, bench: Bench) -> Row:

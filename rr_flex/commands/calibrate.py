@@ -6,7 +6,17 @@ import io
 import sys
 from pathlib import Path
 
-from rr_flex.commands.options import Progress, add_command, add_quiet, check_writable, device_and_dtype, failed, quiet
+from rr_flex.commands.options import (
+    Progress,
+    add_command,
+    add_device,
+    add_model,
+    add_quiet,
+    check_writable,
+    device_and_dtype,
+    failed,
+    quiet,
+)
 
 EXAMPLES = """
 examples:
@@ -25,7 +35,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         examples=EXAMPLES,
     )
     calibrate.add_argument("profile", type=Path, help="JSON file to write")
-    calibrate.add_argument("--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M]")
+    add_model(calibrate)
     calibrate.add_argument(
         "--text",
         nargs="+",
@@ -41,8 +51,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     target.add_argument("--target-kl", type=float, metavar="NATS", help="divergence from the dense model a token")
     calibrate.add_argument("--preset", default="best", choices=("rr", "best", "fast"), help="[%(default)s]")
     calibrate.add_argument("--weigh-layers", action="store_true", help="by what each does to the predictions: slow")
-    calibrate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    calibrate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add_device(calibrate)
     add_quiet(calibrate)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from rr_flex.commands.options import (
     Progress,
     add_command,
+    add_device,
     add_json,
+    add_model,
     add_quiet,
     add_settings,
     check_writable,
@@ -37,12 +39,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         description="Prefills a real model with a long text, dense and with RRAttention, and compares the two.",
         examples=EXAMPLES,
     )
-    demo.add_argument("--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]")
+    add_model(demo)
     demo.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to prefill [Python's own documentation]")
     demo.add_argument("--length", type=int, default=2048, metavar="TOKENS", help="tokens to prefill [%(default)s]")
-    demo.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    demo.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+    add_device(demo)
     demo.add_argument("--heads", type=head_list, default=(), metavar="LAYER:HEAD,...", help="to draw [three of them]")
     demo.add_argument("--output", type=Path, default=Path("rr-flex-demo.png"), metavar="PNG", help="[%(default)s]")
     add_json(demo)

@@ -10,7 +10,9 @@ from pathlib import Path
 from rr_flex.commands.options import (
     Progress,
     add_command,
+    add_device,
     add_json,
+    add_model,
     add_quiet,
     check_writable,
     device_and_dtype,
@@ -44,7 +46,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         description="Compares selection rules at equal density on a real model and texts of several kinds.",
         examples=EXAMPLES,
     )
-    evaluate.add_argument("--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M]")
+    add_model(evaluate)
     evaluate.add_argument(
         "--text",
         nargs="+",
@@ -61,9 +63,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     evaluate.add_argument("--no-predictions", action="store_true", help="no runs of the model with sparse attention")
     evaluate.add_argument("--quantize", metavar="KIND", help="int8-dynamic, int8-weight-only, fp8-weight-only")
-    evaluate.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    evaluate.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+    add_device(evaluate)
     evaluate.add_argument("--output", type=Path, metavar="PNG", help="curves of error; beside it NAME-predictions.png")
     add_json(evaluate)
     add_quiet(evaluate)

@@ -40,6 +40,19 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, for `load_causal_lm`."""
+    text = "Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]"
+    parser.add_argument("--model", metavar="NAME", help=text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device and --dtype, for `device_and_dtype`."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+
+
 def failed(parser: argparse.ArgumentParser, error: Exception) -> int:
     """Says on stderr what the user can mend, and exits with USAGE_ERROR."""
     parser.exit(USAGE_ERROR, f"\nrr-flex: error: {error}\n")

@@ -9,7 +9,9 @@ from pathlib import Path
 from rr_flex.commands.options import (
     Progress,
     add_command,
+    add_device,
     add_json,
+    add_model,
     add_quiet,
     add_settings,
     check_writable,
@@ -43,15 +45,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     tasks.add_argument("--tasks", type=names, metavar="TASK,...", help="of the suite [those that need no download]")
     tasks.add_argument("--lengths", type=lengths, default=(2048, 4096), metavar="TOKENS,...", help="[2048,4096]")
     tasks.add_argument("--samples", type=int, default=10, help="a task and length [%(default)s]")
-    tasks.add_argument(
-        "--model", metavar="NAME", help="Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]"
-    )
+    add_model(tasks)
     tasks.add_argument("--data", type=Path, metavar="DIR", help="folder of the data, for helmet and video-mme")
     tasks.add_argument("--chat-template", action="store_true", help="prompts through the model's chat template")
     tasks.add_argument("--no-dense", action="store_true", help="leave the dense baseline out")
-    tasks.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    tasks.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+    add_device(tasks)
     tasks.add_argument(
         "--results", type=Path, default=Path("rr-flex-tasks.jsonl"), help="one JSON line a cell, added to [%(default)s]"
     )

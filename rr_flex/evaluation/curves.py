@@ -24,12 +24,8 @@ def error_figure(records: Sequence[Record], rules: Sequence[str] | None = None, 
             style = "--" if rule.startswith("oracle") else "-"
             axis.plot(densities, mean, style, color=f"C{number % 10}", marker="o", markersize=3, label=rule)
             axis.fill_between(densities, low, high, color=f"C{number % 10}", alpha=0.15, linewidth=0)
-        axis.set(yscale="log", xlabel="density: kept blocks / visible blocks")
-        axis.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("output error, ‖out − dense‖ / ‖dense‖, mean over heads")
-    figure.axes[1].set_ylabel("share of the true mass that is lost")
-    figure.axes[0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    ylabels = "output error, ‖out − dense‖ / ‖dense‖, mean over heads", "share of the true mass that is lost"
+    _label(figure, title, "density: kept blocks / visible blocks", ylabels)
     return figure
 
 
@@ -45,10 +41,15 @@ def prediction_figure(predictions: Sequence[Prediction], title: str = "") -> Fig
                 value = [max(1 - x if measure == "agreement" else x, LEAST) for x in value]
                 axis.plot(density, value, color=f"C{number % 10}", marker="o", markersize=3, alpha=0.6, linewidth=0.8)
             axis.plot([], [], color=f"C{number % 10}", marker="o", markersize=3, label=rule)
-        axis.set(yscale="log", xlabel="density: kept blocks / visible blocks, mean over layers")
+    ylabels = "KL(dense, sparse), nats a token", "share of positions with another next token"
+    _label(figure, title, "density: kept blocks / visible blocks, mean over layers", ylabels)
+    return figure
+
+
+def _label(figure: Figure, title: str, xlabel: str, ylabels: tuple[str, str]) -> None:
+    """What both figures share: logarithmic axes with a grid, and the legend on the left."""
+    for axis, ylabel in zip(figure.axes, ylabels, strict=True):
+        axis.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
         axis.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("KL(dense, sparse), nats a token")
-    figure.axes[1].set_ylabel("share of positions with another next token")
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
-    return figure
