@@ -80,6 +80,8 @@ COARSE_QUERIES = RRConfig(order=2, query_stride=16, key_stride=8, budget="thresh
 COARSEST_QUERIES = RRConfig(order=2, query_stride=32, key_stride=8, budget="threshold")
 NARROW_BLOCKS = replace(COARSE_QUERIES, block_size=(128, 64))
 COARSE_BOTH = RRConfig(order=2, stride=16, budget="threshold")
+BEST, FAST = RRConfig.from_preset("best"), RRConfig.from_preset("fast")
+BEST_SQUARE = replace(BEST, block_size=128)  # FLASH takes no other blocks
 
 RIVALS = ("antidiagonal", "block-mean-keys", "pooled-top-k", "oracle", "random")
 BACKENDS = ("flash", "triton")
@@ -94,10 +96,20 @@ def _rivals(densities: tuple[float, ...], **shape: Any) -> list[Case]:
 def _shapes() -> list[Case]:
     heads = {"GQA 4": (32, 8), "MHA": (32, 32), "GQA 8": (64, 8)}
     return [
-        Case(length=32 * K, heads=Hq, kv_heads=Hkv, head_dim=D, dtype=dtype, config=COARSE_QUERIES, density=0.3)
+        Case(
+            length=32 * K,
+            heads=Hq,
+            kv_heads=Hkv,
+            head_dim=D,
+            dtype=dtype,
+            config=COARSE_QUERIES,
+            density=0.3,
+            backend=backend,
+        )
+        for backend, kinds in (("triton", tuple(heads)), ("flash", ("GQA 4",)))
         for D in (128, 64)
         for dtype in ("bfloat16", "float16")
-        for Hq, Hkv in heads.values()
+        for Hq, Hkv in (heads[kind] for kind in kinds)
     ]
 
 
@@ -124,6 +136,11 @@ SUITES: dict[str, list[Case]] = {
         for config in (COARSE_QUERIES, PUBLISHED, COARSEST_QUERIES)
         for backend in BACKENDS
         for density in (0.3, 0.25, 0.4)
+    ]
+    + [
+        Case(config=config, density=density, backend=backend, every_stage=True)
+        for config, backend in ((BEST_SQUARE, "flash"), (BEST, "triton"), (FAST, "triton"))
+        for density in (0.25, 0.4)
     ],
     # Time against length.
     "lengths": [
@@ -139,14 +156,17 @@ SUITES: dict[str, list[Case]] = {
     "error03": [
         Case(length=length * K, config=config, error=0.03, backend=backend)
         for length in (128, 32)
-        for config in (NARROW_BLOCKS, COARSE_QUERIES, SECOND_ORDER, COARSEST_QUERIES, PUBLISHED_THRESHOLD, PUBLISHED)
+        for config in (
+            *(BEST, BEST_SQUARE, NARROW_BLOCKS, COARSE_QUERIES, COARSEST_QUERIES, SECOND_ORDER),
+            *(PUBLISHED_THRESHOLD, PUBLISHED),
+        )
         for backend in BACKENDS
         # FLASH takes 128 × 128 blocks.
         if not (backend == "flash" and config.block_sizes != (128, 128))
     ],
     # What narrower blocks cost.
     "blocks": [
-        Case(config=replace(COARSE_QUERIES, block_size=block_size), density=0.3)
+        Case(config=replace(COARSE_QUERIES, block_size=block_size), density=0.3, backend="triton")
         for block_size in (128, (128, 64), 64, (64, 128))
     ],
     # Selection rules at equal density on one kernel.

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from benchmarks import dense, rivals, stages
 from benchmarks.cases import Case
-from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, peak_bytes
+from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, measure_in_turns, peak_bytes
 from benchmarks.workloads import Inputs, captured, structured
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.attention import calls
+from rr_flex.backends import choose_kernel
 from rr_flex.head_strips import head_strips
 from rr_flex.kernel import attention_options
 
@@ -39,6 +40,7 @@ class Bench:
         self.sets: list[Inputs] = []
         self.rows = self.exact = torch.empty(0)
         self.times: dict[tuple, dict[str, Row]] = {}  # of dense kernels, by shape
+        self.kernels: dict[str, dense.Dense] = {}  # that ran on the shape in use
 
     @property
     def dense(self) -> dict[str, Row]:
@@ -57,7 +59,7 @@ class Bench:
             stages.estimate_of.cache_clear()
             self.compiled_for = compiled_for
         if shape != self.shape:
-            self.shape, self.sets, self.exact = None, [], torch.empty(0)
+            self.shape, self.sets, self.exact, self.kernels = None, [], torch.empty(0), {}
             self.release()
             self.progress.step("inputs")
             self.sets = self.make_sets(case)
@@ -95,6 +97,25 @@ class Bench:
         timing = measure(call, sets=len(self.sets), device=self.device, seconds=self.seconds)
         return timing.as_dict()
 
+    def fastest_dense(self) -> str | None:
+        """The name of the fastest dense kernel that ran on the shape in use."""
+        times = {name: result["ms"] for name, result in self.dense.items() if "ms" in result and name in self.kernels}
+        return min(times, key=times.get) if times else None
+
+    def time_beside_dense(self, call) -> tuple[Row, Row | None]:
+        """`time`, and that of the fastest dense kernel, measured in turns with it."""
+        fastest = self.fastest_dense()
+        if fastest is None:
+            return self.time(call), None
+        kernel = self.kernels[fastest]
+
+        def attend(index: int) -> Tensor:
+            with kernel.context():
+                return kernel.attend(*self.sets[index])
+
+        timings = measure_in_turns([call, attend], sets=len(self.sets), device=self.device, seconds=self.seconds)
+        return tuple(timing.as_dict() for timing in timings)
+
     def time_dense(self, name: str) -> Row:
         try:
             kernel = dense.prepare(name, *self.sets[0])
@@ -106,6 +127,7 @@ class Bench:
                 timing = self.time(lambda index: kernel.attend(*self.sets[index]))
         except torch.OutOfMemoryError as reason:
             return {"absent": dense.first_line(reason)}
+        self.kernels[name] = kernel
         flops = dense.attention_flops(self.sets[0].q)
         return {
             "ms": timing["median"],
@@ -154,16 +176,16 @@ def run_case(case: Case, bench: Bench, profile: bool = False) -> Row:
     bench.use(case)
     measured = measure_rr(case, bench, profile) if case.method == "rr" else measure_rival(case, bench)
     row = describe_case(case) | measured
-    times = {name: result["ms"] for name, result in bench.dense.items() if "ms" in result}
-    fastest = min(times, key=times.get) if times else None
-    row |= {"dense": bench.dense, "fastest_dense": fastest, "fastest_dense_ms": times.get(fastest)}
+    row |= {"dense": bench.dense, "fastest_dense": bench.fastest_dense()}
+    beside = row["timings"].get("dense")
+    row["fastest_dense_ms"] = None if beside is None else beside["median"]
     row["error_rows"] = len(bench.rows)
     row["sets"] = len(bench.sets)
     flops = dense.attention_flops(bench.sets[0].q) * row["density"]
     row["attention_tflops"] = None if row["attention_ms"] is None else flops / row["attention_ms"] / 1e9
-    if fastest is not None and row["total_ms"] is not None:
-        row["speedup"] = times[fastest] / row["total_ms"]
-        row["over_limit"] = row["total_ms"] / (row["density"] * times[fastest])
+    if beside is not None and row["total_ms"] is not None:
+        row["speedup"] = beside["median"] / row["total_ms"]
+        row["over_limit"] = row["total_ms"] / (row["density"] * beside["median"])
     else:
         row["speedup"] = row["over_limit"] = None
     return row
@@ -175,7 +197,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     if len(strips_of(case)) == 1:
         timings, densities, options = measure_stages(case, config, bench)
     else:  # a few heads at a time: no stage is run for all of them
-        timings, options = {}, kernel_options(case, sets[0].q)
+        timings, options = {}, kernel_options(case, sets[0])
         densities = [density_in_strips(each, config) for each in sets]
 
     def total(index: int) -> Tensor:
@@ -186,7 +208,8 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     before = calls.copy()
     error = dense.relative_error(total(0), bench.exact, bench.rows)
     ways = sorted(calls - before)
-    timings["total"] = bench.time(total)
+    timings["total"], beside = bench.time_beside_dense(total)
+    timings |= {} if beside is None else {"dense": beside}
     qkv = sum(x.numel() * x.element_size() for x in sets[0])
     return {
         "level": config.tau if config.budget == "top_tau" else config.threshold,
@@ -227,7 +250,7 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
     step("selection")
     timings["selection"] = bench.time(lambda index: stages.selection(sets[index].q, sets[index].k, level, config))
     step("attention")
-    options = kernel_options(case, q)
+    options = kernel_options(case, bench.sets[0])
     timings["attention"] = bench.time(lambda index: attend(sets[index], masks[index], options))
     return timings, densities, options
 
@@ -254,8 +277,8 @@ def measure_rival(case: Case, bench: Bench) -> Row:
     mask = stages.block_mask(kept, blocks.whole, case.config, L)
     del score, kept
     bench.progress.step("attention")
-    options = kernel_options(case, q)
-    timing = bench.time(lambda index: attend(bench.sets[0], mask, options))
+    options = kernel_options(case, bench.sets[0])
+    timing, beside = bench.time_beside_dense(lambda index: attend(bench.sets[0], mask, options))
     return {
         "level": None,
         "density": density,
@@ -269,7 +292,7 @@ def measure_rival(case: Case, bench: Bench) -> Row:
         "total_ms": None,
         "peak_gib": None,
         "attention_options": options,
-        "timings": {"attention": timing},
+        "timings": {"attention": timing} | ({} if beside is None else {"dense": beside}),
         "kernels": None,
     }
 
@@ -278,9 +301,12 @@ def attend(inputs: Inputs, mask, options: dict[str, Any]) -> Tensor:
     return stages.attend(*inputs, block_mask=mask, enable_gqa=True, kernel_options=options)
 
 
-def kernel_options(case: Case, q: Tensor) -> dict[str, Any]:
+def kernel_options(case: Case, inputs: Inputs) -> dict[str, Any]:
     """What rr_attention would use, and the case's own."""
-    return attention_options(q, case.config.block_sizes, case.backend or "triton") | dict(case.kernel_options)
+    q, _, v = inputs
+    blocks = case.config.block_sizes
+    kernel = choose_kernel(case.backend or "auto", q, v, blocks, plain_mask=True, for_backward=False)
+    return attention_options(q, blocks, kernel) | dict(case.kernel_options)
 
 
 def budgeted(case: Case, bench: Bench) -> RRConfig:
@@ -300,7 +326,7 @@ def budgeted_selection(case: Case, bench: Bench) -> RRConfig:
     mass = stages.estimate(q, k, case.config)
     if case.density is not None:
         return stages.config_for_density(mass, case.config, L, case.density)
-    options = kernel_options(case, q)
+    options = kernel_options(case, bench.sets[0])
     low, high = 0.0, 1.0
     for bisection in range(ERROR_BISECTIONS):
         bench.progress.step(f"level, {bisection + 1} of {ERROR_BISECTIONS}")

@@ -34,16 +34,35 @@ def measure(
 
     Several input sets keep a cache from holding the inputs between calls.
     """
-    one_call(call, 0, device)  # compiles
-    for warm_up in range(1, max(WARM_UPS, sets + 1)):
-        last = one_call(call, warm_up % sets, device)
-        if last > LONG:
-            break
-    least, most = (2, 2) if last > LONG else repeats
-    count = min(most, max(least, int(1000 * seconds / max(last, 1e-3))))
-    times = sorted(many_calls(call, count, sets, device))
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if count > 1 else times * 3
-    return Timing(statistics.median(times), low, high, count)
+    return measure_in_turns([call], sets=sets, device=device, seconds=seconds, repeats=repeats)[0]
+
+
+def measure_in_turns(
+    calls: list[Callable[[int], object]],
+    *,
+    sets: int,
+    device: torch.device,
+    seconds: float = 1.0,
+    repeats: tuple = (5, 50),
+) -> list[Timing]:
+    """`measure` of several calls, one after the other in each turn: a card's clock, which falls with its heat, is then
+    the same for all of them, and so are their ratios."""
+    lasts = []
+    for call in calls:
+        one_call(call, 0, device)  # compiles
+        for warm_up in range(1, max(WARM_UPS, sets + 1)):
+            last = one_call(call, warm_up % sets, device)
+            if last > LONG:
+                break
+        lasts.append(last)
+    least, most = (2, 2) if max(lasts) > LONG else repeats
+    count = min(most, max(least, int(1000 * seconds * len(calls) / max(sum(lasts), 1e-3))))
+    return [_timing(times) for times in many_turns(calls, count, sets, device)]
+
+
+def _timing(times: list[float]) -> Timing:
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return Timing(statistics.median(times), low, high, len(times))
 
 
 def one_call(call: Callable[[int], object], index: int, device: torch.device) -> float:
@@ -57,15 +76,22 @@ def one_call(call: Callable[[int], object], index: int, device: torch.device) ->
 
 def many_calls(call: Callable[[int], object], count: int, sets: int, device: torch.device) -> list[float]:
     """Milliseconds of each of `count` calls in a row; on CUDA the queue is never drained between them."""
+    return many_turns([call], count, sets, device)[0]
+
+
+def many_turns(calls: list[Callable[[int], object]], count: int, sets: int, device: torch.device) -> list[list[float]]:
+    """`many_calls` of each of `calls`, in turns."""
     if device.type != "cuda":
-        return [one_call(call, repeat % sets, device) for repeat in range(count)]
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for repeat, (start, stop) in enumerate(events):
-        start.record()
-        call(repeat % sets)
-        stop.record()
+        turns = [[one_call(call, repeat % sets, device) for call in calls] for repeat in range(count)]
+        return [list(times) for times in zip(*turns, strict=True)]
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls] for _ in range(count)]
+    for repeat, turn in enumerate(events):
+        for call, (start, stop) in zip(calls, turn, strict=True):
+            start.record()
+            call(repeat % sets)
+            stop.record()
     synchronize(device)
-    return [start.elapsed_time(stop) for start, stop in events]
+    return [[start.elapsed_time(stop) for start, stop in of_call] for of_call in zip(*events, strict=True)]
 
 
 def synchronize(device: torch.device) -> None:
