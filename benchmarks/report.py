@@ -17,7 +17,7 @@ def load(folder: Path, suites: list[str] | None = None) -> list[Row]:
             row = json.loads(line)
             if "case" not in row or row["failed"] or (suites and row["suite"] not in suites):
                 continue
-            key = (row["card"], row["case"], row["seed"])
+            key = (row["card"], row["case"], row["seed"], row.get("in_turns", False))
             if key not in latest or latest[key]["date"] <= row["date"]:
                 latest.pop(key, None)
                 latest[key] = row
@@ -47,7 +47,8 @@ COLUMNS = {
 def shape_of(row: Row) -> str:
     heads = f"{row['heads']}/{row['kv_heads']} heads" + (f", batch {row['batch']}" if row["batch"] > 1 else "")
     workload = "" if row["workload"] == "structured" else f", {Path(row['workload']).name}"
-    return f"{row['length']:,} tokens, {heads} of {row['head_dim']}, {row['dtype']}{workload}"
+    turns = f", in turns with {row['fastest_dense']}" if row.get("in_turns") else ""
+    return f"{row['length']:,} tokens, {heads} of {row['head_dim']}, {row['dtype']}{workload}{turns}"
 
 
 def one_line(row: Row) -> str:
@@ -143,7 +144,7 @@ def lines_of(rows: list[Row]) -> dict[str, dict[int, float]]:
         for name, result in row["dense"].items():
             if "ms" in result:
                 lines.setdefault(f"dense, {name}", {})[row["length"]] = result["ms"]
-        if row["total_ms"] is not None and row["wanted_error"] is None:
+        if row["total_ms"] is not None and row["wanted_error"] is None and not row.get("in_turns"):
             budget = "" if row["wanted_density"] is None else f", density {row['wanted_density']:.2f}"
             lines.setdefault(f"{row['label']}{budget}", {})[row["length"]] = row["total_ms"]
     return lines

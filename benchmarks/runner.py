@@ -33,14 +33,15 @@ STAGES = ("estimate", "select", "lists", "selection", "attention", "total")
 class Bench:
     """Inputs, exact rows and dense baselines of one shape; they stay until a case asks for another."""
 
-    def __init__(self, device: torch.device, progress: Progress, seconds: float = 1.0) -> None:
-        self.device, self.progress, self.seconds = device, progress, seconds
+    def __init__(self, device: torch.device, progress: Progress, seconds: float = 1.0, in_turns: bool = False) -> None:
+        self.device, self.progress, self.seconds, self.in_turns = device, progress, seconds, in_turns
         self.shape: tuple | None = None
         self.compiled_for: tuple | None = None
         self.sets: list[Inputs] = []
         self.rows = self.exact = torch.empty(0)
         self.times: dict[tuple, dict[str, Row]] = {}  # of dense kernels, by shape
         self.kernels: dict[str, dense.Dense] = {}  # that ran on the shape in use
+        self.levels: dict[tuple, RRConfig] = {}  # that gave a density on the shape in use
 
     @property
     def dense(self) -> dict[str, Row]:
@@ -59,7 +60,8 @@ class Bench:
             stages.estimate_of.cache_clear()
             self.compiled_for = compiled_for
         if shape != self.shape:
-            self.shape, self.sets, self.exact, self.kernels = None, [], torch.empty(0), {}
+            self.shape, self.sets, self.exact = None, [], torch.empty(0)
+            self.kernels, self.levels = {}, {}
             self.release()
             self.progress.step("inputs")
             self.sets = self.make_sets(case)
@@ -102,11 +104,11 @@ class Bench:
         times = {name: result["ms"] for name, result in self.dense.items() if "ms" in result and name in self.kernels}
         return min(times, key=times.get) if times else None
 
-    def time_beside_dense(self, call) -> tuple[Row, Row | None]:
-        """`time`, and that of the fastest dense kernel, measured in turns with it."""
+    def time_with_dense(self, call) -> dict[str, Row]:
+        """Timings of a call and of the fastest dense kernel: each by itself, or `in_turns`."""
         fastest = self.fastest_dense()
-        if fastest is None:
-            return self.time(call), None
+        if fastest is None or not self.in_turns:
+            return {"total": self.time(call)} | ({} if fastest is None else {"dense": self.dense[fastest]["timing"]})
         kernel = self.kernels[fastest]
 
         def attend(index: int) -> Tensor:
@@ -114,7 +116,7 @@ class Bench:
                 return kernel.attend(*self.sets[index])
 
         timings = measure_in_turns([call, attend], sets=len(self.sets), device=self.device, seconds=self.seconds)
-        return tuple(timing.as_dict() for timing in timings)
+        return dict(zip(("total", "dense"), (timing.as_dict() for timing in timings), strict=True))
 
     def time_dense(self, name: str) -> Row:
         try:
@@ -179,6 +181,7 @@ def run_case(case: Case, bench: Bench, profile: bool = False) -> Row:
     row |= {"dense": bench.dense, "fastest_dense": bench.fastest_dense()}
     beside = row["timings"].get("dense")
     row["fastest_dense_ms"] = None if beside is None else beside["median"]
+    row["in_turns"] = bench.in_turns
     row["error_rows"] = len(bench.rows)
     row["sets"] = len(bench.sets)
     flops = dense.attention_flops(bench.sets[0].q) * row["density"]
@@ -208,8 +211,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     before = calls.copy()
     error = dense.relative_error(total(0), bench.exact, bench.rows)
     ways = sorted(calls - before)
-    timings["total"], beside = bench.time_beside_dense(total)
-    timings |= {} if beside is None else {"dense": beside}
+    timings |= bench.time_with_dense(total)
     qkv = sum(x.numel() * x.element_size() for x in sets[0])
     return {
         "level": config.tau if config.budget == "top_tau" else config.threshold,
@@ -278,7 +280,8 @@ def measure_rival(case: Case, bench: Bench) -> Row:
     del score, kept
     bench.progress.step("attention")
     options = kernel_options(case, bench.sets[0])
-    timing, beside = bench.time_beside_dense(lambda index: attend(bench.sets[0], mask, options))
+    timings = bench.time_with_dense(lambda index: attend(bench.sets[0], mask, options))
+    timings["attention"] = timings.pop("total")
     return {
         "level": None,
         "density": density,
@@ -288,11 +291,11 @@ def measure_rival(case: Case, bench: Bench) -> Row:
         "lists_ms": None,
         "selection_ms": None,
         "ran": None,
-        "attention_ms": timing["median"],
+        "attention_ms": timings["attention"]["median"],
         "total_ms": None,
         "peak_gib": None,
         "attention_options": options,
-        "timings": {"attention": timing} | ({} if beside is None else {"dense": beside}),
+        "timings": timings,
         "kernels": None,
     }
 
@@ -323,9 +326,12 @@ def budgeted_selection(case: Case, bench: Bench) -> RRConfig:
     q, k, _ = bench.sets[0]
     L = q.shape[2]
     bench.progress.step("level")
+    key = (stages.without_level(case.config), case.density)
+    if key in bench.levels:
+        return bench.levels[key]
     mass = stages.estimate(q, k, case.config)
     if case.density is not None:
-        return stages.config_for_density(mass, case.config, L, case.density)
+        return bench.levels.setdefault(key, stages.config_for_density(mass, case.config, L, case.density))
     options = kernel_options(case, bench.sets[0])
     low, high = 0.0, 1.0
     for bisection in range(ERROR_BISECTIONS):

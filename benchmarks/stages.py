@@ -19,7 +19,7 @@ from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select
 from rr_flex.selection import select_threshold, select_top_tau
 
-BISECTIONS = 24
+BISECTIONS = 16
 
 
 def compile_static(function: Callable) -> Callable:

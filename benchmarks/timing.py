@@ -45,8 +45,10 @@ def measure_in_turns(
     seconds: float = 1.0,
     repeats: tuple = (5, 50),
 ) -> list[Timing]:
-    """`measure` of several calls, one after the other in each turn: a card's clock, which falls with its heat, is then
-    the same for all of them, and so are their ratios."""
+    """`measure` of several calls, one after the other in each turn.
+
+    A card at its power limit lends the clock of one to the next: what follows a hungry kernel is slower than alone.
+    """
     lasts = []
     for call in calls:
         one_call(call, 0, device)  # compiles

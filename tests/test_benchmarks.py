@@ -11,7 +11,7 @@ from benchmarks import __main__ as program
 from benchmarks import dense, report, rivals, stages, tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
-from benchmarks.timing import OutOfTime, Progress, measure
+from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
 from benchmarks.workloads import captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation.true_mass import true_block_mass
@@ -112,7 +112,7 @@ def test_measure_rotates_the_inputs():
 
 
 def test_a_cpu_case_gives_a_whole_row(tmp_path):
-    bench = Bench(CPU, Progress(2), seconds=0.1)
+    bench = Bench(CPU, Progress(2), seconds=0.1, in_turns=True)
     cases = [replace(SUITES["cpu"][1], every_stage=True), SUITES["cpu"][2]]
     about = {
         "card": "CPU",
@@ -239,3 +239,13 @@ def test_a_level_is_found_for_a_density(budget):
     level = level_for_density(select_blocks(q, k, config=config), config, 0.5)
     name = "tau" if budget == "top_tau" else "threshold"
     assert abs(select_blocks(q, k, config=config.with_settings({name: level})).density - 0.5) < 0.03
+
+
+def test_turns_alternate_and_a_case_without_dense_kernels_keeps_to_it():
+    used = []
+    calls = [lambda index, name=name: used.append((name, index)) for name in "ab"]
+    first, second = measure_in_turns(calls, sets=2, device=CPU, seconds=0, repeats=(4, 4))
+    assert used[-8:] == [(name, index) for index in (0, 1, 0, 1) for name in "ab"]
+    assert first.repeats == second.repeats == 4
+    options = program.parser().parse_args(["run", "--suite", "million", "--dense", "fa4"])
+    assert {case.dense for case in program.chosen_cases("million", options)} == {()}
