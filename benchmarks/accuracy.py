@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.workloads import structured
-from rr_flex.evaluation.estimators import RULES
-from rr_flex.evaluation.study import judge_text, summarise, write_records
+from rr_flex.evaluation.estimators import Rule
+from rr_flex.evaluation.rules import RULES
+from rr_flex.evaluation.study import Record, judge_text, summarise, write_records
 
 COMPARED = (
     "rr",
@@ -33,6 +34,13 @@ COMPARED = (
 )
 
 
+def judge_structured(seed: int, length: int, heads: int, rules: dict[str, Rule], device: torch.device) -> list[Record]:
+    """The rules on one layer of the structured workload, four query heads to a key head, head dim 128."""
+    inputs = structured(L=length, Hq=heads, Hkv=heads // 4, D=128, dtype=torch.float32, device=device, seed=seed)
+    with torch.no_grad():
+        return judge_text(f"structured{seed}-{length}", {0: tuple(inputs)}, rules, scopes=("layer",))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=16384)
@@ -43,11 +51,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = []
     for seed in arguments.seeds:
-        shape = {"L": arguments.length, "Hq": arguments.heads, "Hkv": arguments.heads // 4, "D": 128}
-        inputs = structured(**shape, dtype=torch.float32, device=device, seed=seed)
-        with torch.no_grad():
-            name = f"structured{seed}-{arguments.length}"
-            records += judge_text(name, {0: tuple(inputs)}, {rule: RULES[rule] for rule in COMPARED}, scopes=("layer",))
+        rules = {rule: RULES[rule] for rule in COMPARED}
+        records += judge_structured(seed, arguments.length, arguments.heads, rules, device)
         write_records(arguments.json, records)
         for rule, row in summarise(
             records, scope="layer", texts=lambda text: text.endswith(str(arguments.length))

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
 from rr_flex.evaluation.language_model import compare_logits
+from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, compare_selections, hidden_states
 from rr_flex.mandatory import mandatory_blocks
-from rr_flex.pipeline import select_blocks
 from rr_flex.profiles import Profile, model_name
 from rr_flex.selection import select_threshold
 
@@ -76,13 +76,26 @@ def calibrate(
         chosen = _meet_kl(model, texts, config, curves, weights, value, progress)
     else:
         chosen = meet(curves, weights, name, value)
+    names = list(names) or [f"{ids.shape[1]} tokens" for ids in texts]
+    return _profile(model, curves, chosen, config, {name: value}, names)
+
+
+def profile_at(
+    model: PreTrainedModel, curves: Curves, config: RRConfig, density: float, names: Sequence[str]
+) -> Profile:
+    """`calibrate(target_density=density)` from curves that are measured already."""
+    chosen = meet(curves, torch.ones(len(curves.layers)), "density", density)
+    return _profile(model, curves, chosen, config, {"density": density}, names)
+
+
+def _profile(model, curves: Curves, chosen: Tensor, config: RRConfig, target: dict, names: Sequence[str]) -> Profile:
     return Profile(
         model=model_name(model),
         layers=_thresholds(curves, chosen),
         settings=_plain_settings(config),
-        target={name: value},
+        target=target,
         measured=_at(curves, chosen),
-        texts=list(names) or [f"{ids.shape[1]} tokens" for ids in texts],
+        texts=list(names),
         versions={"torch": torch.__version__, "python": platform.python_version()},
         date=datetime.date.today().isoformat(),
     )
@@ -97,7 +110,7 @@ def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRCo
     def attend(q, k, v, *, layer, scale, window):
         if window is not None:
             return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
-        selection = select_blocks(q, k, config=config, scale=scale)
+        selection = plain_selection(q, k, config=config, scale=scale)
         visible = selection.visible
         mandatory = mandatory_blocks(visible, config, Lq=q.shape[2], q_offset=0)
         kept = [select_threshold(selection.mass, level, visible, mandatory) for level in THRESHOLDS]

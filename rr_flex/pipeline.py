@@ -214,8 +214,12 @@ def select(
     mask_mod: MaskMod | None,
     causal: bool | None,
     scale: float | None,
+    plain: bool = False,
 ) -> Selection:
-    """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True)."""
+    """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True).
+
+    `plain`: the estimate by `block_mass` on every device, for where nothing is compiled.
+    """
     B, Hq, Lq, D = q.shape
     Lk = k.shape[2]
     scale = D**-0.5 if scale is None else scale
@@ -228,7 +232,7 @@ def select(
 
     valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "head_offset": head_offset}
-    mass = estimate_mass(q, k, valid_keys, config, **facts)
+    mass = estimate_mass(q, k, valid_keys, config, plain=plain, **facts)
 
     mandatory = mandatory_blocks(visible, config, Lq=Lq, q_offset=q_offset, valid_keys=valid_keys)
     if config.budget == "top_tau":
@@ -252,6 +256,7 @@ def estimate_mass(
     Lk: int,
     scale: float,
     head_offset: Index,
+    plain: bool = False,
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """Block mass from pooled keys, from pooled queries, or the mean of both estimates' shares of a row."""
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "block_size": config.block_sizes}
@@ -263,7 +268,7 @@ def estimate_mass(
         keys = mean.to(k.dtype)
         if config.order == 2:
             queries, keys = second_order_features(queries, mean, variance, scale)
-        mass = block_mass_by_attention if kernel_can_estimate(queries) else block_mass
+        mass = block_mass if plain or not kernel_can_estimate(queries) else block_mass_by_attention
         sampling = {"strides": config.strides, "head_offset": head_offset, "phase": config.phase}
         estimates.append(mass(queries, keys, **sampling, **facts))
     if config.pool != "keys":
@@ -271,7 +276,7 @@ def estimate_mass(
         order = config.order if config.pool == "queries" else 1
         valid = queries_that_see(mask_mod, q.shape[0], q.shape[1], Lq, Lk, q.device)
         queries, keys = pooled_query_features(q, k, config.tokens_per_pooled_query, order, scale, valid)
-        mass = block_mass_by_attention if kernel_can_estimate(queries) else block_mass
+        mass = block_mass if plain or not kernel_can_estimate(queries) else block_mass_by_attention
         strides = (config.tokens_per_pooled_query, 1)
         estimates.append(mass(queries, keys, strides=strides, phase="pooled", **facts))
     return estimates[0] if len(estimates) == 1 else (row_share(estimates[0]) + row_share(estimates[1])) / 2

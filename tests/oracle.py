@@ -70,11 +70,12 @@ def block_mass(q, k, shown, *, scale, strides, block_size, order=1, head_offset=
                 score = score + 0.5 * scale**2 * sampled[b, h] ** 2 @ var[b, kv_head].T
             rows = shown[b, h, sampled_indices(Lq, sq, h, head_offset)]  # [nq, Lk]
             seen = torch.stack([rows[:, run.start : run.stop].any(1) for run in key_runs], 1) & (count[b] > 0)
-            for i in range(len(score)):
-                if seen[i].any():
-                    share = torch.softmax(score[i].masked_fill(~seen[i], -math.inf), 0)
-                    for j, part in enumerate(share.split(bk // sk)):
-                        mass[b, h, i // (bq // sq), j] += part.sum()
+            some = seen.any(1)
+            share = torch.zeros_like(score)
+            share[some] = torch.softmax(score[some].masked_fill(~seen[some], -math.inf), 1)
+            for i, rows in enumerate(share.split(bq // sq)):
+                for j, tile in enumerate(rows.split(bk // sk, 1)):
+                    mass[b, h, i, j] = tile.sum()
     return mass
 
 

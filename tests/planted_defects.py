@@ -6,12 +6,22 @@ A defect that no longer finds its text, or that its test survives, is an error: 
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+# One thread a process. What takes seconds to import is imported here, once, and of ours nothing is.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+import hypothesis  # noqa: F401
+import pytest
+import torch._dynamo
+import torch._inductor.compile_fx
+import torch.nn.attention.flex_attention  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
@@ -211,42 +221,86 @@ DEFECTS = [
 ]
 
 
-def survives(defect: Defect) -> str:
-    """What is wrong with this entry: "" if its test fails as it should."""
+def fault_of(defect: Defect, folder: Path) -> str:
+    """What is wrong with this entry: "" if its text occurs once; then `folder` holds the packages with the defect."""
     source = (ROOT / defect.path).read_text()
     if source.count(defect.text) != 1:
         return f"the text occurs {source.count(defect.text)} times, not once"
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("mask_mods", "rr_flex", "tests", "pyproject.toml"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, Path(folder) / name)
-        (Path(folder) / defect.path).write_text(source.replace(defect.text, defect.wrong))
-        file, name = defect.test.split("::")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", name]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": folder,
-            "HYPOTHESIS_PROFILE": "planted",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode == 0:
+    for name in ("mask_mods", "rr_flex", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    (folder / defect.path).write_text(source.replace(defect.text, defect.wrong))
+    return ""
+
+
+def run_test(defect: Defect, folder: Path) -> int:
+    """pytest's exit status on the copy in `folder`; in a process of its own, where none of ours is imported yet."""
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    # This file's folder and an installation's would lead to the code without the defect.
+    others = (path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests"))
+    sys.path[:] = [str(folder), *others]
+    os.environ |= {"PYTHONPATH": str(folder), "HYPOTHESIS_PROFILE": "planted"}
+    sys.dont_write_bytecode = True
+    file, name = defect.test.split("::")
+    imported_before = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", imported_before]
+    return pytest.main([*options, f"tests/{file}", "-k", name])
+
+
+def start(defect: Defect, folder: Path) -> int:
+    """The process id of a fork, which has torch and pytest imported already, that ends with `run_test`'s status."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        status = int(run_test(defect, folder))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def verdict(status: int, folder: Path) -> str:
+    if status == 0:
         return "the test passed"
     # 1: a test failed. Anything else (no such test, a syntax error in the defect) says nothing.
-    return "" if done.returncode == 1 else f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return "" if status == 1 else f"pytest ended with {status}:\n{(folder / 'output.txt').read_text()}"
+
+
+def faults(chosen: list[Defect], jobs: int) -> Iterator[tuple[Defect, str]]:
+    """Each defect with what is wrong with it, in order of their ends."""
+    running: dict[int, tuple[Defect, tempfile.TemporaryDirectory]] = {}
+    waiting = list(reversed(chosen))
+    while waiting or running:
+        if waiting and len(running) < jobs:
+            defect, folder = waiting.pop(), tempfile.TemporaryDirectory()
+            if fault := fault_of(defect, Path(folder.name)):
+                folder.cleanup()
+                yield defect, fault
+            else:
+                running[start(defect, Path(folder.name))] = defect, folder
+            continue
+        child, status = os.wait()
+        defect, folder = running.pop(child)
+        yield defect, verdict(os.waitstatus_to_exitcode(status), Path(folder.name))
+        folder.cleanup()
 
 
 def main() -> int:
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [defect for defect in DEFECTS if word in defect.path or word in defect.test]
     failures = 0
-    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2))) as pool:
-        for defect, fault in zip(chosen, pool.map(survives, chosen), strict=True):
-            print(
-                f"{'missed' if fault else 'caught'}  {defect.path}: {defect.wrong!r:.60} by {defect.test} {fault}",
-                flush=True,
-            )
-            failures += bool(fault)
+    for defect, fault in faults(chosen, jobs=max(1, os.cpu_count() or 2)):
+        outcome = "missed" if fault else "caught"
+        print(f"{outcome}  {defect.path}: {defect.wrong!r:.60} by {defect.test} {fault}", flush=True)
+        failures += bool(fault)
     print(f"{len(chosen) - failures} of {len(chosen)} planted defects caught")
     return 1 if failures or not chosen else 0
 

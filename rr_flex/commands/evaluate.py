@@ -110,8 +110,8 @@ def measure(arguments: argparse.Namespace, progress):
     """(Evaluation, what was run), or (None, names) for --list-rules."""
     import torch
 
-    from rr_flex.evaluation.estimators import RULES
     from rr_flex.evaluation.report import QUANTIZATIONS, evaluate
+    from rr_flex.evaluation.rules import RULES
     from rr_flex.evaluation.texts import KINDS, sample_text
     from rr_flex.models.loading import embedded_gguf, load_causal_lm, tokenize
 

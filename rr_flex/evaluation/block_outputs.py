@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from rr_flex.geometry import ceil_div
 from rr_flex.sampling import moments
 
+HIGHEST = 60.0  # nats by which a pooled key's logit may exceed the row's highest
 TOKENS = 64  # of a strip and of its key blocks: what every block size is a multiple of
 
 
@@ -93,7 +94,8 @@ def pooled_strips(q: Tensor, k: Tensor, v: Tensor, order: int, scale: float | No
         pooled = strip @ mean[:, :, : row + 1].mT
         if order == 2:
             pooled = pooled + 0.5 * strip.square() @ variance[:, :, : row + 1].mT
-        weight = (pooled - scores.amax(-1, keepdim=True)).exp().mT[..., None]  # B Hq nJ rows 1
+        # Half a variance may lie far above every true logit: what float32 can't hold would be NaN.
+        weight = (pooled - scores.amax(-1, keepdim=True)).clamp(max=HIGHEST).exp().mT[..., None]  # B Hq nJ rows 1
         yield weight * value[:, :, : row + 1, None]
 
 
@@ -117,25 +119,33 @@ def output_errors(
     difference = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     reference = torch.zeros(B, Hq, dtype=torch.float64, device=q.device)
     pooled = None if correction is None else pooled_strips(q, k, v, correction, scale)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for number, selection in enumerate(selections):
+        by_size.setdefault(selection.block_size, []).append(number)
+    stacks = {
+        size: torch.stack([selections[number].kept for number in numbers], 2) for size, numbers in by_size.items()
+    }  # B Hq n nQ nK each
+    place = torch.tensor([number for numbers in by_size.values() for number in numbers], device=q.device).argsort()
     for row, parts in enumerate(strips(q, k, v, scale)):
         nJ = parts.shape[2]
-        kept = torch.stack([_kept_in_strip(selection, row, nJ) for selection in selections], 2)  # B Hq n nJ
+        kept = torch.cat([_kept_in_strip(stack, size, row, nJ) for size, stack in stacks.items()], 2)  # B Hq n nJ
         total = parts.sum(2)
         dense = total[..., :-1] / total[..., -1:]  # B Hq rows Dv
         sums = (kept.float() @ parts.flatten(3)).unflatten(3, parts.shape[3:])  # B Hq n rows Dv+1
+        recall += (sums[..., -1] / total[:, :, None, :, -1]).sum(3, dtype=torch.float64).movedim(2, 0) / L
         if pooled is not None:
             sums = sums + ((~kept).float() @ next(pooled).flatten(3)).unflatten(3, parts.shape[3:])
         out = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
-        recall += (sums[..., -1] / total[:, :, None, :, -1]).sum(3, dtype=torch.float64).movedim(2, 0) / L
         difference += (out - dense[:, :, None]).square().sum((3, 4), dtype=torch.float64).movedim(2, 0)
         reference += dense.square().sum((2, 3), dtype=torch.float64)
-    return OutputErrors(difference, reference, recall)
+    return OutputErrors(difference[place], reference, recall[place])
 
 
-def _kept_in_strip(selection: KeptBlocks, row: int, nJ: int) -> Bool[Tensor, "B Hq nJ"]:
-    q_block, k_block = selection.block_size
-    kept = selection.kept[:, :, row * TOKENS // q_block]
-    return kept.repeat_interleave(k_block // TOKENS, -1)[..., :nJ]
+def _kept_in_strip(
+    kept: Bool[Tensor, "B Hq n nQ nK"], block_size: tuple[int, int], row: int, nJ: int
+) -> Bool[Tensor, "B Hq n nJ"]:
+    q_block, k_block = block_size
+    return kept[:, :, :, row * TOKENS // q_block].repeat_interleave(k_block // TOKENS, -1)[..., :nJ]
 
 
 class TrueBlocks(NamedTuple):

@@ -1,67 +1,109 @@
 """Budgets set so that rules can be compared: every rule keeps the same share of blocks."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rr_flex.selection import select_threshold, select_top_tau
+from rr_flex.geometry import ceil_div, diagonal_blocks
 
 Spending = Literal["top_tau", "threshold", "per_head", "raw"]
-STEPS = 24  # halvings of the interval in which top-τ's level is sought
 
 
-def kept_at_density(
+def kept_at_densities(
     weight: Float[Tensor, "B H nQ nK"],
     visible: Bool[Tensor, "#B #H nQ nK"],
     mandatory: Bool[Tensor, "#B #H nQ nK"],
     *,
-    density: float,
+    densities: Sequence[float],
     spending: Spending,
-) -> Bool[Tensor, "B H nQ nK"]:
-    """The blocks kept when the mean density over all of H is `density` (kept / visible blocks), mandatory ones counted.
+) -> list[Bool[Tensor, "B H nQ nK"]]:
+    """The blocks kept when the mean density over all of H is each of `densities` (kept / visible blocks), mandatory
+    ones counted; more where those alone are more, or at a tie.
 
     `top_tau`: one τ. `threshold`: one threshold on a block's share of its row. `per_head`: a threshold a head, each
     head at the density. `raw`: one threshold on the weight itself. H may hold the heads of several layers.
     """
     visible, mandatory = visible.expand_as(weight), mandatory.expand_as(weight)
-    wanted = round(density * int(visible.sum()))
-    if spending == "top_tau":
-        return _by_level(lambda tau: select_top_tau(weight, tau, visible, mandatory), wanted)
+    value = _value(weight, visible, mandatory, spending)
+    cuts = _cuts(value, visible, mandatory, densities, spending == "per_head")
+    free = visible & ~mandatory
+    return [mandatory | (free & (value >= cut)) for cut in cuts]
+
+
+def kept_at_density(
+    weight: Tensor, visible: Tensor, mandatory: Tensor, *, density: float, spending: Spending
+) -> Bool[Tensor, "B H nQ nK"]:
+    """`kept_at_densities` at one density."""
+    return kept_at_densities(weight, visible, mandatory, densities=[density], spending=spending)[0]
+
+
+def kept_coarse_to_fine(
+    coarse: Float[Tensor, "B H nQ nK"],
+    fine: Float[Tensor, "B H nQ nK"],
+    visible: Bool[Tensor, "#B #H nQ nK"],
+    mandatory: Bool[Tensor, "#B #H nQ nK"],
+    *,
+    densities: Sequence[float],
+    band: float,
+) -> tuple[list[Bool[Tensor, "B H nQ nK"]], list[float]]:
+    """One threshold, with a coarse estimate where it is clear and a fine one near the coarse one's threshold t.
+
+    A block whose coarse share of its row lies in (t / band, t · band) takes its fine share, clamped to that interval.
+    Beside each selection: the share of visible blocks that were estimated finely.
+    """
+    visible, mandatory = visible.expand_as(coarse), mandatory.expand_as(coarse)
+    free = visible & ~mandatory
+    coarse, fine = (_value(each, visible, mandatory, "threshold") for each in (coarse, fine))
+    found, refined = [], []
+    for density, cut in zip(densities, _cuts(coarse, visible, mandatory, densities, False), strict=True):
+        low, high = cut / band, cut * band
+        near = free & (coarse > low) & (coarse < high)
+        value = torch.where(near, fine.maximum(low).minimum(high), coarse)
+        found.append(mandatory | (free & (value >= _cuts(value, visible, mandatory, [density], False)[0])))
+        refined.append((near.sum() / visible.sum()).item())
+    return found, refined
+
+
+def visible_and_mandatory(L: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Causal; sink, diagonal and last block row are mandatory, as by default. Each [1, 1, nQ, nK]."""
+    row = torch.arange(ceil_div(L, size[0]), device=device)[:, None]
+    column = torch.arange(ceil_div(L, size[1]), device=device)
+    visible = column * size[1] < (row + 1) * size[0]
+    mandatory = (column == 0) | diagonal_blocks(row, column, L, size, 0, 0) | (row == row.max())
+    return visible[None, None], (visible & mandatory)[None, None]
+
+
+def _value(weight: Tensor, visible: Tensor, mandatory: Tensor, spending: Spending) -> Float[Tensor, "B H nQ nK"]:
+    """What a block is taken by, largest first."""
     if spending == "raw":
-        return _largest(weight, visible, mandatory, wanted)
+        return weight
     total = torch.where(visible, weight, 0).sum(-1, keepdim=True)
     share = weight / torch.where(total > 0, total, 1)
-    if spending == "threshold":
-        return _largest(share, visible, mandatory, wanted)
-    heads = []
-    for head in range(weight.shape[1]):
-        own = (..., slice(head, head + 1), slice(None), slice(None))
-        heads.append(_largest(share[own], visible[own], mandatory[own], round(density * int(visible[own].sum()))))
-    return torch.cat(heads, 1)
+    if spending != "top_tau":
+        return share
+    # A block is kept from the τ on that the mandatory and the larger blocks of its row do not reach.
+    ordered, order = torch.where(visible & ~mandatory, share, 0).sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered + torch.where(mandatory, share, 0).sum(-1, keepdim=True)
+    return torch.empty_like(before).scatter_(-1, order, -before)
 
 
-def kept_by_threshold(weight: Tensor, threshold: float | Tensor, visible: Tensor, mandatory: Tensor) -> Tensor:
-    """`select_threshold` with a threshold a head, [H]."""
-    return select_threshold(weight, torch.as_tensor(threshold).view(-1, 1), visible, mandatory)
-
-
-def _largest(value: Tensor, visible: Tensor, mandatory: Tensor, wanted: int) -> Tensor:
-    """Mandatory blocks and the largest others, `wanted` in all (more if the mandatory ones are more, or at a tie)."""
+def _cuts(
+    value: Tensor, visible: Tensor, mandatory: Tensor, densities: Sequence[float], per_head: bool
+) -> list[Float[Tensor, "1 #H 1 1"]]:
+    """The least value to keep for each density; infinite where mandatory blocks are enough."""
     free = visible & ~mandatory
-    count = min(wanted - int(mandatory.sum()), int(free.sum()))
-    if count <= 0:
-        return mandatory.clone()
-    cut = value[free].topk(count, sorted=True).values[-1]
-    return mandatory | (free & (value >= cut))
-
-
-def _by_level(select: Callable[[float], Tensor], wanted: int) -> Tensor:
-    """select(τ) at the least τ that keeps `wanted` blocks."""
-    low, high = 0.0, 1.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if int(select(middle).sum()) < wanted else (low, middle)
-    return select(high)
+    groups = [
+        x.movedim(1, 0).flatten(1) if per_head else x.reshape(1, -1)
+        for x in (torch.where(free, value, -torch.inf), visible, mandatory, free)
+    ]
+    ordered = groups[0].sort(dim=-1, descending=True).values
+    seen, fixed, left = (x.sum(-1, keepdim=True) for x in groups[1:])
+    cuts = []
+    for density in densities:
+        count = ((density * seen.double()).round().long() - fixed).minimum(left)
+        cut = torch.where(count > 0, ordered.gather(1, (count - 1).clamp(min=0)), torch.inf)
+        cuts.append(cut.view(1, -1, 1, 1))
+    return cuts

@@ -1,4 +1,4 @@
-"""Every rule of the study by name: what it weighs a block by, its block size, how it spends a budget, what it costs.
+"""What a rule of the study is, the library's own, oracles, and single estimates that were tried.
 
 Rules that users can have are settings of RRConfig, run through the library itself. The others are written out here,
 plainly and not fast, to say what was tried and what an oracle would do.
@@ -6,7 +6,7 @@ plainly and not fast, to say what was tried and what an oracle would do.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.block_outputs import TrueBlocks
 from rr_flex.evaluation.equal_density import Spending
-from rr_flex.pipeline import row_share, select_blocks
+from rr_flex.evaluation.plain import plain_selection
+from rr_flex.pipeline import row_share
 from rr_flex.sampling import moments, sample_queries
 
 Weigh = Callable[["Case"], Float[Tensor, "B Hq nQ nK"]]
+BAND = 4.0  # about a threshold: from a quarter of it to four times it
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Case:
     k: Float[Tensor, "B Hkv L D"]
     v: Float[Tensor, "B Hkv L D"]
     true: dict[tuple[int, int], TrueBlocks]  # by block size
+    layer: int = 0
+    before: tuple[Tensor, Tensor] | None = None  # q and k of the layer before this one
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Rule:
     spending: Spending
     cost: float | None = None  # of the estimate, in units of published RR's: see `cost_of`; None: not a candidate
     config: RRConfig | None = None  # the settings, where the rule is the library's own
+    refine: Weigh | None = None  # the finer estimate, for blocks whose share is within BAND of the threshold
+    correction: int | None = None  # pruned blocks come back as pooled keys and values, as in `output_errors`
+    needs_before: bool = False  # looks at the layer before
 
 
 def configured(**settings) -> Rule:
@@ -46,7 +53,7 @@ def configured(**settings) -> Rule:
     config = RRConfig().with_settings(settings)
 
     def weigh(case: Case) -> Tensor:
-        return select_blocks(case.q, case.k, config=config).mass
+        return plain_selection(case.q, case.k, config=config).mass
 
     return Rule(weigh, config.block_sizes, config.budget, cost_of(config), config)
 
@@ -98,7 +105,7 @@ def antidiagonal(size: tuple[int, int], stride: int = 8, spending: Spending = "t
         q, k = (x.unflatten(2, (-1, stride)) for x in (case.q, case.k))
         queries, keys = q.flip(3).flatten(3), k.flatten(3)  # B H n stride*D
         last = torch.arange(queries.shape[2], device=q.device) * stride + stride - 1
-        return _mass(_scores(queries, keys) * case.q.shape[3] ** -0.5 / stride, last, stride, stride, size)
+        return mass_of(scores_of(queries, keys) * case.q.shape[3] ** -0.5 / stride, last, stride, stride, size)
 
     return Rule(weigh, size, spending, 8.0)
 
@@ -108,7 +115,7 @@ def block_means(size: tuple[int, int]) -> Rule:
 
     def weigh(case: Case) -> Tensor:
         queries, keys = moments(case.q, size[0])[0], moments(case.k, size[1])[0]
-        scores = _scores(queries, keys) * case.q.shape[3] ** -0.5
+        scores = scores_of(queries, keys) * case.q.shape[3] ** -0.5
         row = torch.arange(scores.shape[2], device=scores.device)[:, None]
         hidden = torch.arange(scores.shape[3], device=scores.device) * size[1] >= (row + 1) * size[0]
         scores = scores.masked_fill(hidden, -math.inf)
@@ -121,7 +128,7 @@ def exact_keys(size: tuple[int, int], query_stride: int) -> Rule:
     """Sampled queries against every key: what pooling costs is what this does not lose."""
 
     def weigh(case: Case) -> Tensor:
-        return _mass(*_sampled(case, query_stride, case.k), query_stride, 1, size)
+        return mass_of(*sampled_scores(case, query_stride, case.k), query_stride, 1, size)
 
     return Rule(weigh, size, "threshold", 64 / query_stride)
 
@@ -138,21 +145,21 @@ def second_order(size: tuple[int, int], bend: str) -> Rule:
         scale, half = D**-0.5, D // 2
         mean, variance = moments(case.k, 8)
         queries = sample_queries(case.q, 8)
-        scores, last = _sampled(case, 8, mean)
+        scores, last = sampled_scores(case, 8, mean)
         if bend.startswith("full"):
-            logits = _scores(queries, case.k) * scale
+            logits = scores_of(queries, case.k) * scale
             term = 0.5 * logits.unflatten(-1, (-1, 8)).var(-1, correction=0)
         else:
-            term = _scores(queries.square(), variance) * (0.5 * scale**2)
+            term = scores_of(queries.square(), variance) * (0.5 * scale**2)
         if bend == "pairs":
             apart = case.k.unflatten(2, (-1, 8)) - mean[:, :, :, None]
             pairs = (apart[..., :half] * apart[..., half:]).mean(3)
-            term = term + _scores(queries[..., :half] * queries[..., half:], pairs) * scale**2
+            term = term + scores_of(queries[..., :half] * queries[..., half:], pairs) * scale**2
         elif bend.endswith("bounded"):
             term = term / (1 + term / 2).sqrt()
         elif bend == "capped":
             term = term.clamp(max=4)
-        return _mass(scores + term, last, 8, 8, size)
+        return mass_of(scores + term, last, 8, 8, size)
 
     return Rule(weigh, size, "threshold")
 
@@ -168,12 +175,12 @@ def around_mean_query(size: tuple[int, int], order: int) -> Rule:
         share = logits.softmax(-1)
         constant = logits.logsumexp(-1) - (share * logits).sum(-1)
         mean = (share[..., None] * keys).sum(3)
-        scores, last = _sampled(case, 8, mean)
+        scores, last = sampled_scores(case, 8, mean)
         scores = scores + constant[:, :, None]
         if order == 2:
             variance = (share[..., None] * (keys - mean[:, :, :, None]).square()).sum(3)
-            scores = scores + _scores((sample_queries(case.q, 8) - center).square(), variance) * (0.5 * scale**2)
-        return _mass(scores, last, 8, 8, size)
+            scores = scores + scores_of((sample_queries(case.q, 8) - center).square(), variance) * (0.5 * scale**2)
+        return mass_of(scores, last, 8, 8, size)
 
     return Rule(weigh, size, "threshold")
 
@@ -189,14 +196,14 @@ def clustered(size: tuple[int, int], side: str, levels: int) -> Rule:
         if side == "keys":
             run = 64 >> levels
             mean, variance = moments(_alike(case.k, 64, levels), run)
-            scores, last = _sampled(case, 8, mean)
-            scores = scores + _scores(sample_queries(case.q, 8).square(), variance) * (0.5 * scale**2)
-            return _mass(scores, last, 8, run, size, visible_by=64)
+            scores, last = sampled_scores(case, 8, mean)
+            scores = scores + scores_of(sample_queries(case.q, 8).square(), variance) * (0.5 * scale**2)
+            return mass_of(scores, last, 8, run, size, visible_by=64)
         run = 128 >> levels
         mean, variance = moments(_alike(case.q, 128, levels), run)
-        scores = _scores(mean, case.k) * scale + _scores(variance, case.k.square()) * (0.5 * scale**2)
+        scores = scores_of(mean, case.k) * scale + scores_of(variance, case.k.square()) * (0.5 * scale**2)
         last = torch.arange(mean.shape[2], device=case.q.device) * run // 128 * 128 + 127
-        return _mass(scores, last, run, 1, size)
+        return mass_of(scores, last, run, 1, size)
 
     return Rule(weigh, size, "threshold", (64 / (8 * (64 >> levels)) if side == "keys" else 64 / (128 >> levels)) * 1.5)
 
@@ -215,25 +222,30 @@ def by_value(rule: Rule) -> Rule:
 
 def spent(rule: Rule, spending: Spending) -> Rule:
     """The same weights under another budget rule."""
-    return Rule(rule.weigh, rule.block_size, spending, rule.cost)
+    return replace(rule, spending=spending, config=None)
 
 
-def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+def corrected(rule: Rule, order: int) -> Rule:
+    """The same blocks, with the pruned ones back as one pooled key and value for 64 tokens each."""
+    return replace(rule, correction=order, config=None)
+
+
+def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
     """[B, Hq, n, E] by [B, Hkv, m, E] -> [B, Hq, n, m]."""
     Hq, n, H = *queries.shape[1:3], keys.shape[1]
     grouped = queries.unflatten(1, (H, Hq // H)).flatten(2, 3)
     return (grouped @ keys.mT).unflatten(2, (Hq // H, n)).flatten(1, 2)
 
 
-def _sampled(case: Case, stride: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+def sampled_scores(case: Case, stride: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of the paper's sampled queries with `keys`, and the positions [Hq, nq] of the former."""
     Hq, L, D = case.q.shape[1:]
     head = torch.arange(Hq, device=case.q.device)[:, None]
     position = (torch.arange(0, L, stride, device=case.q.device) + head % stride).clamp(max=L - 1)
-    return _scores(sample_queries(case.q, stride), keys) * D**-0.5, position
+    return scores_of(sample_queries(case.q, stride), keys) * D**-0.5, position
 
 
-def _mass(scores: Tensor, position: Tensor, q_run: int, k_run: int, size: tuple[int, int], visible_by: int = 1):
+def mass_of(scores: Tensor, position: Tensor, q_run: int, k_run: int, size: tuple[int, int], visible_by: int = 1):
     """Softmax over the runs of keys that begin at or before a query's position, summed over blocks; L divides."""
     first = torch.arange(scores.shape[3], device=scores.device) * k_run // visible_by * visible_by
     share = scores.masked_fill_(first > position[..., None], -math.inf).softmax(-1)
@@ -254,73 +266,3 @@ def _alike(x: Tensor, block: int, levels: int) -> Tensor:
         order = (apart @ direction[..., None]).argsort(4)
         x = halves.gather(4, order.expand_as(halves)).flatten(3, 4)
     return x.flatten(2, 3)
-
-
-PUBLISHED, WIDE = (128, 128), (128, 64)
-
-RULES: dict[str, Rule] = {
-    "rr": configured(),
-    "rr, threshold": configured(budget="threshold"),
-    "rr, threshold a head": spent(configured(), "per_head"),
-    "rr, always the last query": configured(phase="last"),
-    "rr, first": configured(phase="first"),
-    "rr, middle": configured(phase="middle"),
-    "rr, h + 5i": configured(phase="skew"),
-    "rr 128×64": configured(block_size=WIDE),
-    "rr 128×64, threshold": configured(block_size=WIDE, budget="threshold"),
-    "order 2": configured(order=2),
-    "order 2, threshold": configured(order=2, budget="threshold"),
-    "order 2 128×64": configured(order=2, block_size=WIDE),
-    "order 2 128×64, threshold": configured(order=2, block_size=WIDE, budget="threshold"),
-    "order 2 64×64, threshold": configured(order=2, block_size=64, budget="threshold"),
-    "order 2 128×64, threshold, strides 16/8": configured(
-        order=2, block_size=WIDE, budget="threshold", query_stride=16
-    ),
-    "order 2 128×64, threshold, strides 32/8": configured(
-        order=2, block_size=WIDE, budget="threshold", query_stride=32
-    ),
-    "order 2 128×64, threshold, strides 16/16": configured(order=2, block_size=WIDE, budget="threshold", stride=16),
-    "order 2 128×64, threshold, strides 16/4": configured(
-        order=2, block_size=WIDE, budget="threshold", query_stride=16, key_stride=4
-    ),
-    "antidiagonal": antidiagonal(PUBLISHED),
-    "antidiagonal 128×64, threshold": antidiagonal(WIDE, spending="threshold"),
-    "block means, share of the highest": block_means(PUBLISHED),
-    "block means 128×64, share of the highest": block_means(WIDE),
-    "random": at_random(PUBLISHED),
-    "order 2, rotary pairs": second_order(WIDE, "pairs"),
-    "order 2, bounded": second_order(WIDE, "bounded"),
-    "order 2, capped": second_order(WIDE, "capped"),
-    "order 2, full covariance": second_order(WIDE, "full"),
-    "order 2, full covariance, bounded": second_order(WIDE, "full, bounded"),
-    "order 1 around the mean query": around_mean_query(WIDE, 1),
-    "order 2 around the mean query": around_mean_query(WIDE, 2),
-    "order 2, keys clustered": clustered(WIDE, "keys", 3),
-    "every key, 1 query in 8": exact_keys(WIDE, 8),
-    "every key, 1 query in 32": exact_keys(WIDE, 32),
-    "every key, 1 query in 64": exact_keys(WIDE, 64),
-    "pooled queries": configured(pool="queries", block_size=WIDE, budget="threshold"),
-    "pooled queries, order 2": configured(pool="queries", order=2, block_size=WIDE, budget="threshold"),
-    "pooled queries (64), order 2": configured(
-        pool="queries", order=2, query_pool=64, block_size=WIDE, budget="threshold"
-    ),
-    "pooled queries, order 2, two clusters": clustered(WIDE, "queries", 1),
-    "both, order 1, 16/16 (fast)": configured(preset="fast"),
-    "both, order 2, 16/16 (best)": configured(preset="best"),
-    "both, order 2, 16/8": configured(preset="best", key_stride=8),
-    "both, order 2, 8/8": configured(preset="best", stride=8),
-    "both, order 2, 16/16, queries by 64": configured(preset="best", query_pool=64),
-    "best, top-τ": spent(configured(preset="best"), "top_tau"),
-    "best, threshold a head": spent(configured(preset="best"), "per_head"),
-    "best 128×128": configured(preset="best", block_size=128),
-    "fast 128×128": configured(preset="fast", block_size=128),
-    "best by value": by_value(configured(preset="best")),
-    "oracle mass, top-τ": true_mass(PUBLISHED, "top_tau"),
-    "oracle mass": true_mass(PUBLISHED),
-    "oracle mass 128×64, top-τ": true_mass(WIDE, "top_tau"),
-    "oracle mass 128×64": true_mass(WIDE),
-    "oracle mass 64×64": true_mass((64, 64)),
-    "oracle mass² 128×64": true_mass_squared(WIDE),
-    "oracle displacement": true_displacement(PUBLISHED),
-    "oracle displacement 128×64": true_displacement(WIDE),
-}

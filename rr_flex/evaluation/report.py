@@ -1,6 +1,6 @@
 """Rules on a model and texts: output error at equal density, and what the model's predictions make of each budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -65,15 +65,16 @@ def evaluate(
     """
     found = Evaluation()
     references = {}
+    before = {layer - 1 for layer in layers if layer and any(rule.needs_before for rule in rules.values())}
     for number, (name, ids) in enumerate(texts.items()):
         progress(f"dense prefill of {name}", number, len(texts))
         kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        references[name] = hidden_states(model, ids, _keeping(kept, layers))
+        references[name] = hidden_states(model, ids, keeping(kept, before.union(layers)))
         missing = sorted(set(layers) - set(kept))
         if missing:
             raise ValueError(f"layers must have full causal attention, got {missing}")
         progress(f"{len(rules)} rules on {name}", number, len(texts))
-        found.records += judge_text(name, kept, rules, densities)
+        found.records += judge_text(name, kept, rules, densities, judged=layers)
     if not predict:
         return found
     head = model.get_output_embeddings()
@@ -118,7 +119,9 @@ def _budget(config: RRConfig, level: float) -> dict[str, float]:
     return {"tau" if config.budget == "top_tau" else "threshold": level}
 
 
-def _keeping(kept: dict, layers: Sequence[int]):
+def keeping(kept: dict, layers: Collection[int]):
+    """Dense attention that keeps float32 q, k and v of some layers."""
+
     def attend(q, k, v, *, layer, scale, window):
         if layer in layers and window is None:
             if abs(scale * q.shape[-1] ** 0.5 - 1) > 1e-6:

@@ -14,9 +14,15 @@ from transformers import PreTrainedModel
 
 from mask_mods import sliding_window
 from rr_flex.config import RRConfig
+from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.language_model import LanguageModelComparison, compare_logits
+from rr_flex.evaluation.measures import density as density_of
+from rr_flex.evaluation.plain import plain_selection
+from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.models.attention import attention_by
-from rr_flex.pipeline import select_blocks
+from rr_flex.selection import select_threshold
+
+STRIP_ELEMENTS = 1 << 26  # scores held at once: 256 MiB in float32
 
 Configs = RRConfig | Mapping[int, RRConfig | None]
 
@@ -31,23 +37,25 @@ def attend_to_blocks(
     scale: float,
     window: int | None = None,
 ) -> Float[Tensor, "B Hq L Dv"]:
-    """Causal attention over the kept blocks, one block row at a time."""
-    L = q.shape[2]
+    """Causal attention over the kept blocks, some block rows at a time."""
+    B, Hq, L = q.shape[:3]
     q_block, k_block = block_size
-    rows = []
-    for row, start in enumerate(range(0, L, q_block)):
-        stop = min(start + q_block, L)
+    step = q_block * max(1, STRIP_ELEMENTS // (B * Hq * q_block * L))
+    strips = []
+    for start in range(0, L, step):
+        stop = min(start + step, L)
         position, key = torch.arange(start, stop, device=q.device)[:, None], torch.arange(stop, device=q.device)
         allowed = key <= position
         if window is not None:
             allowed &= key > position - window
-        mask = kept[:, :, row].repeat_interleave(k_block, -1)[:, :, None, :stop] & allowed
-        rows.append(
+        rows = kept[:, :, start // q_block : -(-stop // q_block)].repeat_interleave(k_block, -1)[..., :stop]
+        mask = rows.repeat_interleave(q_block, 2)[:, :, : stop - start] & allowed
+        strips.append(
             F.scaled_dot_product_attention(
                 q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], attn_mask=mask, scale=scale, enable_gqa=True
             )
         )
-    return torch.cat(rows, 2)
+    return torch.cat(strips, 2)
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
@@ -71,9 +79,31 @@ class SparseAttention:
             self.densities[layer] = 1.0
             return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
         mask_mod = None if window is None else sliding_window(window)
-        selection = select_blocks(q, k, config=config, mask_mod=mask_mod, scale=scale)
+        selection = plain_selection(q, k, config=config, mask_mod=mask_mod, scale=scale)
         self.densities[layer] = selection.density.item()
         return attend_to_blocks(q, k, v, selection.kept, selection.block_size, scale=scale, window=window)
+
+    @property
+    def density(self) -> float:
+        return sum(self.densities.values()) / len(self.densities)
+
+
+@dataclass
+class OracleAttention:
+    """The same by the true mass: every layer keeps blocks above a share of their row, and the mandatory ones."""
+
+    block_size: tuple[int, int]
+    threshold: float
+    densities: dict[int, float] = field(default_factory=dict)  # of the last run, by layer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
+        if window is not None:
+            raise NotImplementedError(f"layer {layer} must have full causal attention, got a window of {window}")
+        mass = true_block_mass(q, k, block_size=self.block_size, scale=scale)
+        visible, mandatory = visible_and_mandatory(q.shape[2], self.block_size, q.device)
+        kept = select_threshold(mass, self.threshold, visible, mandatory)
+        self.densities[layer] = density_of(kept, visible).mean().item()
+        return attend_to_blocks(q, k, v, kept, self.block_size, scale=scale)
 
     @property
     def density(self) -> float:

@@ -1,29 +1,19 @@
-"""Rules compared at equal density on captured q, k and v: errors and recall by rule, density, text and layer.
+"""Rules compared at equal density on a model's q, k and v: errors and recall by rule, density, text and layer."""
 
-`python -m rr_flex.evaluation.study capture FOLDER --texts prose:0,code:1 --layers 6,14` writes what a model attends
-with, `python -m rr_flex.evaluation.study run FOLDER --json FILE` judges RULES on it, on a GPU if there is one.
-"""
-
-import argparse
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors, true_blocks
-from rr_flex.evaluation.equal_density import kept_at_density
-from rr_flex.evaluation.estimators import RULES, Case, Rule
-from rr_flex.evaluation.low_precision import LOW_PRECISION
+from rr_flex.evaluation.equal_density import kept_at_densities, kept_coarse_to_fine, visible_and_mandatory
+from rr_flex.evaluation.estimators import BAND, Case, Rule
 from rr_flex.evaluation.measures import density as density_of
-from rr_flex.evaluation.measures import recalled_mass
-from rr_flex.geometry import ceil_div, diagonal_blocks
 
 DENSITIES = (0.2, 0.25, 0.3, 0.4, 0.5)
 SCOPES = ("layer", "model")  # what has the density: every layer on its own, or one level for all layers of a text
@@ -49,50 +39,76 @@ def judge_text(
     rules: dict[str, Rule],
     densities: Sequence[float] = DENSITIES,
     scopes: Sequence[str] = SCOPES,
+    judged: Sequence[int] | None = None,
 ) -> list[Record]:
-    """All rules on all layers (q, k, v) of one text; batch 1, L a multiple of 128."""
+    """All rules on all layers (q, k, v) of one text, or on those in `judged`; batch 1, L a multiple of 128.
+
+    A rule that looks at the layer before finds it among `layers`.
+    """
+    layers = {layer: tuple(x.float() for x in qkv) for layer, qkv in layers.items()}
+    judged = list(layers) if judged is None else list(judged)
     sizes = sorted({rule.block_size for rule in rules.values()})
-    true = {layer: true_blocks(*qkv, sizes) for layer, qkv in layers.items()}
-    weights = {
-        (name, layer): rule.weigh(Case(*layers[layer], true[layer])) for layer in layers for name, rule in rules.items()
-    }
-    chosen: dict[int, list[KeptBlocks]] = {layer: [] for layer in layers}
+    q = layers[judged[0]][0]
+    blocks = {size: visible_and_mandatory(q.shape[2], size, q.device) for size in sizes}
+    true = {layer: true_blocks(*layers[layer], sizes) for layer in judged}
+    before = {layer + 1: qkv[:2] for layer, qkv in layers.items()}
+    cases = {layer: Case(*layers[layer], true[layer], layer, before.get(layer)) for layer in judged}
+    chosen: dict[int, list[KeptBlocks]] = {layer: [] for layer in judged}
     labels = []
-    L = next(iter(layers.values()))[0].shape[2]
-    blocks = {size: visible_and_mandatory(L, size, next(iter(layers.values()))[0].device) for size in sizes}
     for name, rule in rules.items():
-        visible, mandatory = blocks[rule.block_size]
+        weights = {layer: rule.weigh(cases[layer]) for layer in judged}
+        finer = {layer: rule.refine(cases[layer]) for layer in judged} if rule.refine else None
         for scope in scopes:
-            groups = [[layer] for layer in layers] if scope == "layer" else [list(layers)]
-            for density in densities:
-                labels.append((name, scope, density))
-                for group in groups:
-                    weight = torch.cat([weights[name, layer] for layer in group], 1)
-                    kept = kept_at_density(weight, visible, mandatory, density=density, spending=rule.spending)
-                    for layer, own in zip(group, kept.chunk(len(group), 1), strict=True):
-                        chosen[layer].append(KeptBlocks(own, rule.block_size))
+            for group in [[layer] for layer in judged] if scope == "layer" else [judged]:
+                kept = _keep(rule, group, weights, finer, densities, *blocks[rule.block_size])
+                for layer, own in zip(group, zip(*(x.chunk(len(group), 1) for x in kept), strict=True), strict=True):
+                    chosen[layer] += [KeptBlocks(each, rule.block_size) for each in own]
+            labels += [(name, scope, density) for density in densities]
     records = []
-    for layer, qkv in layers.items():
-        errors = output_errors(*qkv, chosen[layer])
-        for number, (label, selection) in enumerate(zip(labels, chosen[layer], strict=True)):
-            visible, _ = blocks[selection.block_size]
-            measured = (
-                density_of(selection.kept, visible).mean(),
-                errors.per_head[number].mean(),
-                errors.per_layer[number].mean(),
-                recalled_mass(true[layer][selection.block_size].mass, selection.kept).mean(),
-            )
-            records.append(Record(*label, text, layer, *(round(x.item(), 5) for x in measured)))
+    for layer in judged:
+        measured = _measure(layers[layer], chosen[layer], [rules[label[0]].correction for label in labels], blocks)
+        rows = zip(labels, measured, strict=True)
+        records += [Record(*label, text, layer, *(round(x, 6) for x in row)) for label, row in rows]
     return records
 
 
-def visible_and_mandatory(L: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Causal; sink, diagonal and last block row are mandatory, as by default. Each [1, 1, nQ, nK]."""
-    row = torch.arange(ceil_div(L, size[0]), device=device)[:, None]
-    column = torch.arange(ceil_div(L, size[1]), device=device)
-    visible = column * size[1] < (row + 1) * size[0]
-    mandatory = (column == 0) | diagonal_blocks(row, column, L, size, 0, 0) | (row == row.max())
-    return visible[None, None], (visible & mandatory)[None, None]
+def _measure(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    chosen: Sequence[KeptBlocks],
+    corrections: Sequence[int | None],
+    blocks: dict[tuple[int, int], tuple[Tensor, Tensor]],
+) -> list[list[float]]:
+    """Density, error, layer error and recall of each selection; one copy from the device for all of them."""
+    found = qkv[0].new_zeros(len(chosen), 4, dtype=torch.float64)
+    for correction in dict.fromkeys(corrections):
+        own = [number for number, each in enumerate(corrections) if each == correction]
+        errors = output_errors(*qkv, [chosen[number] for number in own], correction=correction)
+        density = [density_of(chosen[number].kept, blocks[chosen[number].block_size][0]).mean() for number in own]
+        measured = (
+            torch.stack(density),
+            errors.per_head.mean((1, 2)),
+            errors.per_layer[:, 0],
+            errors.recall.mean((1, 2)),
+        )
+        found[torch.tensor(own, device=found.device)] = torch.stack([x.double() for x in measured], 1)
+    return found.tolist()
+
+
+def _keep(
+    rule: Rule,
+    group: Sequence[int],
+    weights: dict[int, Tensor],
+    finer: dict[int, Tensor] | None,
+    densities: Sequence[float],
+    visible: Tensor,
+    mandatory: Tensor,
+) -> list[Tensor]:
+    """The kept blocks of a group of layers at each density, their heads side by side."""
+    weight = torch.cat([weights[layer] for layer in group], 1)
+    if finer is None:
+        return kept_at_densities(weight, visible, mandatory, densities=densities, spending=rule.spending)
+    fine = torch.cat([finer[layer] for layer in group], 1)
+    return kept_coarse_to_fine(weight, fine, visible, mandatory, densities=densities, band=BAND)[0]
 
 
 class Interval(NamedTuple):
@@ -125,86 +141,41 @@ def summarise(
 
 
 def gain_over(
-    records: Iterable[Record], rule: str, baseline: str, density: float, *, scope: str, texts=lambda text: True
+    records: Iterable[Record],
+    rule: str,
+    baseline: str,
+    density: float,
+    *,
+    scope: str,
+    texts: Callable[[str], bool] = lambda text: True,
+    oracle: str | None = None,
 ) -> Interval:
-    """1 − error of the rule / error of the baseline, paired by text: the mean over texts, with its interval."""
+    """1 − error of the rule / error of the baseline, paired by text: the mean over texts, with its interval.
+
+    With an oracle: the share of the baseline's error above the oracle's that the rule removes.
+    """
     errors: dict[tuple[str, str], list[float]] = {}
     for record in records:
-        if record.scope == scope and record.density == density and record.rule in (rule, baseline):
+        if record.scope == scope and record.density == density and record.rule in (rule, baseline, oracle):
             errors.setdefault((record.text, record.rule), []).append(record.error)
-    names = {text for text, _ in errors if texts(text)}
-    return over_texts({text: [1 - sum(errors[text, rule]) / sum(errors[text, baseline])] for text in sorted(names)})
+    found = {}
+    for text in sorted({text for text, _ in errors if texts(text)}):
+        own, published = sum(errors[text, rule]), sum(errors[text, baseline])
+        floor = 0.0 if oracle is None else sum(errors[text, oracle])
+        found[text] = [(published - own) / (published - floor)]
+    return over_texts(found)
 
 
-def capture(folder: Path, texts: Sequence[tuple[str, int]], length: int, layers: Sequence[int], model: str | None):
-    """q, k and v of some layers of a dense prefill, float16, a file each: KINDpart_LENGTH_LAYER.pt."""
-    from rr_flex.evaluation.texts import sample_text
-    from rr_flex.models.attention import attention_by
-    from rr_flex.models.loading import load_causal_lm, tokenize
-
-    folder.mkdir(parents=True, exist_ok=True)
-    network, tokenizer = load_causal_lm(model)
-    for kind, part in texts:
-        ids = tokenize(tokenizer, sample_text(kind, part), length)
-        save = _saver(folder, f"{kind}{part}_{length}", layers)
-        with torch.no_grad(), attention_by(network, save):
-            network.base_model(ids, use_cache=False)
-        print(f"{kind}:{part}, {length} tokens, layers {', '.join(map(str, layers))}", flush=True)
-
-
-def _saver(folder: Path, name: str, layers: Sequence[int]):
-    def attend(q, k, v, *, layer, scale, window):
-        if layer in layers:
-            if window is not None or not math.isclose(scale, q.shape[-1] ** -0.5):
-                raise NotImplementedError(f"layer {layer} must be causal with scale 1/√D, got {window=}, {scale=}")
-            torch.save(
-                {n: x.half().clone() for n, x in zip("qkv", (q, k, v), strict=True)}, folder / f"{name}_{layer}.pt"
-            )
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
-
-    return attend
-
-
-def captured_layers(folder: Path, length: int, layers: Sequence[int] | None, device: str):
-    """(text, {layer: (q, k, v)}) for each text of a folder, float32 on the device, a text at a time."""
-    names: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.glob(f"*_{length}_*.pt")):
-        match = re.fullmatch(r"([a-z-]+\d+)_\d+_(\d+)", path.stem)
-        if match and (layers is None or int(match[2]) in layers):
-            names.setdefault(match[1], {})[int(match[2])] = path
-    for text, files in names.items():
-        loaded = {layer: torch.load(files[layer], weights_only=True) for layer in sorted(files)}
-        yield text, {layer: tuple(x[n].float().to(device) for n in "qkv") for layer, x in loaded.items()}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rr_flex.evaluation.study", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    capturing, running = commands.add_parser("capture"), commands.add_parser("run")
-    for each in (capturing, running):
-        each.add_argument("folder", type=Path)
-        each.add_argument("--length", type=int, default=8192)
-        each.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")])
-        each.add_argument("--texts", type=lambda text: text.split(","), help="KIND:PART,... [all]")
-    capturing.add_argument("--model")
-    running.add_argument("--rules", nargs="*", help=f"of {'; '.join(RULES)} [all]")
-    running.add_argument("--json", type=Path, required=True)
-    running.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args(argv)
-    if arguments.command == "capture":
-        texts = [(kind, int(part)) for kind, part in (text.split(":") for text in arguments.texts)]
-        capture(arguments.folder, texts, arguments.length, arguments.layers, arguments.model)
-        return
-    known = RULES | LOW_PRECISION
-    rules = RULES if not arguments.rules else {name: known[name] for name in arguments.rules}
-    records: list[Record] = []
-    wanted = None if arguments.texts is None else {text.replace(":", "") for text in arguments.texts}
-    with torch.no_grad():
-        for text, layers in captured_layers(arguments.folder, arguments.length, arguments.layers, arguments.device):
-            if wanted is None or text in wanted:
-                records += judge_text(text, layers, rules)
-                print(text, flush=True)
-                write_records(arguments.json, records)
+def over_layers(records: Iterable[Record]) -> list[Record]:
+    """Each measure's mean over layers, as records whose layer is −1."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault((record.rule, record.scope, record.density, record.text), []).append(record)
+    means = {
+        label: [sum(values) / len(values) for values in zip(*(record[5:] for record in each), strict=True)]
+        for label, each in found.items()
+    }
+    return [Record(*label, -1, *(round(x, 6) for x in row)) for label, row in means.items()]
 
 
 WORDS = ("rule", "scope", "text")  # columns of few different words, stored once each
@@ -227,7 +198,3 @@ def read_records(path: Path) -> list[Record]:
         if f"{name}s" in columns:
             columns[name] = [columns[f"{name}s"][index] for index in columns[name]]
     return [Record(*row) for row in zip(*(columns[name] for name in Record._fields), strict=True)]
-
-
-if __name__ == "__main__":
-    main()

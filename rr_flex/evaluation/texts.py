@@ -1,8 +1,9 @@
-"""Texts of five kinds for evaluation, from the standard library and seeds: the same wherever Python's version is.
+"""Texts of five kinds for evaluation, from the standard library and seeds: the same under one version of Python.
 
 Each kind has parts that share no passage, so that a rule can be tuned on one and judged on others.
 """
 
+import ast
 import importlib
 import inspect
 import random
@@ -11,6 +12,11 @@ import uuid
 from pydoc_data.topics import topics
 
 CODE_MODULES = (("argparse", "ast"), ("inspect", "typing"), ("tarfile", "doctest"), ("zipfile", "pickle"))
+CHAT_MODULES = (
+    ("statistics", "difflib", "optparse", "functools", "ipaddress", "imaplib", "http.client"),
+    ("subprocess", "shutil", "os", "tempfile", "pathlib", "codecs", "gzip", "smtplib", "threading"),
+    ("logging", "logging.handlers", "unittest.mock", "unittest.case", "random", "fractions", "enum"),
+)  # none of them gives a text of code
 PART_CHARACTERS = 60_000  # of prose in one part: more than 8,192 tokens of any tokenizer here
 
 
@@ -44,19 +50,16 @@ def key_value(part: int) -> str:
 
 
 def chat(part: int) -> str:
-    """Turns of a user who asks about the language reference and an assistant who quotes it."""
+    """Turns of a user who asks about standard modules' functions and an assistant who quotes their docstrings."""
+    if not 0 <= part < len(CHAT_MODULES):
+        raise ValueError(f"part of chat must lie in [0, {len(CHAT_MODULES)}), got {part}")
     drawn = random.Random(part)
-    names = [name for number, name in enumerate(sorted(topics)) if number % 3 == part % 3]
-    drawn.shuffle(names)
-    asked = ("What should I know about {}?", "Explain {} to me, please.", "And {}? Keep it short.", "How does {} work?")
+    asked = ("What does {} do?", "Explain {} to me, please.", "And {}? Keep it short.", "How do I use {}?")
     turns = []
-    for name in names * 3:
-        paragraphs = [p for p in topics[name].split("\n\n") if 80 < len(p) < 900]
-        if paragraphs:
-            start = drawn.randrange(len(paragraphs))
-            answer = "\n\n".join(paragraphs[start : start + 2])
-            question = drawn.choice(asked).format(name.replace("-", " "))
-            turns.append(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>")
+    for name, answer in dict.fromkeys(pair for module in CHAT_MODULES[part] for pair in _docstrings(module)):
+        question = drawn.choice(asked).format(name)
+        turns.append(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>")
+    drawn.shuffle(turns)
     return "\n".join(turns)
 
 
@@ -72,6 +75,18 @@ def table(part: int) -> str:
 
 
 KINDS = {"prose": prose, "code": code, "key-value": key_value, "chat": chat, "table": table}
+
+
+def _docstrings(module: str) -> list[tuple[str, str]]:
+    """(module.name, docstring) of a module's classes, functions and methods that say more than a line."""
+    tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) > 80:
+                found.append((f"{module}.{node.name}", text))
+    return found
 
 
 def _uuid(drawn: random.Random) -> uuid.UUID:

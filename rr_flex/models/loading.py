@@ -26,11 +26,17 @@ def embedded_gguf() -> Path:
 def load_causal_lm(name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """(model in eval mode on `device`, its tokenizer).
 
-    `name` is a Hugging Face name, a folder or a .gguf file; None takes the embedded SmolLM2-135M-Instruct.
+    `name` is a Hugging Face name, a folder (with a config.json, or with one .gguf file) or a .gguf file; None takes the
+    embedded SmolLM2-135M-Instruct.
     """
     path = embedded_gguf() if name is None else Path(name).expanduser()
     if name is not None and name.startswith((".", "/", "~")) and not path.exists():
         raise FileNotFoundError(f"model must be a Hugging Face name, an existing folder or a .gguf file, got {name!r}")
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise FileNotFoundError(f"model must be a folder with config.json or one .gguf file, got {name!r}")
+        path = files[0]
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     else:

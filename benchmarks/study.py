@@ -1,0 +1,256 @@
+"""The accuracy study: `python -m benchmarks.study --out DIR`, on a GPU if there is one.
+
+Every rule at equal density on SmolLM2's own q, k and v over texts of five kinds, the same with flatter attention, the
+structured workload, and what the model predicts at each budget. Work is cut into tasks, the most telling first; what
+does not fit into --budget-seconds is left out, and named in about.json.
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import json
+import platform
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import COMPARED, judge_structured
+from rr_flex import RRConfig
+from rr_flex.calibration import Curves, measure_curves, profile_at
+from rr_flex.evaluation.combinations import calibrated
+from rr_flex.evaluation.language_model import compare_logits
+from rr_flex.evaluation.report import Prediction, keeping
+from rr_flex.evaluation.rules import BEST, FAST, RULES
+from rr_flex.evaluation.sparse_model import OracleAttention, SparseAttention, attend_densely, hidden_states
+from rr_flex.evaluation.study import Record, judge_text, write_records
+from rr_flex.evaluation.texts import KINDS, sample_text
+from rr_flex.models.loading import load_causal_lm, tokenize
+from rr_flex.profiles import Profile
+
+TUNING_PART = 0  # of every kind: what rules are chosen and budgets calibrated on
+HELD_OUT_PARTS = (1, 2)
+TARGETS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)  # densities of the calibrated profiles
+CALIBRATED_AT = 0.3  # the profile that the study of errors scales to every density
+FLATTER = 0.5  # factor of the logits that stands in for a model whose attention is diffuse
+TAUS = (0.7, 0.8, 0.9, 0.95, 0.98)
+THRESHOLDS = (0.016, 0.008, 0.004, 0.002, 0.001, 0.0005, 0.00025)
+SHORT_RULES = (  # where the study of all rules would cost more than it tells
+    *COMPARED,
+    "both, order 2, 16/16, queries by 64",
+    "best 64×64",
+    "coarse to fine: order 2, 32/8 then 8/8",
+    "coarse to fine: pooled queries then best",
+    "best, FP8",
+    "best, INT8",
+    "oracle mass 64×64",
+)
+
+
+@dataclass
+class Study:
+    """The model, the device and what was found so far."""
+
+    device: torch.device
+    model: torch.nn.Module
+    tokenizer: object
+    kinds: Sequence[str]
+    length: int
+    judged: Sequence[int]  # layers, each with its predecessor
+    levels: slice = slice(None)  # of each rule's budgets in `runs`
+    records: list[Record] = field(default_factory=list)
+    predictions: list[dict] = field(default_factory=list)
+    curves: Curves | None = None
+
+    def ids(self, kind: str, part: int, length: int) -> Tensor:
+        return tokenize(self.tokenizer, sample_text(kind, part), length).to(self.device)
+
+    def calibrate(self) -> None:
+        texts = [self.ids(kind, TUNING_PART, self.length) for kind in self.kinds]
+        self.curves = measure_curves(self.model, texts, RRConfig.from_preset("best"), lambda *_: None)
+
+    def targets(self) -> list[float]:
+        """Those of TARGETS that are more than the mandatory blocks."""
+        if self.curves is None:
+            return []
+        least = self.curves.density.amin(2).mean().item()
+        return [density for density in TARGETS if density > least]
+
+    def profile(self, density: float) -> Profile:
+        names = [f"{kind}:{TUNING_PART}, {self.length} tokens" for kind in self.kinds]
+        return profile_at(self.model, self.curves, RRConfig.from_preset("best"), density, names)
+
+    def errors(self, kind: str, part: int, length: int, rules: Sequence[str] | None = None) -> None:
+        """All rules, or some, on one text; the same with flatter attention at the study's own length."""
+        kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        wanted = {layer - back for layer in self.judged for back in (0, 1)}
+        hidden_states(self.model, self.ids(kind, part, length), keeping(kept, wanted))
+        chosen = RULES if rules is None else {name: RULES[name] for name in rules}
+        if self.curves is not None and length == self.length:
+            profile = self.profile(max(CALIBRATED_AT, self.targets()[0]))
+            chosen = chosen | {"best, calibrated": calibrated(RULES[BEST].config, profile.layers)}
+        name = f"{kind}{part}" if length == self.length else f"{kind}{part}-{length}"
+        with torch.no_grad():
+            self.records += judge_text(name, kept, chosen, judged=self.judged)
+            if length == self.length and part != TUNING_PART:
+                flat = {layer: (FLATTER * q, k, v) for layer, (q, k, v) in kept.items()}
+                few = {name: RULES[name] for name in SHORT_RULES}
+                self.records += judge_text(f"flatter {name}", flat, few, scopes=("layer",), judged=self.judged)
+
+    def predict(self, kind: str, part: int, length: int, runs: dict[tuple[str, float | None], Callable]) -> None:
+        """The model's predictions under each attention against its dense ones."""
+        ids = self.ids(kind, part, length)
+        dense = hidden_states(self.model, ids, attend_densely)
+        head = self.model.get_output_embeddings()
+        for (rule, level), make in runs.items():
+            attention = make()
+            model = self.model if rule != "dense, bfloat16" else copy.deepcopy(self.model).bfloat16()
+            compared = hidden_states(model, ids, attention).to(dense.dtype)
+            found = compare_logits(dense, compared, ids[0], head=head)
+            density = getattr(attention, "density", 1.0)
+            ratio = found.perplexity_compared / found.perplexity
+            row = Prediction(rule, f"{kind}{part}", level, density, found.kl, found.agreement, ratio)
+            self.predictions.append({"length": length} | dataclasses.asdict(row))
+
+    def structured(self, seed: int, length: int, heads: int) -> None:
+        rules = {name: RULES[name] for name in SHORT_RULES}
+        self.records += judge_structured(seed, length, heads, rules, self.device)
+
+    def runs(self) -> dict[tuple[str, float | None], Callable]:
+        """Attention by (rule, level) for `predict`."""
+        found: dict[tuple[str, float | None], Callable] = {("dense, bfloat16", None): lambda: attend_densely}
+
+        def add(rule: str, level: float, config) -> None:
+            found[rule, level] = lambda: SparseAttention(config)
+
+        for tau in TAUS[self.levels]:
+            add("rr", tau, RULES["rr"].config.with_settings({"tau": tau}))
+        for threshold in THRESHOLDS[self.levels]:
+            for rule in (BEST, FAST):
+                add(rule, threshold, RULES[rule].config.with_settings({"threshold": threshold}))
+            found["oracle mass 128×64", threshold] = lambda level=threshold: OracleAttention((128, 64), level)
+        for density in self.targets()[self.levels]:
+            add("best, calibrated", density, self.profile(density).configs())
+        for density in TARGETS[self.levels]:
+            uniform = RULES[BEST].config.with_settings({"budget": "density", "target_density": density})
+            add("best, every layer at the density", density, uniform)
+        return found
+
+
+def tasks_of(study: Study, lengths: Sequence[int], structured: tuple[int, int]) -> list[tuple[str, Callable[[], None]]]:
+    """(name, function), the most telling first; `structured`: that workload's length and query heads."""
+    kinds, full, (structured_length, heads) = study.kinds, study.length, structured
+    first, second = HELD_OUT_PARTS
+    tasks: list[tuple[str, Callable[[], None]]] = []
+
+    def add(name: str, function: Callable, *args) -> None:
+        tasks.append(
+            (f"{name} {' '.join(str(x) for x in args if isinstance(x, str | int))}".strip(), lambda: function(*args))
+        )
+
+    def predict(kind: str, part: int, length: int) -> None:
+        study.predict(kind, part, length, study.runs())
+
+    add("calibrate", study.calibrate)
+    for kind in kinds:
+        add("errors", study.errors, kind, first, full)
+    for kind in kinds:
+        add("predict", predict, kind, first, full)
+    add("structured", study.structured, 1, structured_length, heads)
+    for kind in kinds:
+        add("errors", study.errors, kind, second, full)
+    add("structured", study.structured, 2, structured_length, heads)
+    for kind in kinds:
+        add("predict", predict, kind, second, full)
+    for kind in kinds:
+        add("errors", study.errors, kind, TUNING_PART, full)
+    for length in lengths:
+        for kind in kinds:
+            add("predict", predict, kind, first, length)
+            add("errors", study.errors, kind, first, length, SHORT_RULES)
+    add("structured", study.structured, 0, structured_length, heads)
+    return tasks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="from the start [no limit]")
+    parser.add_argument("--smoke", action="store_true", help="two kinds of text, 1,024 tokens, two layers")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_causal_lm(arguments.model, device=arguments.device)
+    where = torch.device(arguments.device)
+    if arguments.smoke:
+        study = Study(where, model, tokenizer, ("code", "key-value"), 1024, (2, 5), slice(-1, None))
+        tasks = tasks_of(study, (512,), (2048, 8))
+    else:
+        study = Study(where, model, tokenizer, tuple(KINDS), 8192, range(2, 30, 3))
+        tasks = tasks_of(study, (2048, 4096), (16384, 32))
+    about = environment(study)
+    about["loading"] = round(time.perf_counter() - start, 1)
+    longest: dict[str, float] = {}
+    written = time.perf_counter()
+    for name, task in tasks:
+        kind = name.split()[0]
+        begun = time.perf_counter()
+        if begun - start + 1.1 * longest.get(kind, 0) > arguments.budget_seconds:
+            about["left out"].append(name)
+            continue
+        try:
+            task()
+        except Exception:
+            about["failed"][name] = traceback.format_exc()[-1500:]
+        if study.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
+        longest[kind] = max(seconds, longest.get(kind, 0))
+        about["seconds"][name] = round(seconds, 2)
+        print(
+            f"{time.perf_counter() - start:7.1f} s  {name}: {seconds:.1f} s", about["failed"].get(name, ""), flush=True
+        )
+        if time.perf_counter() - written > 20:
+            write(arguments.out, study, about)
+            written = time.perf_counter()
+    write(arguments.out, study, about)
+    print(f"{time.perf_counter() - start:.0f} s; failed {list(about['failed'])}; left out {about['left out']}")
+
+
+def environment(study: Study) -> dict:
+    import transformers
+
+    cuda = study.device.type == "cuda"
+    return {
+        "model": getattr(study.model.config, "name_or_path", "").rsplit("/", 1)[-1],
+        "tokens": study.length,
+        "layers": list(study.judged),
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "seconds": {},
+        "failed": {},
+        "left out": [],
+    }
+
+
+def write(folder: Path, study: Study, about: dict) -> None:
+    write_records(folder / "records.json", study.records)
+    (folder / "predictions.json").write_text(json.dumps(study.predictions), encoding="utf-8")
+    if study.curves is not None:
+        profiles = {density: dataclasses.asdict(study.profile(density)) for density in study.targets()}
+        (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
+    (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
