@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rr_flex.commands.options import (
@@ -45,6 +46,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     tasks.add_argument("--tasks", type=names, metavar="TASK,...", help="of the suite [those that need no download]")
     tasks.add_argument("--lengths", type=lengths, default=(2048, 4096), metavar="TOKENS,...", help="[2048,4096]")
     tasks.add_argument("--samples", type=int, default=10, help="a task and length [%(default)s]")
+    tasks.add_argument("--batch-size", type=int, default=1, help="samples at once, for ruler [%(default)s]")
     add_model(tasks)
     tasks.add_argument("--data", type=Path, metavar="DIR", help="folder of the data, for helmet and video-mme")
     tasks.add_argument("--chat-template", action="store_true", help="prompts through the model's chat template")
@@ -78,6 +80,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             check_writable("--json", Path(arguments.json))
         if arguments.samples < 1:
             raise ValueError(f"--samples must be at least 1, got {arguments.samples}")
+        if arguments.batch_size < 1 or (arguments.batch_size > 1 and arguments.suite != "ruler"):
+            raise ValueError(f"--batch-size must be 1, or more for --suite ruler, got {arguments.batch_size}")
         progress("importing torch and transformers")
         score, tasks = import_suite(arguments)
         from rr_flex.models.loading import load_causal_lm
@@ -112,6 +116,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         name=arguments.model or "SmolLM2-135M-Instruct",
         path=arguments.results,
         chat=arguments.chat_template,
+        batch_size=arguments.batch_size,
         progress=lambda text, done, of: progress(f"[{done + 1}/{of}] {text}"),
     ):
         progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
@@ -134,7 +139,8 @@ def import_suite(arguments: argparse.Namespace):
 
             from rr_flex.tasks import ruler
 
-            score, known, usual = ruler.scores, list(ruler.TASKS), list(ruler.NO_ESSAY)
+            score = partial(ruler.scores, batch_size=arguments.batch_size)
+            known, usual = list(ruler.TASKS), list(ruler.NO_ESSAY)
         elif arguments.suite == "recall":
             from rr_flex.tasks import recall
 

@@ -26,11 +26,13 @@ TASKS = {
 NO_ESSAY = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 
 
-def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool = False) -> tuple[list[float], int]:
+def scores(
+    model, tokenizer, task: str, length: int, samples: int, *, chat: bool = False, batch_size: int = 1
+) -> tuple[list[float], int]:
     """(each sample's score 0 to 1, prompt tokens) of the first `samples` of lm-eval's samples at `length` tokens.
 
     Tasks whose haystack is essays get Python's own documentation in their place, since essays need a network: their
-    scores compare dense with sparse here, not with published ones.
+    scores compare dense with sparse here, not with published ones. Prompts of a batch are padded on the left.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -46,7 +48,7 @@ def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool
         tokenizer.save_pretrained(folder)
         metadata = {"max_seq_lengths": [length], "tokenizer": folder}
         results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=length),
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length),
             tasks=[name],
             task_manager=TaskManager(include_path=str(here), include_defaults=False, metadata=metadata),
             metadata=metadata,

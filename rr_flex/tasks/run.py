@@ -28,9 +28,13 @@ def run(
     name: str,
     path: Path,
     chat: bool = False,
+    batch_size: int = 1,
     progress: Callable[[str, int, int], None] = lambda text, done, of: None,
 ) -> Iterator[Cell]:
-    """Each cell that `path` does not hold yet, appended to it when it is done. None among `configs` is dense."""
+    """Each cell that `path` does not hold yet, appended to it when it is done. None among `configs` is dense.
+
+    `batch_size` is only recorded: `score` is to generate so many samples at once.
+    """
     done = {cell.key for cell in results.read(path)}
     wanted = [(length, task, config) for length in lengths for task in tasks for config in configs]
     for number, (length, task, config) in enumerate(wanted):
@@ -55,6 +59,7 @@ def run(
             density=report.density if report else None,
             dense_reasons={why: n for why, n in report.dense.items() if why != DECODE} if report else {},
             tokens=tokens,
+            batch_size=batch_size,
         )
         results.append(path, cell)
         yield cell
