@@ -214,7 +214,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     timings |= bench.time_with_dense(total)
     qkv = sum(x.numel() * x.element_size() for x in sets[0])
     return {
-        "level": config.tau if config.budget == "top_tau" else config.threshold,
+        "level": getattr(config, stages.LEVELS[config.budget]),
         # Over the sets whose times are averaged; the error is the first one's.
         "density": 1.0 if ways == ["dense"] else sum(densities) / len(densities),
         "error": error,

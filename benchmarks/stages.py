@@ -17,9 +17,10 @@ from rr_flex.compiling import RECOMPILE_LIMIT
 from rr_flex.head_strips import head_strips
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select
-from rr_flex.selection import select_threshold, select_top_tau
+from rr_flex.selection import select_density, select_threshold, select_top_tau
 
 BISECTIONS = 16
+LEVELS = {"top_tau": "tau", "threshold": "threshold", "density": "target_density"}  # field of the budget's number
 
 
 def compile_static(function: Callable) -> Callable:
@@ -57,7 +58,7 @@ def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Float[Tensor, "B Hq nQ n
 def without_level(config: RRConfig) -> RRConfig:
     """One configuration for all of its levels, on which neither the mass nor any compiled code depends."""
     default = RRConfig()
-    return replace(config, tau=default.tau, threshold=default.threshold)
+    return replace(config, tau=default.tau, threshold=default.threshold, target_density=default.target_density)
 
 
 def causal_blocks(config: RRConfig, L: int, device: torch.device) -> Blocks:
@@ -70,8 +71,10 @@ def causal_blocks(config: RRConfig, L: int, device: torch.device) -> Blocks:
 def choose(
     mass: Float[Tensor, "B Hq nQ nK"], level: Float[Tensor, " Hq"], config: RRConfig, L: int
 ) -> tuple[Bool[Tensor, "B Hq nQ nK"], Blocks]:
-    """Block mass to kept blocks. `level` is tau or the threshold of each head."""
+    """Block mass to kept blocks. `level` is tau or the threshold of each head, or the density of all, Hq times."""
     blocks = causal_blocks(config, L, mass.device)
+    if config.budget == "density":
+        return select_density(mass, level[0], blocks.visible, blocks.mandatory), blocks
     if config.budget == "threshold":
         return select_threshold(mass, level[:, None], blocks.visible, blocks.mandatory), blocks
     count = config.mandatory == "count"
@@ -114,6 +117,8 @@ def density(kept: Tensor, visible: Tensor) -> float:
 
 def config_for_density(mass: Float[Tensor, "B Hq nQ nK"], config: RRConfig, L: int, wanted: float) -> RRConfig:
     """`config` with the tau, or the threshold, at which its density is as near to `wanted` as the blocks allow."""
+    if config.budget == "density":
+        return replace(config, target_density=wanted)
     rises = config.budget == "top_tau"
 
     def at(middle: float) -> float:

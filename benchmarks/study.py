@@ -24,11 +24,13 @@ from benchmarks.accuracy import COMPARED, judge_structured
 from rr_flex import RRConfig
 from rr_flex.calibration import Curves, measure_curves, profile_at
 from rr_flex.evaluation.combinations import calibrated
+from rr_flex.evaluation.equal_density import kept_coarse_to_fine, visible_and_mandatory
+from rr_flex.evaluation.estimators import BAND, Case
 from rr_flex.evaluation.language_model import compare_logits
 from rr_flex.evaluation.report import Prediction, keeping
 from rr_flex.evaluation.rules import BEST, FAST, RULES
 from rr_flex.evaluation.sparse_model import OracleAttention, SparseAttention, attend_densely, hidden_states
-from rr_flex.evaluation.study import Record, judge_text, write_records
+from rr_flex.evaluation.study import DENSITIES, Record, judge_text, write_records
 from rr_flex.evaluation.texts import KINDS, sample_text
 from rr_flex.models.loading import load_causal_lm, tokenize
 from rr_flex.profiles import Profile
@@ -46,6 +48,11 @@ SHORT_RULES = (  # where the study of all rules would cost more than it tells
     "best 64×64",
     "coarse to fine: order 2, 32/8 then 8/8",
     "coarse to fine: pooled queries then best",
+    "best, geometric mean",
+    "best, mean of squares",
+    "best, weighed by disagreement",
+    "best, weighed by disagreement, root",
+    "best, three quarters keys",
     "best, FP8",
     "best, INT8",
     "oracle mass 64×64",
@@ -62,9 +69,10 @@ class Study:
     kinds: Sequence[str]
     length: int
     judged: Sequence[int]  # layers, each with its predecessor
-    levels: slice = slice(None)  # of each rule's budgets in `runs`
+    first_level: int = 0  # of each rule's budgets in `runs`
     records: list[Record] = field(default_factory=list)
     predictions: list[dict] = field(default_factory=list)
+    refined: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by rule and text, a share a density
     curves: Curves | None = None
 
     def ids(self, kind: str, part: int, length: int) -> Tensor:
@@ -100,7 +108,18 @@ class Study:
             if length == self.length and part != TUNING_PART:
                 flat = {layer: (FLATTER * q, k, v) for layer, (q, k, v) in kept.items()}
                 few = {name: RULES[name] for name in SHORT_RULES}
+                self.refine(name, kept[self.judged[len(self.judged) // 2]])
                 self.records += judge_text(f"flatter {name}", flat, few, scopes=("layer",), judged=self.judged)
+
+    def refine(self, text: str, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
+        """The share of blocks that a rule from coarse to fine estimates finely, in one layer at each density."""
+        for name, rule in RULES.items():
+            if rule.refine is not None:
+                case = Case(*qkv, {})
+                blocks = visible_and_mandatory(qkv[0].shape[2], rule.block_size, self.device)
+                weights = rule.weigh(case), rule.refine(case)
+                _, shares = kept_coarse_to_fine(*weights, *blocks, densities=DENSITIES, band=BAND)
+                self.refined.setdefault(name, {})[text] = [round(share, 4) for share in shares]
 
     def predict(self, kind: str, part: int, length: int, runs: dict[tuple[str, float | None], Callable]) -> None:
         """The model's predictions under each attention against its dense ones."""
@@ -128,15 +147,15 @@ class Study:
         def add(rule: str, level: float, config) -> None:
             found[rule, level] = lambda: SparseAttention(config)
 
-        for tau in TAUS[self.levels]:
+        for tau in TAUS[self.first_level :]:
             add("rr", tau, RULES["rr"].config.with_settings({"tau": tau}))
-        for threshold in THRESHOLDS[self.levels]:
+        for threshold in THRESHOLDS[self.first_level :]:
             for rule in (BEST, FAST):
                 add(rule, threshold, RULES[rule].config.with_settings({"threshold": threshold}))
             found["oracle mass 128×64", threshold] = lambda level=threshold: OracleAttention((128, 64), level)
-        for density in self.targets()[self.levels]:
+        for density in self.targets()[self.first_level :]:
             add("best, calibrated", density, self.profile(density).configs())
-        for density in TARGETS[self.levels]:
+        for density in TARGETS[self.first_level :]:
             uniform = RULES[BEST].config.with_settings({"budget": "density", "target_density": density})
             add("best, every layer at the density", density, uniform)
         return found
@@ -190,7 +209,7 @@ def main() -> None:
     model, tokenizer = load_causal_lm(arguments.model, device=arguments.device)
     where = torch.device(arguments.device)
     if arguments.smoke:
-        study = Study(where, model, tokenizer, ("code", "key-value"), 1024, (2, 5), slice(-1, None))
+        study = Study(where, model, tokenizer, ("code", "key-value"), 1024, (2, 5), -1)
         tasks = tasks_of(study, (512,), (2048, 8))
     else:
         study = Study(where, model, tokenizer, tuple(KINDS), 8192, range(2, 30, 3))
@@ -249,7 +268,7 @@ def write(folder: Path, study: Study, about: dict) -> None:
     if study.curves is not None:
         profiles = {density: dataclasses.asdict(study.profile(density)) for density in study.targets()}
         (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
-    (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (folder / "about.json").write_text(json.dumps(about | {"refined": study.refined}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ class RRConfig:
     tau: float | Sequence[float] | Tensor = 0.95  # top_tau: share of a row's estimated mass to keep, in (0, 1]
     # threshold: a block is kept when its share of its row's mass exceeds this, in [0, 1)
     threshold: float | Sequence[float] | Tensor = 0.01
-    target_density: float = 0.4  # density: kept / visible blocks of a sequence, mean over heads, in (0, 1]
+    # density: kept / visible blocks of a sequence, mean over heads, in (0, 1]. Where heads are taken in strips (long
+    # contexts, see head_strips.py) each strip has it: heads of two strips do not trade blocks.
+    target_density: float = 0.4
     mandatory: Mandatory = "count"  # "count": mandatory mass counts towards tau; "add": joined after plain top-p
     sink_blocks: int = 1  # key blocks kept at the start of the keys
     local_blocks: int = 1  # key blocks kept up to the diagonal, those it crosses counting as one; 0 keeps none

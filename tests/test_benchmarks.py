@@ -81,13 +81,14 @@ def test_rules_that_look_keep_more_mass_than_chance(inputs):
         assert chance + 0.02 < recalled(rule) <= most + 1e-6
 
 
-@pytest.mark.parametrize("budget", ["top_tau", "threshold"])
+@pytest.mark.parametrize("budget", ["top_tau", "threshold", "density"])
 def test_level_gives_the_density(inputs, budget):
     config = RRConfig(budget=budget)
     mass = true_block_mass(inputs.q, inputs.k)
     for wanted in (0.5, 0.7):
         found = stages.config_for_density(mass, config, 2048, wanted)
-        level = found.tau if budget == "top_tau" else found.threshold
+        level = getattr(found, stages.LEVELS[budget])
+        assert stages.without_level(found) == config
         assert abs(stages.density_at(mass, level, config, 2048) - wanted) < 0.02
 
 

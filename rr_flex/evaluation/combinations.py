@@ -68,6 +68,26 @@ def by_sampled_output(config: RRConfig, stride: int) -> Rule:
     return Rule(weigh, size, "raw", cost_of(config))
 
 
+def weighed_by_disagreement(config: RRConfig, stride: int, power: float = 1.0) -> Rule:
+    """The two estimates of pool="both", the keys' weighing d^power and the queries' the rest.
+
+    d in [0, 1] is how far a block's sampled queries are from one another: the mean total variation distance of their
+    probabilities of the key blocks (keys pooled at order 2) from the block's mean. A pooled query speaks for all of
+    them where it is 0.
+    """
+    by_queries = config.with_settings({"pool": "queries", "order": 1})
+    size = config.block_sizes
+
+    def weigh(case: Case) -> Share:
+        each = _probabilities(case, stride, size[1]).unflatten(2, (-1, size[0] // stride))
+        keys = each.mean(3)
+        apart = (each - keys[:, :, :, None]).abs().sum(-1).mean(3) / 2
+        weight = apart.pow(power)[..., None]
+        return weight * keys + (1 - weight) * share_by(by_queries, case.q, case.k)
+
+    return Rule(weigh, size, config.budget, cost_of(config))
+
+
 def with_layer_before(config: RRConfig, weight: float) -> Rule:
     """The previous layer's share of a row, mean over its heads, as a prior with this weight."""
 

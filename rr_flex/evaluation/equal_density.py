@@ -51,17 +51,17 @@ def kept_coarse_to_fine(
 ) -> tuple[list[Bool[Tensor, "B H nQ nK"]], list[float]]:
     """One threshold, with a coarse estimate where it is clear and a fine one near the coarse one's threshold t.
 
-    A block whose coarse share of its row lies in (t / band, t · band) takes its fine share, clamped to that interval.
-    Beside each selection: the share of visible blocks that were estimated finely.
+    A block whose coarse share of its row is at least t · band is kept, one of at most t / band is not, and of those
+    between, as many as the density leaves, by their fine share. Beside each selection: the share of visible blocks that
+    lie between.
     """
     visible, mandatory = visible.expand_as(coarse), mandatory.expand_as(coarse)
     free = visible & ~mandatory
     coarse, fine = (_value(each, visible, mandatory, "threshold") for each in (coarse, fine))
     found, refined = [], []
     for density, cut in zip(densities, _cuts(coarse, visible, mandatory, densities, False), strict=True):
-        low, high = cut / band, cut * band
-        near = free & (coarse > low) & (coarse < high)
-        value = torch.where(near, fine.maximum(low).minimum(high), coarse)
+        near = free & (coarse > cut / band) & (coarse < cut * band)
+        value = torch.where(near, fine, torch.where(coarse < cut, -1.0, 2.0))  # shares lie in [0, 1]
         found.append(mandatory | (free & (value >= _cuts(value, visible, mandatory, [density], False)[0])))
         refined.append((near.sum() / visible.sum()).item())
     return found, refined

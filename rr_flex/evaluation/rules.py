@@ -6,6 +6,7 @@ from rr_flex.evaluation.combinations import (
     coarse_to_fine,
     hedged,
     mean_of_squares,
+    weighed_by_disagreement,
     with_layer_before,
     with_row_before,
 )
@@ -103,6 +104,8 @@ RULES: dict[str, Rule] = {
     "best, larger of the two": hedged("larger", PRESET_BEST),
     "best, a quarter keys": hedged("mean", PRESET_BEST, 0.25),
     "best, three quarters keys": hedged("mean", PRESET_BEST, 0.75),
+    "best, weighed by disagreement": weighed_by_disagreement(PRESET_BEST, 16),
+    "best, weighed by disagreement, root": weighed_by_disagreement(PRESET_BEST, 16, 0.5),
     "best, layer before as prior, a tenth": with_layer_before(PRESET_BEST, 0.1),
     "best, layer before as prior, a quarter": with_layer_before(PRESET_BEST, 0.25),
     "best, row before as prior, a tenth": with_row_before(PRESET_BEST, 0.1),
