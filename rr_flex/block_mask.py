@@ -11,7 +11,8 @@ from mask_mods.spans import MaskMod, buffered
 def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"], Int[Tensor, "B H nQ nK"]]:
     """How many blocks each row keeps, and their key-block indices in ascending order; int32.
 
-    Entries past the count are the row's last key block.
+    Entries past the count are the row's last key block. Both have the strides that they have in eager mode: the kernel
+    takes a batch to be H heads wide, and the compiler would pad the strides of what it computes itself.
     """
     nK = kept.shape[-1]
     place = kept.cumsum(-1, dtype=torch.int32)
@@ -19,7 +20,7 @@ def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"],
     slot = torch.where(kept, place - 1, nK).long()
     column = torch.arange(nK, device=kept.device, dtype=torch.int32).expand_as(kept)
     indices = torch.full((*kept.shape[:-1], nK + 1), nK - 1, device=kept.device, dtype=torch.int32)
-    return place[..., -1].contiguous(), indices.scatter(-1, slot, column)[..., :nK]
+    return buffered(place[..., -1].contiguous()), buffered(indices.scatter(-1, slot, column))[..., :nK]
 
 
 def build_block_mask(
@@ -44,13 +45,17 @@ def build_block_mask(
     def kept_mask_mod(b, h, q_idx, kv_idx):
         return looked_up[b, h, q_idx // q_block, kv_idx // k_block] & mask_mod(b, h, q_idx, kv_idx)
 
-    return block_mask_of_lists(
+    block_mask = block_mask_of_lists(
         list_partial_and_full(kept, whole),
         kept_mask_mod if look_up else mask_mod,
         block_size=block_size,
         seq_lengths=seq_lengths,
-        for_backward=for_backward,
     )
+    if for_backward:
+        names = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+        for name, listed in zip(names, list_partial_and_full(kept.mT, whole.mT), strict=True):
+            setattr(block_mask, name, listed)
+    return block_mask
 
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # count and indices of partial blocks, then of full ones
@@ -67,7 +72,6 @@ def block_mask_of_lists(
     *,
     block_size: tuple[int, int],
     seq_lengths: tuple[int, int],
-    for_backward: bool = False,
 ) -> BlockMask:
     """The BlockMask of lists that were made elsewhere; right in the compiled kernel only."""
     return BlockMask.from_kv_blocks(
@@ -75,5 +79,5 @@ def block_mask_of_lists(
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod,
         seq_lengths=seq_lengths,
-        compute_q_blocks=for_backward,
+        compute_q_blocks=False,
     )

@@ -73,6 +73,27 @@ def test_eager_attention_sees_the_kept_blocks_only(shape, tau, seed, name):
     assert_attends(eager_flex(q, k, v, selection.block_mask), q, k, v, allowed)
 
 
+def test_a_batch_s_lists_follow_the_last_head_s_without_a_gap():
+    """The kernel finds batch b at b·H heads, whatever the strides say (torch 2.11)."""
+    q, k, _ = tensors(Shape(B=2, Hq=9, Hkv=3, Lq=300, Lk=300), seed=0)
+    block_mask = select_blocks(q, k, tau=0.5).build_block_mask(for_backward=True)
+    for side in ("kv_", "full_kv_", "q_", "full_q_"):
+        for name in (side + "num_blocks", side + "indices"):
+            strides = getattr(block_mask, name).stride()
+            assert strides[0] == 9 * strides[1], name
+
+
+def test_the_query_side_lists_hold_the_same_blocks():
+    q, k, _ = tensors(Shape(B=2, Hq=4, Hkv=2, Lq=300, Lk=700), seed=0)
+    selection = select_blocks(q, k, tau=0.5, block_size=(128, 64))
+    block_mask = selection.build_block_mask(for_backward=True)
+    nQ = selection.kept.shape[2]
+    partial = listed(block_mask.q_num_blocks, block_mask.q_indices, nQ)
+    full = listed(block_mask.full_q_num_blocks, block_mask.full_q_indices, nQ)
+    assert torch.equal((partial | full).mT, selection.kept) and not (partial & full).any()
+    assert torch.equal(full.mT, selection.kept & selection.whole)
+
+
 def test_the_lists_cost_no_more_rows_than_blocks():
     block_mask = create_rr_block_mask(*tensors(Shape(Lq=257, Lk=384))[:2])
     assert block_mask.kv_indices.shape[-2:] == (3, 3)

@@ -101,6 +101,19 @@ def test_padding_batches():
     assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), shown & oracle.expand(kept, (1000, 1000), (128, 128)))
 
 
+def test_batches_whose_lists_the_compiler_would_pad():
+    """The kernel takes a batch's lists to follow the last head's: 9 heads of 15 × 16 entries leave no gap by chance."""
+    shape = Shape(B=3, Hq=9, Hkv=3, Lq=1836, Lk=1836, D=64)
+    q, k, v = on_gpu(shape)
+    lengths = torch.tensor([1836, 1500, 907])
+    here, there = (padding(lengths.to(device), side="left", total=1836) for device in ("cpu", "cuda"))
+    out = rr_attention(q, k, v, mask_mod=there, causal=True, tau=0.5, backend="triton")
+    kept = select_blocks(q.cpu(), k.cpu(), mask_mod=here, causal=True, tau=0.5).kept
+    shown = oracle.pairs(both(causal(), here), 3, 9, 1836, 1836)
+    allowed = shown & oracle.expand(kept, (1836, 1836), (128, 128))
+    assert_attends(*(x.cpu() for x in (out, q, k, v)), allowed)
+
+
 def test_the_log_sum_exp_is_natural():
     q, k, v = on_gpu(LONG)
     lse = rr_attention(q, k, v, tau=0.5, return_lse=True)[1]
@@ -108,15 +121,18 @@ def test_the_log_sum_exp_is_natural():
     torch.testing.assert_close(lse.cpu().double(), exact, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("block_size", [(128, 128), (128, 64)])
-def test_gradients_are_those_of_attention_over_the_same_blocks(block_size):
-    q, k, v = (x.requires_grad_() for x in on_gpu(LONG))
+@pytest.mark.parametrize(
+    ("block_size", "shape"),
+    [((128, 128), LONG), ((128, 64), LONG), ((128, 128), Shape(B=2, Hq=9, Hkv=3, Lq=1836, Lk=1836, D=64))],
+)
+def test_gradients_are_those_of_attention_over_the_same_blocks(block_size, shape):
+    q, k, v = (x.requires_grad_() for x in on_gpu(shape))
     chosen = {"tau": 0.5, "block_size": block_size}
     direction = torch.randn(*q.shape, generator=torch.Generator().manual_seed(0)).cuda()
     found = torch.autograd.grad((rr_attention(q, k, v, **chosen) * direction).sum(), (q, k, v))
     allowed = allowed_pairs(q, k, **chosen).cuda()
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    many_k, many_v = (x.repeat_interleave(2, 1) for x in exact[1:])
+    many_k, many_v = (x.repeat_interleave(shape.Hq // shape.Hkv, 1) for x in exact[1:])
     score = (exact[0] @ many_k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
     expected = torch.autograd.grad(((score.softmax(-1) @ many_v) * direction).sum(), exact)
     for gradient, true in zip(found, expected, strict=True):
