@@ -1,5 +1,10 @@
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker a core: more threads, or processes that compile, would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -15,3 +20,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 def nothing_compiled_before():
     """A second shape makes torch compile for any shape, which takes far longer: a module has its own shapes."""
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def one_graph_a_shape(nothing_compiled_before):
+    """For modules of several shapes: a graph for any shape takes as long as seven for one. test_lengths.py has such a
+    graph, test_mask_mods.py and test_models.py have others."""
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield

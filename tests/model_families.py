@@ -83,8 +83,9 @@ def packed(model):
 
 
 def assisted(model):
+    """The assistant adds its first guess to the prompt, which so has the length of the others."""
     assistant = make("llama", num_hidden_layers=1)
-    return generate(model, assistant_model=assistant)
+    return generate(model, IDS[:1, :-1], assistant_model=assistant)
 
 
 MODES = {

@@ -85,7 +85,7 @@ def test_any_mask_attends_as_float64(name):
 
 
 def test_a_new_window_compiles_anew_and_attends_right():
-    for window in (40, 70, 200):
+    for window in (40, 200):
         q, k, v = tensors(SQUARE)
         mask = both(causal(), sliding_window(window))
         out = rr_attention(q, k, v, mask_mod=mask, tau=0.5, **FREE)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from mask_mods import both, causal, sliding_window
 from rr_flex import attention, create_rr_block_mask, kernel, rr_attention, select_blocks
 
+pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 DENSE = {"tau": 0.1, "min_length": 301, **FREE}
 
 

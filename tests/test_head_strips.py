@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mask_mods import SpanMask, both, causal
 from rr_flex import RRConfig, head_strips, pipeline, rr_attention, select_blocks
 
+pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 M = 2**20
 
 

@@ -15,15 +15,8 @@ from rr_flex.models import enable
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- models: begin -->\n", "<!-- models: end -->"
 KL_BOUND = 0.1  # nats
+pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 cells = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_graph_for_all_lengths(nothing_compiled_before):
-    """Otherwise each kind of mask compiles for its first length, then for any, then for Lq ≠ Lk."""
-    static = torch._dynamo.config.patch(assume_static_by_default=False)
-    with static, torch.fx.experimental._config.patch(use_duck_shape=False):
-        yield
 
 
 @pytest.mark.parametrize("mode", MODES)

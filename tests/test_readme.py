@@ -10,6 +10,7 @@ from rr_flex.cli import make_parser
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
