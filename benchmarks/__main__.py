@@ -1,13 +1,15 @@
 """`python -m benchmarks run | tune | report`: measure, tune the kernels' options, tabulate and draw."""
 
 import argparse
+import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import report, tune
+from benchmarks import report, together, tune
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
 from benchmarks.runner import Bench, run, with_length
@@ -37,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     )
     running.add_argument(
         "--dense", nargs="*", help="dense kernels to compare with; all that are installed unless given"
+    )
+    running.add_argument(
+        "--jobs", type=int, default=1, help="processes that compile side by side; cases are timed one at a time"
     )
     running.add_argument(
         "--in-turns", action="store_true", help="time the whole call and the fastest dense kernel in turns"
@@ -81,6 +86,8 @@ def run_suites(options: argparse.Namespace) -> int:
         return 0
     device = torch.device(options.device)
     about = describe(device, options.commit)
+    if options.jobs > 1:
+        return run_jobs(cases, options, about)
     bench = Bench(device, Progress(len(cases), options.budget_seconds), options.seconds, options.in_turns)
     rows = []
     try:
@@ -94,6 +101,20 @@ def run_suites(options: argparse.Namespace) -> int:
         print(f"\nstopped: {reason}; {len(rows)} of {len(cases)} rows are written", file=sys.stderr)
     print(report.text_table(rows))
     return 1 if any(row["failed"] for row in rows) else 0
+
+
+def run_jobs(cases: list[tuple[str, Case]], options: argparse.Namespace, about: dict[str, object]) -> int:
+    start = time.time()
+    chosen = {name: getattr(options, name) for name in ("device", "in_turns", "seconds", "profile", "out")}
+    chosen |= {"about": about, "deadline": options.budget_seconds and start + options.budget_seconds}
+    for _ in together.run_together(cases, options.jobs, chosen):
+        pass
+    names = {case.name for _, case in cases}
+    files = [options.out / f"{suite}.jsonl" for suite in options.suite]
+    lines = [line for path in files if path.exists() for line in path.read_text().splitlines()]
+    rows = [row for row in map(json.loads, lines) if row["case"] in names and row["date"] == about["date"]]
+    print(report.text_table(rows))
+    return 1 if len(rows) < len(cases) or any(row["failed"] for row in rows) else 0
 
 
 def chosen_cases(suite: str, options: argparse.Namespace) -> list[Case]:
@@ -131,6 +152,11 @@ def write_report(options: argparse.Namespace) -> int:
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
     report.write_readme(options.readme, rows)
+    prefills = report.load_prefills(options.results)
+    if prefills:
+        report.replace_between(
+            options.readme, report.PREFILL_BEGIN, report.PREFILL_END, report.prefill_markdown(prefills)
+        )
     report.draw(rows, options.plot or options.results / "time-against-length.png")
     return 0
 

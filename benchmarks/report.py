@@ -1,12 +1,14 @@
 """Result rows to text: a table for the terminal, one for the README, and a picture of time against length."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+PREFILL_BEGIN, PREFILL_END = "<!-- prefill: begin -->", "<!-- prefill: end -->"
 
 
 def load(folder: Path, suites: list[str] | None = None) -> list[Row]:
@@ -24,19 +26,29 @@ def load(folder: Path, suites: list[str] | None = None) -> list[Row]:
     return list(latest.values())
 
 
+def load_prefills(folder: Path) -> list[Row]:
+    """The rows of `benchmarks.prefill_model` that worked."""
+    path = folder / "prefill-model.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if "absent" not in row]
+
+
 def number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value, form)
 
 
 COLUMNS = {
     "method": lambda row: row["label"],
+    "timed": lambda row: "in turns" if row.get("in_turns") else "alone",
     "density": lambda row: number(row["density"], ".3f"),
     "output error": lambda row: number(row["error"], ".4f"),
     "estimate": lambda row: number(row["estimate_ms"]),
     "estimate + select + lists": lambda row: number(row["selection_ms"]),
     "attention": lambda row: number(row["attention_ms"]),
     "total, ms": lambda row: number(row["total_ms"]),
-    "fastest dense, ms": lambda row: f"{number(row['fastest_dense_ms'])} ({row['fastest_dense']})",
+    "fastest dense, ms": lambda row: (
+        f"{number(row['fastest_dense_ms'])} ({row['fastest_dense']})" if row["fastest_dense"] else "not timed"
+    ),
     "faster by": lambda row: number(row["speedup"], ".2f") + ("×" if row["speedup"] else ""),
     "÷ limit": lambda row: number(row["over_limit"]),
     "TFLOP/s": lambda row: number(row["attention_tflops"], ".0f"),
@@ -47,8 +59,7 @@ COLUMNS = {
 def shape_of(row: Row) -> str:
     heads = f"{row['heads']}/{row['kv_heads']} heads" + (f", batch {row['batch']}" if row["batch"] > 1 else "")
     workload = "" if row["workload"] == "structured" else f", {Path(row['workload']).name}"
-    turns = f", in turns with {row['fastest_dense']}" if row.get("in_turns") else ""
-    return f"{row['length']:,} tokens, {heads} of {row['head_dim']}, {row['dtype']}{workload}{turns}"
+    return f"{row['length']:,} tokens, {heads} of {row['head_dim']}, {row['dtype']}{workload}"
 
 
 def one_line(row: Row) -> str:
@@ -73,35 +84,75 @@ def text_table(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For the README: a table a shape, under the card, versions and commit that they were measured with."""
+    """For the README: a table a shape, under the card, versions, commits and dates that they were measured with."""
     lines = []
-    for about in dict.fromkeys(provenance(row) for row in rows):
-        lines += [f"**{about}**", ""]
-        of_about = [row for row in rows if provenance(row) == about]
-        for shape in dict.fromkeys(shape_of(row) for row in of_about):
-            lines += [shape, ""]
-            lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" + " ---: |" * (len(COLUMNS) - 1)]
-            for row in of_about:
-                if shape_of(row) == shape:
-                    lines.append("| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |")
-            lines.append("")
+    for setting in dict.fromkeys(setting_of(row) for row in rows):
+        of_setting = [row for row in rows if setting_of(row) == setting]
+        commits = dict.fromkeys(f"{row['commit']} ({row['date'][:10]})" for row in of_setting)
+        lines += [f"**{setting}**; commits {', '.join(commits)}", ""]
+        for shape in sorted(dict.fromkeys(shape_of(row) for row in of_setting), key=lambda shape: -tokens(shape)):
+            of_shape = sorted((row for row in of_setting if shape_of(row) == shape), key=order_of)
+            lines += table(COLUMNS, of_shape, shape)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def provenance(row: Row) -> str:
+def table(columns: dict[str, Callable[[Row], str]], rows: list[Row], title: str) -> list[str]:
+    lines = [title, "", "| " + " | ".join(columns) + " |", "|" + " --- |" + " ---: |" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def order_of(row: Row) -> tuple:
+    return row.get("backend") or "", row["label"], row["density"], row.get("in_turns", False)
+
+
+def tokens(shape: str) -> int:
+    return int(shape.split(" ")[0].replace(",", ""))
+
+
+def setting_of(row: Row) -> str:
     flash = f", flash-attn-4 {row['flash_attn_4']}" if row["flash_attn_4"] else ""
     triton = f", Triton {row['triton']}" if row["triton"] else ""
-    return f"{row['card']}, torch {row['torch']}{triton}{flash}, commit {row['commit']}, {row['date'][:10]}"
+    return f"{row['card']}, torch {row['torch']}{triton}{flash}"
+
+
+# Of `python -m benchmarks.prefill_model`, milliseconds.
+PREFILL_COLUMNS = {
+    "attention": lambda row: row["attention"] + (f", {', '.join(row['kernels'])}" if row.get("kernels") else ""),
+    "density": lambda row: number(row.get("density"), ".3f"),
+    "to the first token": lambda row: number(row["ms"], ".0f"),
+    "of it attention": lambda row: number(row["attention_total_ms"], ".0f"),
+    "of that estimate, selection, lists": lambda row: number(row.get("estimate_ms"), ".0f"),
+    "the rest": lambda row: number(row["rest_ms"], ".0f"),
+    "faster by": lambda row: f"{row['speedup']:.2f}×" if "speedup" in row else "–",
+}
+
+
+def prefill_markdown(rows: list[Row]) -> str:
+    """For the README: a table a model and length."""
+    lines = []
+    for title in dict.fromkeys(prefill_title(row) for row in rows):
+        lines += table(PREFILL_COLUMNS, [row for row in rows if prefill_title(row) == title], title)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def prefill_title(row: Row) -> str:
+    about = f"commit {row['commit']}, {row['date'][:10]}"
+    return f"{row['model']}, {row['length']:,} tokens, {row['dtype']} ({setting_of(row)}, {about})"
 
 
 def write_readme(readme: Path, rows: list[Row]) -> None:
     """Replaces what stands between the markers."""
+    replace_between(readme, BEGIN, END, markdown(rows))
+
+
+def replace_between(readme: Path, begin: str, end: str, content: str) -> None:
     text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{readme} must hold the lines {BEGIN} and {END} once, in this order")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{markdown(rows)}{END}{after}")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{readme} must hold the lines {begin} and {end} once, in this order")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{begin}\n{content}{end}{after}")
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,8 +34,11 @@ STAGES = ("estimate", "select", "lists", "selection", "attention", "total")
 class Bench:
     """Inputs, exact rows and dense baselines of one shape; they stay until a case asks for another."""
 
-    def __init__(self, device: torch.device, progress: Progress, seconds: float = 1.0, in_turns: bool = False) -> None:
-        self.device, self.progress, self.seconds, self.in_turns = device, progress, seconds, in_turns
+    def __init__(
+        self, device: torch.device, progress: Progress, seconds: float = 1.0, in_turns: bool = False, sets: int = SETS
+    ) -> None:
+        self.device, self.progress, self.in_turns = device, progress, in_turns
+        self.seconds, self.most_sets = seconds, sets
         self.shape: tuple | None = None
         self.compiled_for: tuple | None = None
         self.sets: list[Inputs] = []
@@ -50,11 +54,10 @@ class Bench:
 
     def use(self, case: Case) -> None:
         """Makes ready for a case; raises OutOfTime where there is no time."""
-        of_shape = ("workload", "batch", "length", "heads", "kv_heads", "head_dim", "dtype", "seed")
-        shape = tuple(getattr(case, name) for name in of_shape)
+        shape = stages.shape_of(case)
         # Sizes and settings that change between calls are compiled for all values at once, which is another kernel:
         # each shape and setting starts with a fresh compiler.
-        compiled_for = (shape, stages.without_level(case.config), case.backend, case.kernel_options)
+        compiled_for = (shape, *stages.compiled_for(case))
         if compiled_for != self.compiled_for:
             torch._dynamo.reset()
             stages.estimate_of.cache_clear()
@@ -74,6 +77,16 @@ class Bench:
                 self.progress.step(f"dense, {name}")
                 self.dense[name] = self.time_dense(name)
 
+    def start_over(self, seconds: float, deadline: float | None) -> None:
+        """Forgets inputs and times, but nothing that was compiled, and times for `seconds` from now on.
+
+        `deadline`: on the clock of time.time(), when to stop.
+        """
+        self.shape, self.seconds, self.most_sets = None, seconds, SETS
+        self.times.clear()
+        if deadline is not None:
+            self.progress.budget = self.progress.seconds + deadline - time.time()
+
     def release(self) -> None:
         """Gives unused memory back to the device."""
         gc.collect()
@@ -86,10 +99,10 @@ class Bench:
             return [captured(case.workload, self.device, dtype)]
         tokens = case.batch * case.length * case.head_dim * dtype.itemsize
         size = tokens * (case.heads + 2 * case.kv_heads)
-        sets = SETS
+        sets = self.most_sets
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
-            sets = max(1, min(SETS, int(SHARE_OF_MEMORY * memory / size)))
+            sets = max(1, min(sets, int(SHARE_OF_MEMORY * memory / size)))
         shape = {"B": case.batch, "L": case.length, "Hq": case.heads, "Hkv": case.kv_heads, "D": case.head_dim}
         return [
             structured(**shape, dtype=dtype, device=self.device, seed=case.seed + 1000 * index) for index in range(sets)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from benchmarks.cases import Case
 from mask_mods import block_visibility, causal
 from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import build_block_mask, list_partial_and_full
@@ -59,6 +60,17 @@ def without_level(config: RRConfig) -> RRConfig:
     """One configuration for all of its levels, on which neither the mass nor any compiled code depends."""
     default = RRConfig()
     return replace(config, tau=default.tau, threshold=default.threshold, target_density=default.target_density)
+
+
+def shape_of(case: Case) -> tuple:
+    """What decides the inputs of a case."""
+    names = ("workload", "batch", "length", "heads", "kv_heads", "head_dim", "dtype", "seed")
+    return tuple(getattr(case, name) for name in names)
+
+
+def compiled_for(case: Case) -> tuple:
+    """What beside the shape decides compiled code."""
+    return without_level(case.config), case.method, case.backend, case.kernel_options, case.every_stage
 
 
 def causal_blocks(config: RRConfig, L: int, device: torch.device) -> Blocks:

@@ -1,6 +1,7 @@
 """The benchmark program: its workload has structure, its rules reach their density, its rows say what they should."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import dense, report, rivals, stages, tune
+from benchmarks import dense, report, rivals, stages, together, tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
@@ -197,10 +198,8 @@ def test_report_puts_table_and_picture(tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "131,072 tokens, 32/8 heads of 128, bfloat16" in text and "Some Card, torch 2.11.0" in text
-    assert (
-        "| rr order=2 | 0.500 | 0.0204 | 5.50 | 5.90 | 80.00 | 86.00 | 202.00 (fa4) | 2.35× | 1.41 | 530 | 3.2 |"
-        in text
-    )
+    row = "| rr order=2 | alone | 0.500 | 0.0204 | 5.50 | 5.90 | 80.00 | 86.00 | 202.00 (fa4) | 2.35× | 1.41 | 530 |"
+    assert row + " 3.2 |" in text
     assert "0.301" in text and text.count("131,072 tokens") == 1
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     readme.write_text("no markers")
@@ -250,3 +249,26 @@ def test_turns_alternate_and_a_case_without_dense_kernels_keeps_to_it():
     assert first.repeats == second.repeats == 4
     options = program.parser().parse_args(["run", "--suite", "million", "--dense", "fa4"])
     assert {case.dense for case in program.chosen_cases("million", options)} == {()}
+
+
+def test_cases_that_share_code_share_a_process_which_waits_for_its_turn(tmp_path, monkeypatch):
+    cases = SUITES["128k"]
+    grouped = together.groups(cases)
+    assert {case for group in grouped for case in group} == set(cases) and len(grouped) < len(cases)
+    assert all(len({(stages.shape_of(c), stages.compiled_for(c)) for c in group}) == 1 for group in grouped)
+
+    ran, ready, go = [], threading.Event(), threading.Event()
+
+    def run(cases, bench, *, suite, **_):
+        ran.append((suite, cases[0].density, bench.seconds, ready.is_set()))
+        return iter(())
+
+    monkeypatch.setattr(together, "run", run)
+    options = {"device": "cpu", "in_turns": False, "seconds": 2.0, "deadline": None, "about": {}, "profile": False}
+    named = [("128k", case) for case in grouped[0]]
+    worker = threading.Thread(target=together.work, args=(named, ready, go, options | {"out": tmp_path}))
+    worker.start()
+    assert ready.wait(10) and ran == [("warm", named[0][1].density, together.WARM_SECONDS, False)]
+    go.set()
+    worker.join()
+    assert ran[1:] == [("128k", case.density, 2.0, True) for case in grouped[0]]
