@@ -250,3 +250,16 @@ def test_turns_alternate_and_a_case_without_dense_kernels_keeps_to_it():
     assert first.repeats == second.repeats == 4
     options = program.parser().parse_args(["run", "--suite", "million", "--dense", "fa4"])
     assert {case.dense for case in program.chosen_cases("million", options)} == {()}
+
+
+def test_a_decode_step_is_compared_in_turns(tmp_path):
+    pytest.importorskip("transformers")
+    from benchmarks.decode_step import main
+
+    out = tmp_path / "decode.jsonl"
+    small = ["--model", "tiny-shape", "--length", "40", "--steps", "3", "--calls", "20", "--device", "cpu"]
+    assert main([*small, "--dtype", "float32", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    for kind in ("calls", "steps"):
+        assert all(row[kind][way]["median"] > 0 for way in ("sdpa", "rr_flex"))
+        assert row[kind]["difference"]["first_quartile"] <= row[kind]["difference"]["third_quartile"]
