@@ -1,7 +1,7 @@
 """Queries, keys and values to outputs: selection and block-sparse attention in one compiled graph."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,16 +11,26 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from mask_mods.spans import MaskMod
 from rr_flex.backends import Backend, check_backend, check_flash, choose_kernel, offset_per_batch
 from rr_flex.block_mask import block_mask_of_lists, list_partial_and_full
-from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_values
+from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_sinks, check_values
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
 from rr_flex.dense import dense_attention, dense_kernel_serves
 from rr_flex.kernel import attention_options, break_even
-from rr_flex.pipeline import device_arguments, in_strips, resolve_mask, select
+from rr_flex.pipeline import DEFAULT, device_arguments, in_strips, is_short, resolve_mask, select
+from rr_flex.score_mods import beside_sinks, cap_as_tensor, score_mod_of, with_sink_block
 
 # How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
 # torch.compile is not counted.
 calls: Counter[str] = Counter()
+
+
+class Wanted(NamedTuple):
+    """What one call asks of its graph: settings, compiled in."""
+
+    dense: bool  # every visible block
+    lse: bool
+    density: bool
+    backward: bool
 
 
 def rr_attention(
@@ -32,6 +42,8 @@ def rr_attention(
     mask_mod: MaskMod | None = None,
     causal: bool | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " Hq"] | None = None,
     q_offset: int | Tensor | None = None,
     head_offset: int | Tensor = 0,
     return_lse: bool = False,
@@ -42,89 +54,112 @@ def rr_attention(
     """Attention over the blocks that `select_blocks` keeps; arguments and errors as there.
 
     Compiled as one graph (two with FLASH); the first call for a shape takes seconds. A query that sees nothing gives 0.
-    The selection is held fixed under differentiation. `return_lse` adds the natural log-sum-exp of each query's kept
-    logits, float32 [B, Hq, Lq]; `return_density` adds the Selection's density (1 where it is dense), 0-dim, for which
-    nothing waits.
+    The selection is held fixed under differentiation.
+    `sinks`: a logit a head that joins each query's softmax and brings no value; the selection does not look at it.
+    `return_lse` adds the natural log-sum-exp of each query's kept logits (soft-capped, without the sink), float32
+    [B, Hq, Lq]; `return_density` adds the Selection's density (1 where it is dense), 0-dim, for which nothing waits.
     Under `config.min_length` keys (None: where the card was measured to gain nothing) it is dense attention.
     `backend` on CUDA: "triton", "flash" (FlashAttention 4, an extra) or "auto": flash where it is installed, passes a
-    self-check and the mask is only causal or none; inside a caller's torch.compile always triton.
+    self-check, there is no soft cap and the mask is only causal or none; inside a caller's torch.compile always triton.
     NotImplementedError on the CPU for `return_lse` or tensors that require grad; RuntimeError for a "flash" that
     cannot run.
     """
     check_queries_and_keys(q, k)
     check_values(q, k, v)
-    check_differentiable(q, k, v)
-    check_call(q, k, config=config, mask_mod=mask_mod, scale=scale, q_offset=q_offset, head_offset=head_offset)
+    check_sinks(q, sinks)
+    check_differentiable(q, k, v, *(() if sinks is None else (sinks,)))
+    options = {"scale": scale, "softcap": softcap, "q_offset": q_offset, "head_offset": head_offset}
+    check_call(q, k, config=config, mask_mod=mask_mod, **options)
     if return_lse and q.device.type == "cpu":
         raise NotImplementedError("return_lse must be False on the CPU, whose compiled kernel has none, got True")
-    config = (config or RRConfig()).with_settings(settings)
+    config = (config or DEFAULT).with_settings(settings)
     check_backend(backend, q)
-    min_length = break_even(q) if config.min_length is None else config.min_length
-    dense = k.shape[2] < min_length
-    if dense and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
+    plain_softmax = softcap is None and sinks is None
+    dense = is_short(k, shortest_sparse(q, config, plain_softmax=plain_softmax))
+    if dense and plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")
         out = dense_attention(q, k, v, causal=causal is not False, scale=scale)
         return (out, q.new_ones((), dtype=torch.float32)) if return_density else out
 
     for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    kernel = choose_kernel(backend, q, v, config.block_sizes, plain_mask=mask_mod is None, for_backward=for_backward)
+    facts = {"plain_mask": mask_mod is None, "for_backward": for_backward, "softcap": softcap is not None}
+    kernel = choose_kernel(backend, q, v, config.block_sizes, **facts)
     count("dense" if dense else kernel)
-    config = config.with_settings({"min_length": min_length if dense else 0})
+    # The CPU's kernel has no log-sum-exp to correct by: there the sinks are a key.
+    sink_keys = sinks if kernel == "cpu" else None
+    corrected = sinks is not None and sink_keys is None
+    wanted = Wanted(dense, return_lse or corrected, return_density, for_backward)
+    cap = cap_as_tensor(softcap, q.device)
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
     if kernel == "flash":
         attend = _attend_in_two_graphs
     parts = [
-        attend(*strip, config, mask, causal, scale, return_lse, return_density, for_backward)
-        for *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
+        attend(*strip, config, mask, causal, scale, cap, None if sink_keys is None else sink_keys[heads], wanted)
+        for heads, *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
     ]
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
     )
-    if return_lse and kernel == "flash":
+    if lse is not None and kernel == "flash":
         lse = lse * check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
-    wanted = (out, *((lse,) if return_lse else ()), *((density.mean(),) if return_density else ()))
-    return wanted if len(wanted) > 1 else out
+    if corrected:
+        out = beside_sinks(out, lse, sinks)
+    results = (out, *((lse,) if return_lse else ()), *((density.mean(),) if return_density else ()))
+    return results if len(results) > 1 else out
 
 
-def _attend(
-    q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse, return_density, for_backward
-):
+def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) -> int:
+    """Keys from which on attention is sparse: `config.min_length`, or if that is None the card's break-even.
+
+    That was measured against torch's fused dense kernel: without a plain softmax there is none, and it is 0.
+    """
+    if config.min_length is not None:
+        return config.min_length
+    return break_even(q) if plain_softmax else 0
+
+
+def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, sinks, wanted):
     """(out [B,Hq,Lq,Dv], lse [B,Hq,Lq] or None, density [B,Hq] or None) of one strip of heads."""
     with torch.no_grad():
-        chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
-        block_mask = chosen.build_block_mask(look_up=False, for_backward=for_backward)
-        density = chosen.density_per_head if return_density else None
-    return *_flex(q, k, v, block_mask, scale, return_lse, attention_options(q, config.block_sizes)), density
+        chosen = select(
+            q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, dense=wanted.dense
+        )
+        density = chosen.density_per_head if wanted.density else None
+        if sinks is None:
+            block_mask = chosen.build_block_mask(look_up=False, for_backward=wanted.backward)
+        else:
+            sizes = {"block_size": config.block_sizes, "seq_lengths": chosen.seq_lengths}
+            k, v, block_mask = with_sink_block(k, v, chosen.kept, chosen.whole, chosen.mask_mod, **sizes)
+    options = attention_options(q, config.block_sizes)
+    score_mod = score_mod_of(softcap, sinks)
+    return *_flex(q, k, v, block_mask, scale, wanted.lse, options, score_mod), density
 
 
 def _attend_in_two_graphs(
-    q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, return_lse, return_density, for_backward
+    q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, sinks, wanted
 ):
     """`_attend` for FLASH, whose kernel reads what its mask captures after the graph has freed it, if anything else in
-    that graph uses it too (torch 2.11: its reads are unknown to the scheduler)."""
-    lists, density = _lists_compiled(
-        q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, return_density
-    )
+    that graph uses it too (torch 2.11: its reads are unknown to the scheduler). Without soft cap and sinks."""
+    lists, density = _lists_compiled(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted)
     mask = resolve_mask(mask_mod, causal, offset_per_batch(q_offset, q.shape[0]))
     sizes = {"block_size": config.block_sizes, "seq_lengths": (q.shape[2], k.shape[2])}
     options = attention_options(q, config.block_sizes, "flash")
     # FLASH can't capture an int that may change; a plain causal mask has none.
     flex = _flex_for_any_length if mask_mod is None and causal is not False else _flex_for_one_length
-    return *flex(q, k, v, block_mask_of_lists(lists, mask, **sizes), scale, return_lse, options), density
+    return *flex(q, k, v, block_mask_of_lists(lists, mask, **sizes), scale, wanted.lse, options), density
 
 
-def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, return_density):
-    chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale)
-    return list_partial_and_full(chosen.kept, chosen.whole), chosen.density_per_head if return_density else None
+def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted):
+    chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, dense=wanted.dense)
+    return list_partial_and_full(chosen.kept, chosen.whole), chosen.density_per_head if wanted.density else None
 
 
-def _flex(q, k, v, block_mask, scale, return_lse, options):
+def _flex(q, k, v, block_mask, scale, return_lse, options, score_mod=None):
     """(out, lse or None)."""
     aux = AuxRequest(lse=True) if return_lse else None
-    out = flex_attention(
-        q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True, return_aux=aux, kernel_options=options
-    )
+    settings = {"scale": scale, "enable_gqa": True, "return_aux": aux, "kernel_options": options}
+    out = flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, **settings)
     return (out[0], out[1].lse) if return_lse else (out, None)
 
 

@@ -44,7 +44,14 @@ def check_backend(backend: Backend, q: Tensor) -> None:
 
 
 def choose_kernel(
-    backend: Backend, q: Tensor, v: Tensor, block_size: tuple[int, int], *, plain_mask: bool, for_backward: bool
+    backend: Backend,
+    q: Tensor,
+    v: Tensor,
+    block_size: tuple[int, int],
+    *,
+    plain_mask: bool,
+    for_backward: bool,
+    softcap: bool = False,
 ) -> Kernel:
     """The kernel for q and v: "auto" takes FLASH where nothing speaks against it, an explicit choice runs or raises.
 
@@ -55,7 +62,7 @@ def choose_kernel(
         return "cpu"
     if backend == "triton" or (backend == "auto" and not plain_mask):
         return "triton"
-    refused = why_not_flash(q, v, block_size, for_backward=for_backward)
+    refused = why_not_flash(q, v, block_size, for_backward=for_backward, softcap=softcap)
     if refused is None:
         return "flash"
     if backend == "flash":
@@ -63,7 +70,9 @@ def choose_kernel(
     return "triton"
 
 
-def why_not_flash(q: Tensor, v: Tensor, block_size: tuple[int, int], *, for_backward: bool) -> str | None:
+def why_not_flash(
+    q: Tensor, v: Tensor, block_size: tuple[int, int], *, for_backward: bool, softcap: bool = False
+) -> str | None:
     """What speaks against FLASH, or None."""
     if torch.compiler.is_compiling():
         return "inside a caller's torch.compile its mask can't capture what the graph computes"
@@ -75,6 +84,8 @@ def why_not_flash(q: Tensor, v: Tensor, block_size: tuple[int, int], *, for_back
         return f"it takes blocks of 128 × 128 tokens, not {block_size[0]} × {block_size[1]}"
     if for_backward:
         return "gradients are taken with Triton's kernel"
+    if softcap:
+        return "a soft cap is Triton's, as a score_mod"
     return check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).refused
 
 

@@ -52,28 +52,44 @@ def check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must have a head dim of 16 to 256, got {x.shape[3]}")
 
 
-def check_call(q: Tensor, k: Tensor, *, config, mask_mod, scale, q_offset, head_offset) -> None:
+def check_call(q: Tensor, k: Tensor, *, config, mask_mod, scale, softcap, q_offset, head_offset) -> None:
     """The options of one call. ValueError or TypeError naming the argument."""
     Lq, Lk = q.shape[2], k.shape[2]
     if config is not None and not isinstance(config, RRConfig):
         raise TypeError(f"config must be an RRConfig, got {type(config).__name__}")
     if mask_mod is not None and not callable(mask_mod):
         raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {mask_mod!r}")
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, float | int):
-            raise TypeError(f"scale must be a number, got {scale!r}")
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+    for name, factor in (("scale", scale), ("softcap", softcap)):
+        if factor is None:
+            continue
+        if isinstance(factor, bool) or not isinstance(factor, float | int):
+            raise TypeError(f"{name} must be a number, got {factor!r}")
+        if not 0 < factor < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {factor}")
     _check_offset("q_offset", q_offset, min(0, Lk - Lq), Lk)
     _check_offset("head_offset", head_offset, 0, 2**31 - 1)
+
+
+def check_sinks(q: Tensor, sinks: object) -> None:
+    """A floating-point tensor [Hq] on q's device, or None. TypeError or ValueError."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError(
+            f"sinks must be a floating-point tensor [Hq], got {getattr(sinks, 'dtype', type(sinks).__name__)}"
+        )
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must hold one logit a query head ({q.shape[1]}), got shape {tuple(sinks.shape)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
 
 
 def check_differentiable(*tensors: Tensor) -> None:
     """NotImplementedError where a gradient is asked for and FlexAttention has none (the CPU)."""
     if torch.is_grad_enabled() and any(x.requires_grad and x.device.type == "cpu" for x in tensors):
         raise NotImplementedError(
-            "q, k and v must not require grad on the CPU, where flex_attention has no backward, got requires_grad=True;"
-            " call under torch.no_grad() or pass x.detach()"
+            "q, k, v and sinks must not require grad on the CPU, where flex_attention has no backward, got"
+            " requires_grad=True; call under torch.no_grad() or pass x.detach()"
         )
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from mask_mods import any_key_visible
 from mask_mods.spans import Index, MaskMod
 from rr_flex.geometry import ceil_div, sampled_index
+from rr_flex.score_mods import soft_cap
 
 STRIP_ELEMENTS = 1 << 25  # float32 scores held at once: 128 MiB
 
@@ -27,6 +28,7 @@ def block_mass(
     scale: float,
     head_offset: int | Tensor = 0,
     phase: str = "head",
+    softcap: Tensor | float | None = None,
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """Softmax of sampled queries over visible key strides, summed over each block's tile; float32.
 
@@ -60,7 +62,7 @@ def block_mass(
             head_offset=head_offset,
             phase=phase,
         )
-        scores = _scores(sampled[:, :, start:stop], pooled) * scale  # B Hq strip nk
+        scores = soft_cap(_scores(sampled[:, :, start:stop], pooled) * scale, softcap)  # B Hq strip nk
         share = _masked_softmax(scores, visible)
         height = ceil_div(stop - start, queries_per_block)
         share = F.pad(share, (0, nK * keys_per_block - nk, 0, height * queries_per_block - (stop - start)))

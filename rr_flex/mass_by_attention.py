@@ -16,6 +16,7 @@ from rr_flex.block_mask import list_blocks
 from rr_flex.geometry import ceil_div
 from rr_flex.kernel import estimate_columns, estimate_options
 from rr_flex.mass import stride_visible
+from rr_flex.score_mods import score_mod_of
 
 TILE = 128  # sampled queries, or pooled keys, in a tile that the kernel visits or skips whole
 FEATURES = (16, 256)  # least and greatest width of q and k that the kernel takes
@@ -38,6 +39,7 @@ def block_mass_by_attention(
     scale: float,
     head_offset: int | Tensor = 0,
     phase: str = "head",
+    softcap: Tensor | float | None = None,
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """What `block_mass` computes, to the rounding of q's dtype. Meant for torch.compile: eager stores all scores."""
     B, Hq, nq, _ = sampled.shape
@@ -73,6 +75,7 @@ def block_mass_by_attention(
         queries,
         keys,
         values,
+        score_mod=score_mod_of(softcap),
         block_mask=block_mask,
         scale=scale,
         enable_gqa=True,

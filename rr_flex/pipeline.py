@@ -23,7 +23,10 @@ from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention, kernel_can_estimate
 from rr_flex.sampling import moments, pooled_query_features, sample_queries, second_order_features
+from rr_flex.score_mods import cap_as_tensor
 from rr_flex.selection import select_density, select_threshold, select_top_tau
+
+DEFAULT = RRConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +123,7 @@ def select_blocks(
     mask_mod: MaskMod | None = None,
     causal: bool | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     q_offset: int | Tensor | None = None,
     head_offset: int | Tensor = 0,
     **settings: Any,
@@ -129,24 +133,32 @@ def select_blocks(
     float32, bfloat16 or float16, Hq a multiple of Hkv, any lengths and D; no gradient.
     `config` or single `settings` (fields of RRConfig): strides, block sizes, budget, mandatory blocks.
     `mask_mod`: a FlexAttention mask over indices; `causal`: True without a mask_mod, else False; both together meet.
-    `scale`: factor of the logits, 1/√D unless given.
+    `scale`: factor of the logits, 1/√D unless given. `softcap`: c of c·tanh(logit / c), which the model applies to its
+    logits and the estimate to its own.
     `q_offset`: position of the first query among the keys, Lk − Lq unless given; moves causal mask and diagonal.
     `head_offset`: global index of the first query head, under tensor parallelism.
     ValueError, TypeError or NotImplementedError name the argument, the rule and the value.
     """
     check_queries_and_keys(q, k)
-    check_call(q, k, config=config, mask_mod=mask_mod, scale=scale, q_offset=q_offset, head_offset=head_offset)
-    config = (config or RRConfig()).with_settings(settings)
+    options = {"scale": scale, "softcap": softcap, "q_offset": q_offset, "head_offset": head_offset}
+    check_call(q, k, config=config, mask_mod=mask_mod, **options)
+    config = (config or DEFAULT).with_settings(settings)
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
+    cap, dense = cap_as_tensor(softcap, q.device), is_short(k, config.min_length)
     # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
     compiled = q.device.type != "cpu" and not torch.compiler.is_compiling()
     choose = _select_compiled if compiled else select
     with torch.no_grad():
         parts = [
-            choose(*strip, config, mask, causal, scale)
-            for *strip, mask in in_strips(q, (k,), level, q_offset, head_offset, config, mask_mod)
+            choose(*strip, config, mask, causal, scale, cap, dense)
+            for _, *strip, mask in in_strips(q, (k,), level, q_offset, head_offset, config, mask_mod)
         ]
     return parts[0] if len(parts) == 1 else join(parts, resolve_mask(mask_mod, causal, q_offset))
+
+
+def is_short(k: Tensor, min_length: int | None) -> bool:
+    """Whether k has fewer keys than `min_length`, if that is given: then attention is dense."""
+    return min_length is not None and k.shape[2] < min_length
 
 
 def in_strips(
@@ -158,19 +170,19 @@ def in_strips(
     config: RRConfig,
     mask_mod: MaskMod | None,
 ) -> Iterator[tuple]:
-    """The same arguments, `keys` spread out, for each of `head_strips`."""
+    """For each of `head_strips` the slice of query heads, then the same arguments of it, `keys` spread out."""
     B, Hq, Lq = q.shape[:3]
     Hkv, Lk = keys[0].shape[1:3]
     strips = head_strips(B, Hq, Hkv, Lq, Lk, config)
     if len(strips) == 1:
-        yield q, *keys, level, q_offset, head_offset, mask_mod
+        yield slice(None), q, *keys, level, q_offset, head_offset, mask_mod
         return
     for heads, key_heads in strips:
         mask = mask_mod
         if mask_mod is not None:
             mask = from_head(mask_mod, torch.full((), heads.start, dtype=torch.int64, device=q.device))
         shared = [x[:, key_heads] for x in keys]
-        yield q[:, heads], *shared, level[heads], q_offset, head_offset + heads.start, mask
+        yield heads, q[:, heads], *shared, level[heads], q_offset, head_offset + heads.start, mask
 
 
 def join(parts: list[Selection], mask_mod: MaskMod) -> Selection:
@@ -214,10 +226,13 @@ def select(
     mask_mod: MaskMod | None,
     causal: bool | None,
     scale: float | None,
+    softcap: Tensor | float | None = None,
+    dense: bool = False,
     plain: bool = False,
 ) -> Selection:
     """`select_blocks` on checked arguments: plain PyTorch, one graph under torch.compile(fullgraph=True).
 
+    `dense`: every visible block, and nothing estimated; `config.min_length` is not looked at here.
     `plain`: the estimate by `block_mass` on every device, for where nothing is compiled.
     """
     B, Hq, Lq, D = q.shape
@@ -225,13 +240,13 @@ def select(
     scale = D**-0.5 if scale is None else scale
     mask_mod = resolve_mask(mask_mod, causal, q_offset)
     visible, whole = block_visibility(mask_mod, B=B, H=Hq, Lq=Lq, Lk=Lk, block_size=config.block_sizes, device=q.device)
-    if config.min_length is not None and Lk < config.min_length:
+    if dense:
         kept = visible.expand(B, Hq, -1, -1)
         mass = torch.zeros_like(kept, dtype=torch.float32)
         return Selection(kept, mass, visible, whole, config.block_sizes, (Lq, Lk), mask_mod, dense=True)
 
     valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
-    facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "head_offset": head_offset}
+    facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "softcap": softcap, "head_offset": head_offset}
     mass = estimate_mass(q, k, valid_keys, config, plain=plain, **facts)
 
     mandatory = mandatory_blocks(visible, config, Lq=Lq, q_offset=q_offset, valid_keys=valid_keys)
@@ -256,10 +271,15 @@ def estimate_mass(
     Lk: int,
     scale: float,
     head_offset: Index,
+    softcap: Tensor | float | None = None,
     plain: bool = False,
 ) -> Float[Tensor, "B Hq nQ nK"]:
-    """Block mass from pooled keys, from pooled queries, or the mean of both estimates' shares of a row."""
+    """Block mass from pooled keys, from pooled queries, or the mean of both estimates' shares of a row.
+
+    `softcap` bounds what stands for a stride's logits, with order 2 their mean and half their variance together.
+    """
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "block_size": config.block_sizes}
+    facts |= {"softcap": softcap}
     estimates = []
     if config.pool != "queries":
         q_stride, k_stride = config.strides

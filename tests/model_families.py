@@ -11,6 +11,8 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "m
 SHAPE |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 WINDOW = 96
 LAYERS = ["sliding_attention", "full_attention"]
+# Some releases of transformers run sdpa by default for gemma2, which leaves its soft cap out.
+EAGER = {"attn_implementation": "eager"}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -27,7 +29,7 @@ FAMILIES = {
     "qwen3": (hf.Qwen3Config, {}),  # norms on q and k
     "qwen3-moe": (hf.Qwen3MoeConfig, MOE),
     "mistral": (hf.MistralConfig, {"sliding_window": WINDOW}),
-    "gemma2": (hf.Gemma2Config, {"sliding_window": WINDOW, "query_pre_attn_scalar": 32}),
+    "gemma2": (hf.Gemma2Config, {"sliding_window": WINDOW, "query_pre_attn_scalar": 32} | EAGER),
     "gemma3": (hf.Gemma3TextConfig, {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "layer_types": LAYERS}),
     "gpt-oss": (hf.GptOssConfig, {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": (hf.Phi3Config, {}),

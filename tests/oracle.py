@@ -224,7 +224,7 @@ def expand(kept, lengths, block_size):
     return kept[..., rows[:, None], columns]
 
 
-def attend(q, k, v, allowed, scale=None):
+def attend(q, k, v, allowed, scale=None, softcap=None):
     """Softmax over the allowed pairs, bool [B, Hq, Lq, Lk]: out, and each row's log-sum-exp (natural)."""
     (B, Hq, Lq, D), Hkv = q.shape, k.shape[1]
     scale = D**-0.5 if scale is None else scale
@@ -233,6 +233,8 @@ def attend(q, k, v, allowed, scale=None):
         for h in range(Hq):
             kv_head = h // (Hq // Hkv)
             score = scale * q[b, h].double() @ k[b, kv_head].double().T
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
             lse[b, h] = torch.logsumexp(score.masked_fill(~allowed[b, h], -math.inf), 1)
             some = allowed[b, h].any(1)
             share = (score - lse[b, h, :, None]).exp().masked_fill(~allowed[b, h], 0)

@@ -21,13 +21,13 @@ def main(folder: str, out: str) -> None:
     kept = []
     attend = forward.rr_attention
 
-    def recorded(q, k, v, *, return_density, return_lse, backend, **options):
+    def recorded(q, k, v, *, return_density, sinks, backend, **options):
         local = select_blocks(q, k, **options).kept
         parts = [torch.empty_like(local) for _ in range(world)]
         if world > 1:
             dist.all_gather(parts, local)
         kept.append(torch.cat(parts if world > 1 else [local], 1))
-        return attend(q, k, v, return_density=return_density, return_lse=return_lse, backend=backend, **options)
+        return attend(q, k, v, return_density=return_density, sinks=sinks, backend=backend, **options)
 
     forward.rr_attention = recorded
     with torch.no_grad(), enable(model, tau=[0.4, 0.5], block_size=64, dense_last_rows=0):

@@ -152,6 +152,26 @@ def test_a_scale_is_used_by_the_estimate_and_by_attention():
     torch.testing.assert_close(rr_attention(q, k, v, tau=0.5, scale=0.1, **FREE).double(), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("chosen", [{"tau": 0.5, **FREE}, {"tau": 0.1, "min_length": 301}], ids=["sparse", "dense"])
+def test_soft_caps_and_sinks_are_in_the_softmax(chosen):
+    """Every logit within ± cap, and a sink's exp in the sum; other values of both compile nothing.
+
+    Each without the other: gemma2 and gpt-oss in test_models_families.py.
+    """
+    for seed, cap in enumerate((2.0, 5.0)):
+        q, k, v = tensors(SQUARE, seed)
+        sinks = torch.randn(4, generator=torch.Generator().manual_seed(seed)) + 2
+        with no_compile() if seed else contextlib.nullcontext():
+            out = rr_attention(q, k, v, softcap=cap, sinks=sinks, **chosen)
+        allowed = allowed_pairs(q, k, softcap=cap, **chosen)
+        exact, lse = oracle.attend(q, k, v, allowed, softcap=cap)
+        left = exact * (lse.exp() / (lse.exp() + sinks.double().exp()[:, None]))[..., None]
+        torch.testing.assert_close(out.double(), left, rtol=0, atol=1e-5)
+        assert (left - exact).abs().max() > 0.1 and (exact - oracle.attend(q, k, v, allowed)[0]).abs().max() > 0.1
+        dropped = oracle.pairs(oracle.causal_element(0), 2, 4, 300, 300) & ~allowed
+        assert dropped.any() == ("min_length" not in chosen)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_number_stays_in_its_sequence(bad):
     q, k, v = tensors(SQUARE)

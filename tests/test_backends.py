@@ -15,9 +15,9 @@ class Cuda:
         self.device, self.dtype, self.shape = torch.device("cuda", 0), dtype, (1, 4, 1000, head_dim)
 
 
-def choose(backend="auto", q=None, block_size=(128, 128), plain_mask=True, for_backward=False):
-    q = q or Cuda()
-    return choose_kernel(backend, q, q, block_size, plain_mask=plain_mask, for_backward=for_backward)
+def choose(backend="auto", q=None, block_size=(128, 128), plain_mask=True, for_backward=False, softcap=False):
+    q, facts = q or Cuda(), {"plain_mask": plain_mask, "for_backward": for_backward, "softcap": softcap}
+    return choose_kernel(backend, q, q, block_size, **facts)
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def test_auto_takes_flash_where_it_is_right(flash):
         ({"q": Cuda(torch.float32)}, "float32"),
         ({"block_size": (128, 64)}, "128 × 64"),
         ({"for_backward": True}, "gradients"),
+        ({"softcap": True}, "soft cap"),
     ],
 )
 def test_where_flash_can_t_run_auto_is_triton_and_flash_an_error(flash, case, reason):

@@ -272,3 +272,16 @@ def test_cases_that_share_code_share_a_process_which_waits_for_its_turn(tmp_path
     go.set()
     worker.join()
     assert ran[1:] == [("128k", case.density, 2.0, True) for case in grouped[0]]
+
+
+def test_a_decode_step_is_compared_in_turns(tmp_path):
+    pytest.importorskip("transformers")
+    from benchmarks.decode_step import main
+
+    out = tmp_path / "decode.jsonl"
+    small = ["--model", "tiny-shape", "--length", "40", "--steps", "3", "--calls", "20", "--device", "cpu"]
+    assert main([*small, "--dtype", "float32", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    for kind in ("calls", "steps"):
+        assert all(row[kind][way]["median"] > 0 for way in ("sdpa", "rr_flex"))
+        assert row[kind]["difference"]["first_quartile"] <= row[kind]["difference"]["third_quartile"]

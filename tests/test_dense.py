@@ -6,7 +6,7 @@ from cases import FREE, SQUARE, tensors
 from torch.nn import functional as F
 
 from mask_mods import both, causal, sliding_window
-from rr_flex import attention, create_rr_block_mask, kernel, rr_attention, select_blocks
+from rr_flex import RRConfig, attention, create_rr_block_mask, kernel, rr_attention, select_blocks
 
 pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 DENSE = {"tau": 0.1, "min_length": 301, **FREE}
@@ -69,6 +69,16 @@ def test_only_attention_asks_the_card(monkeypatch, given):
     assert not select_blocks(q, k, **{**DENSE, "min_length": given}).dense
     counted = count_of(lambda: rr_attention(q, k, v, **{**DENSE, "min_length": given}))[1]
     assert counted == ({"dense": 1} if given is None else {"cpu": 1})
+
+
+def test_the_break_even_is_only_known_for_a_plain_softmax(monkeypatch):
+    """It was measured against a fused dense kernel, which no soft cap and no sink goes through."""
+    monkeypatch.setattr(attention, "break_even", lambda q: 1000)
+    q, config = torch.empty(1, 1, 1, 16), RRConfig()
+    assert attention.shortest_sparse(q, config) == 1000
+    assert attention.shortest_sparse(q, config, plain_softmax=False) == 0
+    for plain_softmax in (True, False):
+        assert attention.shortest_sparse(q, RRConfig(min_length=5), plain_softmax=plain_softmax) == 5
 
 
 def test_nothing_was_measured_on_the_cpu():

@@ -172,6 +172,21 @@ def test_a_cpu_has_no_backward(which):
         rr_attention(*inputs)
 
 
+@pytest.mark.parametrize(
+    ("sinks", "error", "rule"),
+    [
+        (0.5, TypeError, "floating-point tensor"),
+        (torch.zeros(2, dtype=torch.int64), TypeError, "int64"),
+        (torch.zeros(3), ValueError, "one logit a query head"),
+        (torch.zeros(2, 1), ValueError, "one logit a query head"),
+        (torch.zeros(2, device="meta"), ValueError, "q's device"),
+    ],
+)
+def test_bad_sinks(sinks, error, rule):
+    with pytest.raises(error, match=f"^sinks must .*{rule}"):
+        rr_attention(good, good, good, sinks=sinks)
+
+
 def test_a_cpu_has_no_log_sum_exp():
     with pytest.raises(NotImplementedError, match="return_lse"):
         rr_attention(good, good, good, return_lse=True)

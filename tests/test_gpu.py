@@ -8,6 +8,7 @@ import torch
 from cases import Shape, assert_attends, compiled_flex, eager_flex, tensors
 from torch._dynamo.utils import counters
 
+import rr_flex
 from mask_mods import both, causal, padding
 from rr_flex import attention, backends, create_rr_block_mask, head_strips, rr_attention, select_blocks
 from rr_flex.compiling import compile_whole
@@ -238,3 +239,59 @@ def test_a_short_context_is_dense_through_torch_s_fastest_kernel():
     out = rr_attention(q, k, v, tau=0.1, min_length=301)
     assert attention.calls["dense"] == before + 1
     assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), oracle.pairs(causal(), 2, 4, 300, 300))
+
+
+@pytest.mark.parametrize("chosen", [{}, {"block_size": (128, 64), "order": 2}, {"min_length": 1301}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soft_cap_is_triton_s_and_holds_for_the_estimate_too(chosen, dtype):
+    q, k, v = on_gpu(LONG, dtype=dtype)
+    settings = {"tau": 0.5, "softcap": 3.0, **chosen}
+    before = attention.calls.copy()
+    out, lse = rr_attention(q, k, v, return_lse=True, **settings)
+    assert dict(attention.calls - before) == {"dense" if "min_length" in chosen else "triton": 1}
+    exact, exact_lse = oracle.attend(
+        q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, **{"block_size": (128, 128), **settings}), softcap=3.0
+    )
+    # As far as one rounding of the output and of its inputs goes.
+    assert (out.cpu().double() - exact).abs().max() < (1e-4 if dtype == torch.float32 else 3e-2)
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
+    if dtype == torch.float32:
+        on_cpu = select_blocks(q.cpu(), k.cpu(), **settings)
+        torch.testing.assert_close(select_blocks(q, k, **settings).mass.cpu(), on_cpu.mass, rtol=0, atol=1e-4)
+
+
+def test_flash_refuses_a_soft_cap():
+    q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"^backend must be 'auto' or 'triton' here, got 'flash'"):
+        rr_attention(q, k, v, softcap=3.0, backend="flash")
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+def test_sinks_join_the_softmax(backend):
+    q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
+    sinks = torch.tensor([0.5, 3.0, 6.0, -1.0], device="cuda")
+    out = rr_attention(q, k, v, tau=0.5, sinks=sinks, backend=backend)
+    exact, lse = oracle.attend(q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, tau=0.5))
+    left = exact * (lse.exp() / (lse.exp() + sinks.cpu().double().exp()[:, None]))[..., None]
+    assert (out.cpu().double() - left).abs().max() < 3e-2
+    assert (left - exact).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "gemma2"])
+def test_models_with_sinks_and_soft_caps_say_what_dense_ones_say(family):
+    pytest.importorskip("transformers")
+    from model_families import IDS, generate, make
+
+    model = make(family).cuda()
+    if family == "gpt-oss":
+        model.set_experts_implementation("eager")  # grouped products may want bfloat16
+    ids = IDS[:1].cuda()
+    tokens, logits = generate(model, ids)
+    with rr_flex.enable(model, tau=1.0, block_size=64, dense_last_rows=0) as on:
+        sparse_tokens, sparse_logits = generate(model, ids)
+    assert torch.equal(tokens, sparse_tokens)
+    torch.testing.assert_close(sparse_logits, logits, atol=2e-3, rtol=1e-3)
+    assert on.report().sparse == 2 and dict(on.report().dense) == {"decode": 4}
+    with rr_flex.enable(model, tau=0.4, block_size=64, dense_last_rows=0) as on:
+        generate(model, ids)
+    assert on.report().density < 0.95

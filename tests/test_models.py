@@ -17,7 +17,7 @@ from transformers import masking_utils
 
 import rr_flex
 from mask_mods import SpanMask
-from rr_flex import RRConfig
+from rr_flex import RRConfig, attention
 from rr_flex.models import enable, register, report
 from rr_flex.models.hf_masks import has_window, is_causal, spans_of
 from rr_flex.models.plan import ATTRIBUTE, make_plan
@@ -158,7 +158,7 @@ def test_bad_models(llama):
         logits(llama, output_attentions=True)
 
 
-def test_what_stays_dense_says_why(llama):
+def test_what_stays_dense_says_why(llama, monkeypatch):
     own = torch.ones(1, 1, 320, 320, dtype=torch.bool).tril()
     holes = torch.ones(1, 320, dtype=torch.long)
     holes[0, 5:9] = 0
@@ -175,6 +175,11 @@ def test_what_stays_dense_says_why(llama):
     with enable(llama, tau=0.3, min_length=321, **SETTINGS) as on:
         logits(llama)
     assert dict(on.report().dense) == {"shorter than min_length": 2}
+    monkeypatch.setattr(attention, "break_even", lambda q: 321)
+    with enable(llama, tau=0.3, **SETTINGS) as on:
+        logits(llama)
+    assert dict(on.report().dense) == {"shorter than min_length": 2}
+    monkeypatch.undo()
     model = make("mistral")
     with enable(model, tau=0.3, sliding_layers="dense", **SETTINGS) as on:
         logits(model)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mask_mods.spans import MaskMod
 from rr_flex.config import RRConfig
-from rr_flex.pipeline import Selection, device_arguments, select
+from rr_flex.pipeline import Selection, device_arguments, is_short, select
 
 
 @torch.no_grad()
@@ -20,4 +20,5 @@ def plain_selection(
 ) -> Selection:
     """What `select_blocks` chooses, by uncompiled operations in float32 on any device; scores are stored in strips."""
     level, q_offset, head_offset = device_arguments(q, k, config, None, 0)
-    return select(q, k, level, q_offset, head_offset, config, mask_mod, None, scale, plain=True)
+    dense = is_short(k, config.min_length)
+    return select(q, k, level, q_offset, head_offset, config, mask_mod, None, scale, dense=dense, plain=True)

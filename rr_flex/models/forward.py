@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from mask_mods.spans import SpanMask
-from rr_flex.attention import rr_attention
+from rr_flex.attention import rr_attention, shortest_sparse
 from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
-from rr_flex.kernel import break_even
 from rr_flex.models import records
 from rr_flex.models.dense import dense_attention
 from rr_flex.models.plan import Plan, plan_of
 from rr_flex.models.prefill_mask import PrefillMask
 from rr_flex.models.shards import head_offset_of
+from rr_flex.pipeline import is_short
 
 
 def rr_flex_attention(
@@ -78,16 +78,13 @@ def _why_dense(
         return records.NOT_CAUSAL
     if mask.kv_length != k.shape[2] or mask.q_length != q.shape[2]:
         return records.MASK_LENGTH
-    if k.shape[2] < (break_even(q) if config.min_length is None else config.min_length):
+    plain_softmax = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    if is_short(k, shortest_sparse(q, config, plain_softmax=plain_softmax)):
         return records.SHORT
     if ceil_div(q.shape[2], config.block_sizes[0]) <= config.dense_last_rows:
         return records.LAST_ROWS
     if mask.sliding and plan.sliding_layers == "dense":
         return records.SLIDING
-    if kwargs.get("softcap") is not None:
-        return records.SOFTCAP
-    if kwargs.get("s_aux") is not None and q.device.type == "cpu":
-        return records.SINKS
     if kwargs.get("dropout"):
         return records.DROPOUT
     if kwargs.get("position_bias") is not None:
@@ -96,7 +93,9 @@ def _why_dense(
         return records.DTYPE
     if not all(16 <= x.shape[3] <= 256 for x in (q, v)):
         return records.HEAD_DIM
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    sinks = kwargs.get("s_aux")
+    differentiable = (q, k, v) if sinks is None else (q, k, v, sinks)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
         return records.GRADIENT
     return None
 
@@ -113,33 +112,26 @@ def _select_and_attend(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(out [B,Hq,Lq,Dv], density, 0-dim)."""
-    Hq = q.shape[1]
     if q.device.type == "cpu":
         # A compiled graph holds for one order of strides, and caches, rotary embeddings and fused projections leave
         # several: a copy costs less than a compilation. A GPU's kernel compiles faster and its copies cost more.
         q, k, v = (x.contiguous() for x in (q, k, v))
-    head_offset, config = head_offset_of(module, Hq, config)
-    sinks = kwargs.get("s_aux")
-    scaling = kwargs.get("scaling")
-    results = rr_attention(
+    head_offset, config = head_offset_of(module, q.shape[1], config)
+    scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    return rr_attention(
         q,
         k,
         v,
         config=config,
         mask_mod=mask_mod,
         scale=None if scaling is None else float(scaling),
+        softcap=None if softcap is None else float(softcap),
+        sinks=kwargs.get("s_aux"),
         q_offset=mask.offset,
         head_offset=head_offset,
-        return_lse=sinks is not None,
         return_density=True,
         backend=plan.backend,
     )
-    if sinks is None:
-        return results
-    out, lse, density = results
-    # A sink is one more logit in the softmax's sum: exp(lse) / (exp(lse) + exp(sink)) of the output is left.
-    share = torch.sigmoid(lse - sinks.float().view(1, Hq, 1))[..., None]
-    return (out * share).to(out.dtype), density
 
 
 def _layer(module: nn.Module) -> int:

@@ -30,7 +30,11 @@ class Plan:
         return self.layers.get(layer, self.default)
 
     def record(self, layer: int) -> LayerRecord:
-        return self.records.setdefault(layer, LayerRecord())
+        # Every decoding step comes by: no new record is made where there is one.
+        record = self.records.get(layer)
+        if record is None:
+            record = self.records[layer] = LayerRecord()
+        return record
 
 
 # What `register` was given: the plan of a module that no `enable` knows (attn_implementation="rr_flex" alone).
