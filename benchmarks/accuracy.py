@@ -11,7 +11,8 @@ import torch
 from benchmarks.workloads import structured
 from rr_flex.evaluation.estimators import Rule
 from rr_flex.evaluation.rules import RULES
-from rr_flex.evaluation.study import Record, judge_text, summarise, write_records
+from rr_flex.evaluation.study import Record, judge_text
+from rr_flex.evaluation.summaries import summarise, write_records
 
 COMPARED = (
     "rr",

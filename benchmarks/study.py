@@ -27,10 +27,12 @@ from rr_flex.evaluation.combinations import calibrated
 from rr_flex.evaluation.equal_density import kept_coarse_to_fine, visible_and_mandatory
 from rr_flex.evaluation.estimators import BAND, Case
 from rr_flex.evaluation.language_model import compare_logits
-from rr_flex.evaluation.report import Prediction, keeping
+from rr_flex.evaluation.predictions import Prediction
+from rr_flex.evaluation.report import keeping
 from rr_flex.evaluation.rules import BEST, FAST, RULES
 from rr_flex.evaluation.sparse_model import OracleAttention, SparseAttention, attend_densely, hidden_states
-from rr_flex.evaluation.study import DENSITIES, Record, judge_text, write_records
+from rr_flex.evaluation.study import DENSITIES, Record, judge_text
+from rr_flex.evaluation.summaries import write_records
 from rr_flex.evaluation.texts import KINDS, sample_text
 from rr_flex.models.loading import load_causal_lm, tokenize
 from rr_flex.profiles import Profile
@@ -50,6 +52,13 @@ SHORT_RULES = (  # where the study of all rules would cost more than it tells
     "coarse to fine: pooled queries then best",
     "best, geometric mean",
     "best, mean of squares",
+    "best, mean of squares, share of a row",
+    "best, mean of squares, queries by 64",
+    "both, order 2, 16/8",
+    "both, order 2, 16/8, mean of squares",
+    "both, order 2, 8/16, mean of squares",
+    "both, order 2, 8/8, mean of squares",
+    "best, row before as prior, a tenth",
     "best, weighed by disagreement",
     "best, weighed by disagreement, root",
     "best, three quarters keys",

@@ -34,7 +34,7 @@ import torch
 from rr_flex.evaluation.curves import error_figure
 from rr_flex.evaluation.estimators import multiplications
 from rr_flex.evaluation.rules import RULES
-from rr_flex.evaluation.study import gain_over, read_records, summarise
+from rr_flex.evaluation.summaries import gain_over, read_records, summarise
 from rr_flex.sampling import moments, pooled_query_features, second_order_features
 
 here = Path(__file__).parent if "__file__" in globals() else Path()

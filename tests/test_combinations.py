@@ -82,7 +82,9 @@ def probabilities(case):
 def test_weights_of_sampled_queries_are_their_formulas(case):
     p = probabilities(case)
     squares = p.square().unflatten(1, (4, 8)).mean(2).sqrt()[None]
-    agrees(mean_of_squares(BEST, 16), case, (squares + share(case, pool="queries", order=1)) / 2)
+    agrees(mean_of_squares(BEST), case, (squares + share(case, pool="queries", order=1)) / 2)
+    halves = share(case, pool="queries", order=1, block_size=64).square().unflatten(2, (4, 2)).mean(3).sqrt()
+    agrees(mean_of_squares(BEST.with_settings({"query_pool": 64})), case, (squares + halves) / 2)
     each = p.unflatten(1, (4, 8))
     keys = each.mean(2)
     weight = torch.stack([0.5 * (each[:, :, s] - keys).abs().sum(-1) for s in range(8)]).mean(0).sqrt()[None, ..., None]

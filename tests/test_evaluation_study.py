@@ -17,10 +17,9 @@ from rr_flex.evaluation.equal_density import kept_at_density, visible_and_mandat
 from rr_flex.evaluation.estimators import Case, Rule, antidiagonal, cost_of, exact_keys, multiplications
 from rr_flex.evaluation.low_precision import LOW_PRECISION, in_low_precision, round_rows
 from rr_flex.evaluation.rules import RULES
-from rr_flex.evaluation.study import (
-    Record,
+from rr_flex.evaluation.study import Record, judge_text
+from rr_flex.evaluation.summaries import (
     gain_over,
-    judge_text,
     over_layers,
     over_texts,
     read_records,

@@ -160,7 +160,7 @@ def measure(arguments: argparse.Namespace, progress):
 
 def table(found, about: dict) -> str:
     """Errors by rule and density, then what the model makes of each budget; means over layers and texts."""
-    from rr_flex.evaluation.study import summarise
+    from rr_flex.evaluation.summaries import summarise
 
     lines = [about["title"], "", "output error at equal density in every layer (95 % interval over texts)"]
     summary = summarise(found.records, scope="layer")

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rr_flex.config import RRConfig
+from rr_flex.evaluation.equal_density import Spending
 from rr_flex.evaluation.estimators import Case, Rule, cost_of, mass_of, sampled_scores, scores_of
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.pipeline import row_share
@@ -34,18 +35,22 @@ def hedged(how: str, config: RRConfig, share_of_keys: float = 0.5) -> Rule:
     return Rule(weigh, config.block_sizes, config.budget, cost_of(config))
 
 
-def mean_of_squares(config: RRConfig, stride: int) -> Rule:
-    """What a block costs if its values are noise, Σ over queries of (a query's probability of it)²: as the mean of the
-    root mean square over sampled queries, keys pooled at order 2, and of the pooled query's share."""
-    by_queries = config.with_settings({"pool": "queries", "order": 1})
-    size = config.block_sizes
+def mean_of_squares(config: RRConfig, spending: Spending = "raw") -> Rule:
+    """What a block costs if its values are noise, Σ over queries of (a query's probability of it)²: the mean of the
+    root mean squares over the block's sampled queries (keys pooled) and over its pooled queries.
+
+    Keys are pooled at order 2; queries by `query_pool`, 64 or 128.
+    """
+    size, (q_stride, _) = config.block_sizes, config.strides
+    pool = config.tokens_per_pooled_query
+    by_queries = config.with_settings({"pool": "queries", "order": 1, "block_size": (pool, size[1])})
 
     def weigh(case: Case) -> Share:
-        share = _probabilities(case, stride, size[1])
-        each = share.square().unflatten(2, (-1, size[0] // stride)).mean(3).sqrt()
-        return (each + share_by(by_queries, case.q, case.k)) / 2
+        sides = (_probabilities(case, config.strides, size[1]), q_stride), (share_by(by_queries, case.q, case.k), pool)
+        roots = [share.square().unflatten(2, (-1, size[0] // step)).mean(3).sqrt() for share, step in sides]
+        return (roots[0] + roots[1]) / 2
 
-    return Rule(weigh, size, "raw", cost_of(config))
+    return Rule(weigh, size, spending, cost_of(config))
 
 
 def by_sampled_output(config: RRConfig, stride: int) -> Rule:
@@ -59,7 +64,7 @@ def by_sampled_output(config: RRConfig, stride: int) -> Rule:
     def weigh(case: Case) -> Share:
         group = case.q.shape[1] // case.v.shape[1]
         value = moments(case.v, size[1])[0].repeat_interleave(group, 1)  # B Hq nK Dv
-        share = _probabilities(case, stride, size[1])  # B Hq nq nK
+        share = _probabilities(case, (stride, stride), size[1])  # B Hq nq nK
         away = torch.cdist(share @ value, value)
         rows = (2, (-1, size[0] // stride))
         weighted, total = ((x.unflatten(*rows)).sum(3) for x in (share * away, share))
@@ -79,7 +84,7 @@ def weighed_by_disagreement(config: RRConfig, stride: int, power: float = 1.0) -
     size = config.block_sizes
 
     def weigh(case: Case) -> Share:
-        each = _probabilities(case, stride, size[1]).unflatten(2, (-1, size[0] // stride))
+        each = _probabilities(case, (stride, stride), size[1]).unflatten(2, (-1, size[0] // stride))
         keys = each.mean(3)
         apart = (each - keys[:, :, :, None]).abs().sum(-1).mean(3) / 2
         weight = apart.pow(power)[..., None]
@@ -135,13 +140,13 @@ def calibrated(config: RRConfig, thresholds: dict[int, list[float]]) -> Rule:
     return Rule(weigh, config.block_sizes, "raw", cost_of(config))
 
 
-def _probabilities(case: Case, stride: int, k_block: int) -> Float[Tensor, "B Hq nq nK"]:
+def _probabilities(case: Case, strides: tuple[int, int], k_block: int) -> Float[Tensor, "B Hq nq nK"]:
     """Each sampled query's probability of each key block, keys pooled at order 2."""
     scale = case.q.shape[3] ** -0.5
-    mean, variance = moments(case.k, stride)
-    queries, keys = second_order_features(sample_queries(case.q, stride), mean, variance, scale)
-    position = sampled_scores(case, stride, mean)[1]
-    return mass_of(scores_of(queries, keys) * scale, position, stride, stride, (stride, k_block))
+    mean, variance = moments(case.k, strides[1])
+    queries, keys = second_order_features(sample_queries(case.q, strides[0]), mean, variance, scale)
+    position = sampled_scores(case, strides[0], mean)[1]
+    return mass_of(scores_of(queries, keys) * scale, position, *strides, (strides[0], k_block))
 
 
 def _sides(config: RRConfig) -> tuple[tuple[str, int], tuple[str, int]]:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from rr_flex.evaluation.report import Prediction
-from rr_flex.evaluation.study import Record, summarise
+from rr_flex.evaluation.predictions import Prediction
+from rr_flex.evaluation.study import Record
+from rr_flex.evaluation.summaries import summarise
 
 LEAST = 1e-6  # shown: a logarithmic axis has no place for nothing
 

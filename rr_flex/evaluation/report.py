@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.estimators import Rule
 from rr_flex.evaluation.language_model import compare_logits
+from rr_flex.evaluation.predictions import Prediction
 from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, hidden_states
 from rr_flex.evaluation.study import Record, judge_text
 
@@ -19,19 +20,6 @@ LEVELS = {  # of the language model's curves, by budget
     "threshold": (0.032, 0.016, 0.008, 0.004, 0.002),
 }
 QUANTIZATIONS = ("int8-dynamic", "int8-weight-only", "fp8-weight-only")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One run of the model, compared with the dense model as it was loaded."""
-
-    rule: str  # "dense" for the quantised model without sparsity
-    text: str
-    level: float | None  # τ or threshold
-    density: float
-    kl: float  # nats a token
-    agreement: float  # share of positions with the same most likely next token
-    perplexity_ratio: float
 
 
 @dataclass

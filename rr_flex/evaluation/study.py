@@ -1,10 +1,6 @@
 """Rules compared at equal density on a model's q, k and v: errors and recall by rule, density, text and layer."""
 
-import json
-import math
-import random
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,92 +105,3 @@ def _keep(
         return kept_at_densities(weight, visible, mandatory, densities=densities, spending=rule.spending)
     fine = torch.cat([finer[layer] for layer in group], 1)
     return kept_coarse_to_fine(weight, fine, visible, mandatory, densities=densities, band=BAND)[0]
-
-
-class Interval(NamedTuple):
-    mean: float
-    low: float
-    high: float
-
-
-def over_texts(values: dict[str, Sequence[float]], draws: int = 1000, seed: int = 0) -> Interval:
-    """Mean over texts of each text's mean, with the 95 % interval of a bootstrap that draws whole texts."""
-    means = [sum(each) / len(each) for each in values.values()]
-    drawn = random.Random(seed)
-    again = sorted(sum(drawn.choices(means, k=len(means))) / len(means) for _ in range(draws))
-    return Interval(sum(means) / len(means), again[int(0.025 * draws)], again[math.ceil(0.975 * draws) - 1])
-
-
-def summarise(
-    records: Iterable[Record], *, scope: str, measure: str = "error", texts: Callable[[str], bool] = lambda text: True
-) -> dict[str, dict[float, Interval]]:
-    """By rule and density: the measure's mean over layers and texts, with an interval over texts."""
-    found: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for record in records:
-        if record.scope == scope and texts(record.text):
-            by_text = found.setdefault((record.rule, record.density), {})
-            by_text.setdefault(record.text, []).append(getattr(record, measure))
-    summary: dict[str, dict[float, Interval]] = {}
-    for (rule, density), by_text in found.items():
-        summary.setdefault(rule, {})[density] = over_texts(by_text)
-    return summary
-
-
-def gain_over(
-    records: Iterable[Record],
-    rule: str,
-    baseline: str,
-    density: float,
-    *,
-    scope: str,
-    texts: Callable[[str], bool] = lambda text: True,
-    oracle: str | None = None,
-) -> Interval:
-    """1 − error of the rule / error of the baseline, paired by text: the mean over texts, with its interval.
-
-    With an oracle: the share of the baseline's error above the oracle's that the rule removes.
-    """
-    errors: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        if record.scope == scope and record.density == density and record.rule in (rule, baseline, oracle):
-            errors.setdefault((record.text, record.rule), []).append(record.error)
-    found = {}
-    for text in sorted({text for text, _ in errors if texts(text)}):
-        own, published = sum(errors[text, rule]), sum(errors[text, baseline])
-        floor = 0.0 if oracle is None else sum(errors[text, oracle])
-        found[text] = [(published - own) / (published - floor)]
-    return over_texts(found)
-
-
-def over_layers(records: Iterable[Record]) -> list[Record]:
-    """Each measure's mean over layers, as records whose layer is −1."""
-    found: dict[tuple, list[Record]] = {}
-    for record in records:
-        found.setdefault((record.rule, record.scope, record.density, record.text), []).append(record)
-    means = {
-        label: [sum(values) / len(values) for values in zip(*(record[5:] for record in each), strict=True)]
-        for label, each in found.items()
-    }
-    return [Record(*label, -1, *(round(x, 6) for x in row)) for label, row in means.items()]
-
-
-WORDS = ("rule", "scope", "text")  # columns of few different words, stored once each
-
-
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """As columns, so that thousands of records stay small."""
-    columns: dict[str, list] = {name: [getattr(record, name) for record in records] for name in Record._fields}
-    for name in WORDS:
-        words = list(dict.fromkeys(columns[name]))
-        number = {word: index for index, word in enumerate(words)}
-        columns[name] = [number[word] for word in columns[name]]
-        columns[f"{name}s"] = words
-    path.write_text(json.dumps(columns, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
-
-
-def read_records(path: Path) -> list[Record]:
-    columns = json.loads(path.read_text(encoding="utf-8"))
-    for name in WORDS:
-        if f"{name}s" in columns:
-            columns[name] = [columns[f"{name}s"][index] for index in columns[name]]
-    return [Record(*row) for row in zip(*(columns[name] for name in Record._fields), strict=True)]

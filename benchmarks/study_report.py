@@ -1,0 +1,193 @@
+"""The accuracy study as tables: `python -m benchmarks.study_report [RAW_DIR]` writes the README's.
+
+With the folder that `benchmarks.study` wrote, its means over layers become notebooks/study.json first.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rr_flex.evaluation.estimators import multiplications
+from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at
+from rr_flex.evaluation.rules import BEST, FAST, RULES
+from rr_flex.evaluation.study import Record
+from rr_flex.evaluation.summaries import StudyFile, gain_over, kl_gain, over_layers, read_records, summarise
+
+ROOT = Path(__file__).parent.parent
+STUDY, README = ROOT / "notebooks" / "study.json", ROOT / "README.md"
+BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+DENSITIES = (0.25, 0.3, 0.4, 0.5)
+SHOWN = {
+    "rr": "published RR, τ",
+    "order 2 128×64, threshold": "order 2, 128×64, one threshold",
+    FAST: '`preset="fast"`',
+    BEST: '`preset="best"`',
+    "best 128×128": '`preset="best"`, 128×128',
+    "oracle mass": "oracle: true mass, 128×128",
+    "oracle mass 128×64": "oracle: true mass, 128×64",
+}
+PREDICTED = {
+    "rr": "published RR, τ",
+    FAST: '`preset="fast"`',
+    BEST: '`preset="best"`',
+    "best, every layer at the density": '`preset="best"`, `budget="density"`',
+    "best, calibrated": '`preset="best"`, calibrated profile',
+    "oracle mass 128×64": "oracle: true mass, 128×64",
+}
+AGREEMENT, PERPLEXITY = 0.99, 1.005  # what the predictions should reach
+
+Texts = Callable[[str], bool]
+
+
+def group_of(text: str, tokens: int) -> str:
+    """ "tuned on", "held out", "flatter", "structured", or the length of a shorter text."""
+    if text.startswith("structured"):
+        return "structured" if not text.startswith("structured0") else "structured, tuned on"
+    if text.startswith("flatter"):
+        return "flatter"
+    length = text.rpartition("-")[2]
+    if length.isdigit():
+        return length
+    return "tuned on" if text.endswith("0") else "held out"
+
+
+def kind_of(text: str) -> str:
+    return text.rstrip("0123456789")
+
+
+def of_group(group: str, tokens: int = 8192) -> Texts:
+    return lambda text: group_of(text, tokens) == group
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def error_table(records: Sequence[Record]) -> str:
+    """Output error by rule and density: held-out texts, flatter attention, the structured workload."""
+    groups = [summarise(records, scope="layer", texts=of_group(each)) for each in ("held out", "flatter", "structured")]
+    rows = []
+    for rule, label in SHOWN.items():
+        config = RULES[rule].config
+        cost = "–" if config is None else f"{multiplications(config):.3g}"
+        cells = (f"{group[rule][density].mean:.3f}" if group else "–" for group in groups for density in DENSITIES)
+        rows.append([label, cost, *cells])
+    return markdown(["", "multiplications", *[f"{density:.2f}"[1:] for density in DENSITIES] * 3], rows)
+
+
+def gain_table(records: Sequence[Record]) -> str:
+    """How much lower than published RR's the error is, by kind of text, and the share of the gap to the oracle."""
+    kinds = list(dict.fromkeys(kind_of(r.text) for r in records if of_group("held out")(r.text)))
+    named = [(kind, lambda text, kind=kind: of_group("held out")(text) and kind_of(text) == kind) for kind in kinds]
+    named += [
+        ("all five", of_group("held out")),
+        ("flatter attention", of_group("flatter")),
+        ("structured", of_group("structured")),
+    ]
+    rows = []
+    for name, texts in named:
+        if not any(texts(record.text) for record in records):
+            continue
+        row = [name]
+        for rule in (FAST, BEST):
+            row += [percent(gain_over(records, rule, "rr", d, scope="layer", texts=texts)) for d in DENSITIES]
+        for density in (0.3, 0.5):
+            closed = gain_over(records, BEST, "rr", density, scope="layer", texts=texts, oracle="oracle mass 128×64")
+            row.append(percent(closed))
+        rows.append(row)
+    heads = [f"{rule} {density:.2f}".replace("0.", ".") for rule in ("fast", "best") for density in DENSITIES]
+    return markdown(["", *heads, "of the gap, .30", ".50"], rows)
+
+
+def percent(interval) -> str:
+    return f"{100 * interval.mean:.0f} %"
+
+
+def prediction_table(predictions: Sequence[Prediction]) -> str:
+    """By rule, mean over texts: divergence at densities, and the density from which the predictions are dense ones."""
+    texts = list(dict.fromkeys(each.text for each in predictions))
+    rows = []
+    for rule, label in PREDICTED.items():
+        row = [label]
+        for density in (0.3, 0.4, 0.5):
+            values = [kl_at(curve(predictions, rule, text, "kl"), density) for text in texts]
+            row.append("–" if None in values else f"{sum(values) / len(values):.4f}")
+        for measure, least in (("agreement", AGREEMENT), ("perplexity_ratio", PERPLEXITY)):
+            row.append(mean_density(predictions, rule, texts, measure, least))
+        rows.append(row)
+    heads = ["", "KL at .30", ".40", ".50", "agreement ≥ 99 % from", "perplexity within .5 % from"]
+    return markdown(heads, rows)
+
+
+def mean_density(predictions: Sequence[Prediction], rule: str, texts: Sequence[str], measure: str, least: float) -> str:
+    found = []
+    for text in texts:
+        points = curve(predictions, rule, text, measure)
+        if measure == "perplexity_ratio":
+            points, least_value = [(x, -abs(y - 1)) for x, y in points], -(least - 1)
+        else:
+            least_value = least
+        found.append(density_from(points, least_value))
+    reached = [x for x in found if x is not None]
+    if not reached:
+        return "not reached"
+    mean = f"{sum(reached) / len(reached):.2f}"
+    return mean if len(reached) == len(found) else f"{mean} ({len(reached)} of {len(found)} texts)"
+
+
+def condense(folder: Path) -> StudyFile:
+    """The raw results with each measure's mean over layers."""
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    predictions: dict[int, list[Prediction]] = {}
+    for row in json.loads((folder / "predictions.json").read_text(encoding="utf-8")):
+        length = row.pop("length")
+        row = {name: round(x, 6) if isinstance(x, float) and name != "level" else x for name, x in row.items()}
+        predictions.setdefault(length, []).append(Prediction(**row))
+    return StudyFile(about, over_layers(read_records(folder / "records.json")), predictions)
+
+
+def calibration_gain(predictions: Sequence[Prediction], density: float) -> str:
+    texts = list(dict.fromkeys(each.text for each in predictions))
+    gain = kl_gain(predictions, "best, calibrated", BEST, density, texts)
+    return "not measured" if gain is None else f"{gain.mean:.0%} ({gain.low:.0%} to {gain.high:.0%})"
+
+
+def section(study: StudyFile) -> str:
+    about, tokens = study.about, study.about["tokens"]
+    where = f"{about['device']}, torch {about['torch']}, Python {about['python']}, {about['date']}"
+    return "\n\n".join(
+        [
+            f"Output error at equal density in every layer ({where}):",
+            error_table(study.records),
+            "How much lower that is than for published RR, and the part of the gap to the oracle that `best` closes:",
+            gain_table(study.records),
+            f"What SmolLM2 predicts at {tokens:,} tokens, mean over held-out texts:",
+            prediction_table(study.predictions[tokens]),
+        ]
+    )
+
+
+def replace_section(text: str, new: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study_report", description=__doc__.splitlines()[0])
+    parser.add_argument("raw", type=Path, nargs="?", metavar="RAW_DIR")
+    arguments = parser.parse_args()
+    if arguments.raw:
+        condense(arguments.raw).write(STUDY)
+    study = StudyFile.read(STUDY)
+    README.write_text(replace_section(README.read_text(encoding="utf-8"), section(study)), encoding="utf-8")
+    print(section(study))
+    for density in (0.25, 0.3, 0.4, 0.5):
+        gain = calibration_gain(study.predictions[study.about["tokens"]], density)
+        print(f"KL of calibrated below one threshold at density {density}: {gain}")
+
+
+if __name__ == "__main__":
+    main()
