@@ -5,14 +5,23 @@ With the folder that `benchmarks.study` wrote, its means over layers become note
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rr_flex.evaluation.estimators import multiplications
 from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at
 from rr_flex.evaluation.rules import BEST, FAST, RULES
 from rr_flex.evaluation.study import Record
-from rr_flex.evaluation.summaries import StudyFile, gain_over, kl_gain, over_layers, read_records, summarise
+from rr_flex.evaluation.summaries import (
+    StudyFile,
+    gain_over,
+    kind_of,
+    kl_gain,
+    of_group,
+    over_layers,
+    read_records,
+    summarise,
+)
 
 ROOT = Path(__file__).parent.parent
 STUDY, README = ROOT / "notebooks" / "study.json", ROOT / "README.md"
@@ -36,28 +45,6 @@ PREDICTED = {
     "oracle mass 128×64": "oracle: true mass, 128×64",
 }
 AGREEMENT, PERPLEXITY = 0.99, 1.005  # what the predictions should reach
-
-Texts = Callable[[str], bool]
-
-
-def group_of(text: str, tokens: int) -> str:
-    """ "tuned on", "held out", "flatter", "structured", or the length of a shorter text."""
-    if text.startswith("structured"):
-        return "structured" if not text.startswith("structured0") else "structured, tuned on"
-    if text.startswith("flatter"):
-        return "flatter"
-    length = text.rpartition("-")[2]
-    if length.isdigit():
-        return length
-    return "tuned on" if text.endswith("0") else "held out"
-
-
-def kind_of(text: str) -> str:
-    return text.rstrip("0123456789")
-
-
-def of_group(group: str, tokens: int = 8192) -> Texts:
-    return lambda text: group_of(text, tokens) == group
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -106,6 +106,16 @@ RULES: dict[str, Rule] = {
     "both, order 2, 8/16, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"query_stride": 8})),
     "both, order 2, 8/8, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"stride": 8})),
     "both, order 2, 8/16": configured(preset="best", query_stride=8),
+    "both, order 2, 8/32": configured(preset="best", query_stride=8, key_stride=32),
+    "both, order 2, 4/32": configured(preset="best", query_stride=4, key_stride=32),
+    "both, order 2, 4/64": configured(preset="best", query_stride=4, key_stride=64),
+    "both, order 2, 2/64": configured(preset="best", query_stride=2, key_stride=64),
+    "both, order 1, 8/16": configured(preset="fast", query_stride=8),
+    "both, order 1, 8/32": configured(preset="fast", query_stride=8, key_stride=32),
+    "both, order 1, 4/64": configured(preset="fast", query_stride=4, key_stride=64),
+    "both, order 2, 8/32, mean of squares": mean_of_squares(
+        PRESET_BEST.with_settings({"query_stride": 8, "key_stride": 32})
+    ),
     "best, geometric mean": hedged("geometric", PRESET_BEST),
     "best, larger of the two": hedged("larger", PRESET_BEST),
     "best, a quarter keys": hedged("mean", PRESET_BEST, 0.25),

@@ -94,6 +94,27 @@ def kl_gain(
     return over_texts(gains)
 
 
+def group_of(text: str) -> str:
+    """What a text of the study is for: "tuned on", "held out", "flatter" (held out, logits halved), "structured", that
+    "tuned on", or the length of a shorter one."""
+    if text.startswith("structured"):
+        return "structured" if not text.startswith("structured0") else "structured, tuned on"
+    if text.startswith("flatter"):
+        return "flatter"
+    length = text.rpartition("-")[2]
+    if length.isdigit():
+        return length
+    return "tuned on" if text.endswith("0") else "held out"
+
+
+def kind_of(text: str) -> str:
+    return text.rstrip("0123456789")
+
+
+def of_group(group: str) -> Callable[[str], bool]:
+    return lambda text: group_of(text) == group
+
+
 WORDS = ("rule", "scope", "text")  # columns of few different words, stored once each
 
 

@@ -1,0 +1,65 @@
+"""The study's file, its predictions read off at a density, and the README's tables, which come from that file."""
+
+import pytest
+
+from benchmarks import study_report
+from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at
+from rr_flex.evaluation.study import Record
+from rr_flex.evaluation.summaries import StudyFile, group_of, kl_gain
+
+
+def run(rule, text, density, kl):
+    return Prediction(rule, text, None, density, kl, 1 - kl, 1 + kl)
+
+
+def test_divergences_are_read_log_linearly_between_levels():
+    points = curve([run("a", "t", 0.4, 0.01), run("b", "t", 0.3, 9.0), run("a", "t", 0.2, 0.1)], "a", "t", "kl")
+    assert points == [(0.2, 0.1), (0.4, 0.01)]
+    assert kl_at(points, 0.2) == pytest.approx(0.1) and kl_at(points, 0.4) == pytest.approx(0.01)
+    assert kl_at(points, 0.3) == pytest.approx(0.1**1.5)
+    assert kl_at(points, 0.41) is None and kl_at(points, 0.19) is None
+
+
+def test_the_density_from_which_a_measure_holds():
+    points = [(0.1, 0.995), (0.2, 0.9), (0.4, 0.98), (0.6, 1.0)]  # a first point that holds by chance does not count
+    assert density_from(points, 0.99) == pytest.approx(0.5)
+    assert density_from(points, 0.98) == pytest.approx(0.4)
+    assert density_from(points, 0.5) == pytest.approx(0.1)
+    assert density_from(points, 1.1) is None
+
+
+def test_gains_in_divergence_are_paired_by_text():
+    runs = [run("a", text, d, kl * d) for text, kl in (("s", 0.1), ("t", 0.3)) for d in (0.2, 0.4)]
+    runs += [run("b", text, d, 0.4 * d) for text in "st" for d in (0.2, 0.4)]
+    gain = kl_gain(runs, "a", "b", 0.3, ["s", "t"])
+    assert gain.mean == pytest.approx((0.75 + 0.25) / 2) and gain.low == pytest.approx(0.25)
+    assert kl_gain(runs, "a", "b", 0.5, ["s", "t"]) is None
+
+
+def test_a_study_s_file_round_trips(tmp_path):
+    records = [Record("rr", "layer", 0.3, text, -1, 0.3, 0.1, 0.1, 0.9) for text in ("prose1", "code1")]
+    study = StudyFile({"tokens": 8192}, records, {8192: [run("rr", "prose1", 0.3, 0.1)]})
+    study.write(tmp_path / "study.json")
+    assert StudyFile.read(tmp_path / "study.json") == study
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("prose0", "tuned on"),
+        ("key-value2", "held out"),
+        ("key-value1-2048", "2048"),
+        ("flatter key-value1", "flatter"),
+        ("structured1-16384", "structured"),
+        ("structured0-16384", "structured, tuned on"),
+    ],
+)
+def test_texts_are_grouped_by_what_they_are_for(text, group):
+    assert group_of(text) == group
+
+
+def test_the_readme_s_tables_are_the_file_s():
+    section = study_report.section(StudyFile.read(study_report.STUDY))
+    text = study_report.README.read_text(encoding="utf-8")
+    assert study_report.replace_section(text, section) == text
+    assert section in text
