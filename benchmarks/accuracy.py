@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.workloads import structured
 from rr_flex.evaluation.estimators import Rule
-from rr_flex.evaluation.rules import RULES
+from rr_flex.evaluation.rules import BEST, FAST, RULES
 from rr_flex.evaluation.study import Record, judge_text
 from rr_flex.evaluation.summaries import summarise, write_records
 
@@ -23,8 +23,10 @@ COMPARED = (
     "order 2 128×64, threshold, strides 16/8",
     "pooled queries, order 2",
     "pooled queries (64), order 2",
-    "both, order 1, 16/16 (fast)",
-    "both, order 2, 16/16 (best)",
+    FAST,
+    BEST,
+    "both, order 1, 16/16",
+    "both, order 2, 16/16",
     "both, order 2, 8/8",
     "fast 128×128",
     "best 128×128",

@@ -177,7 +177,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rr": {},
     "best": {
         "pool": "both",
-        "stride": 16,
+        "stride": 8,
+        "key_stride": 32,
         "order": 2,
         "block_size": (128, 64),
         "budget": "threshold",
@@ -185,7 +186,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "fast": {
         "pool": "both",
-        "stride": 16,
+        "stride": 8,
+        "key_stride": 32,
         "order": 1,
         "block_size": (128, 64),
         "budget": "threshold",

@@ -140,7 +140,7 @@ def test_a_profile_round_trips(profile, model, tmp_path):
     for layer, config in configs.items():
         assert config.budget == "threshold" and config.threshold == tuple(profile.layers[layer])
         best = RRConfig.from_preset("best")
-        assert (config.pool, config.stride, config.order, config.block_size) == ("both", 16, best.order, (128, 64))
+        assert (config.pool, config.stride, config.order, config.block_size) == ("both", 8, best.order, (128, 64))
 
 
 def test_another_model_s_profile_is_refused(profile, tmp_path):
@@ -170,7 +170,7 @@ def test_a_profile_names_what_it_is_of(profile, model):
     assert profile.model == model_name(model) == "llama-2-64-4-50"
     assert profile.versions["torch"] == torch.__version__ and profile.date
     assert json.loads(json.dumps(profile.settings)) == {
-        "stride": 16,
+        "key_stride": 32,
         "pool": "both",
         "block_size": [128, 64],
         "order": 2,

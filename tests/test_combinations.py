@@ -38,7 +38,7 @@ def share(case, **chosen):
 @pytest.fixture(scope="module")
 def case():
     q, k, v = tensors(SMALL)
-    return Case(q, k, v, true_blocks(q, k, v, [(128, 64)]), 3, tensors(SMALL, 5)[:2])
+    return Case(q, k, v, true_blocks(q, k, v, [(128, 64)]), (3,), tensors(SMALL, 5)[:2])
 
 
 def agrees(rule, case, expected):
@@ -59,46 +59,47 @@ def test_priors_are_their_formulas(case):
     agrees(with_layer_before(BEST, 0.1), case, 0.9 * own + 0.1 * before)
     rows = [own[:, :, 0], *(0.75 * own[:, :, row] + 0.25 * own[:, :, row - 1] for row in range(1, 4))]
     agrees(with_row_before(BEST, 0.25), case, torch.stack(rows, 2))
-    with pytest.raises(ValueError, match="must hold the layer before, got none for layer 3"):
-        with_layer_before(BEST, 0.1).weigh(Case(case.q, case.k, case.v, case.true, 3))
+    with pytest.raises(ValueError, match="must hold the layer before, got none for one of layers"):
+        with_layer_before(BEST, 0.1).weigh(Case(case.q, case.k, case.v, case.true, (3,)))
 
 
 def probabilities(case):
-    """One query in 16 and its probability of each run of 64 keys, keys pooled by 16 at order 2; loops, float64."""
-    found = torch.zeros(4, 32, 8).double()
+    """One query in 8 and its probability of each run of 64 keys, keys pooled by 32 at order 2; loops, float64."""
+    found = torch.zeros(4, 64, 8).double()
     for h in range(4):
-        keys = case.k[0, h // 2].double().unflatten(0, (32, 16))
+        keys = case.k[0, h // 2].double().unflatten(0, (16, 32))
         mean, variance = keys.mean(1), keys.var(1, correction=0)
-        for i in range(32):
-            position = 16 * i + h
+        for i in range(64):
+            position = 8 * i + h
             query = case.q[0, h, position].double() / 4
             logits = mean @ query + 0.5 * variance @ query**2
-            seen = logits[: position // 16 + 1].softmax(0)
+            seen = logits[: position // 32 + 1].softmax(0)
             for j, each in enumerate(seen.tolist()):
-                found[h, i, j // 4] += each
+                found[h, i, j // 2] += each
     return found
 
 
 def test_weights_of_sampled_queries_are_their_formulas(case):
     p = probabilities(case)
-    squares = p.square().unflatten(1, (4, 8)).mean(2).sqrt()[None]
+    squares = p.square().unflatten(1, (4, 16)).mean(2).sqrt()[None]
     agrees(mean_of_squares(BEST), case, (squares + share(case, pool="queries", order=1)) / 2)
     halves = share(case, pool="queries", order=1, block_size=64).square().unflatten(2, (4, 2)).mean(3).sqrt()
     agrees(mean_of_squares(BEST.with_settings({"query_pool": 64})), case, (squares + halves) / 2)
-    each = p.unflatten(1, (4, 8))
+    each = p.unflatten(1, (4, 16))
     keys = each.mean(2)
-    weight = torch.stack([0.5 * (each[:, :, s] - keys).abs().sum(-1) for s in range(8)]).mean(0).sqrt()[None, ..., None]
+    away = [0.5 * (each[:, :, sample] - keys).abs().sum(-1) for sample in range(16)]
+    weight = torch.stack(away).mean(0).sqrt()[None, ..., None]
     expected = weight * keys + (1 - weight) * share(case, pool="queries", order=1)
-    agrees(weighed_by_disagreement(BEST, 16, 0.5), case, expected)
+    agrees(weighed_by_disagreement(BEST, 0.5), case, expected)
     value = case.v.double().unflatten(2, (8, 64)).mean(3)[0].repeat_interleave(2, 0)  # H nK Dv
     distance = torch.zeros(1, 4, 4, 8).double()
     for h in range(4):
         for row in range(4):
-            own = p[h, 8 * row : 8 * row + 8]  # queries nK
+            own = p[h, 16 * row : 16 * row + 16]  # queries nK
             away = torch.stack([(value[h] - each @ value[h]).norm(dim=-1) for each in own])
             distance[0, h, row] = (own * away).sum(0) / own.sum(0).clamp(min=1e-30)
     expected = share(case) * distance
-    torch.testing.assert_close(by_sampled_output(BEST, 16).weigh(case).double(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(by_sampled_output(BEST).weigh(case).double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_profile_s_thresholds_divide_the_shares(case):

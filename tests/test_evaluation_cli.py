@@ -12,7 +12,7 @@ from test_cli import tiny  # noqa: F401
 from rr_flex import RRConfig
 from rr_flex.cli import main
 
-RULES = ["rr", "both, order 2, 16/16 (best)", "oracle mass 128×64"]
+RULES = ["rr", "both, order 2, 8/32 (best)", "oracle mass 128×64"]
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from rr_flex.commands.options import (
 DEFAULT_RULES = (
     "rr",
     "order 2 128×64, threshold",
-    "both, order 1, 16/16 (fast)",
-    "both, order 2, 16/16 (best)",
+    "both, order 1, 8/32 (fast)",
+    "both, order 2, 8/32 (best)",
     "oracle mass 128×64",
 )
 

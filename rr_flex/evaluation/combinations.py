@@ -53,7 +53,7 @@ def mean_of_squares(config: RRConfig, spending: Spending = "raw") -> Rule:
     return Rule(weigh, size, spending, cost_of(config))
 
 
-def by_sampled_output(config: RRConfig, stride: int) -> Rule:
+def by_sampled_output(config: RRConfig) -> Rule:
     """The rule's share of a row times how far the block's mean value lies from the *sampled queries'* outputs.
 
     That distance is the mean of ‖v̄_J − o_i‖ over a block's sampled queries i, weighted by their probability of J; o_i
@@ -64,16 +64,16 @@ def by_sampled_output(config: RRConfig, stride: int) -> Rule:
     def weigh(case: Case) -> Share:
         group = case.q.shape[1] // case.v.shape[1]
         value = moments(case.v, size[1])[0].repeat_interleave(group, 1)  # B Hq nK Dv
-        share = _probabilities(case, (stride, stride), size[1])  # B Hq nq nK
+        share = _probabilities(case, config.strides, size[1])  # B Hq nq nK
         away = torch.cdist(share @ value, value)
-        rows = (2, (-1, size[0] // stride))
+        rows = (2, (-1, size[0] // config.strides[0]))
         weighted, total = ((x.unflatten(*rows)).sum(3) for x in (share * away, share))
         return share_by(config, case.q, case.k) * weighted / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     return Rule(weigh, size, "raw", cost_of(config))
 
 
-def weighed_by_disagreement(config: RRConfig, stride: int, power: float = 1.0) -> Rule:
+def weighed_by_disagreement(config: RRConfig, power: float = 1.0) -> Rule:
     """The two estimates of pool="both", the keys' weighing d^power and the queries' the rest.
 
     d in [0, 1] is how far a block's sampled queries are from one another: the mean total variation distance of their
@@ -84,7 +84,7 @@ def weighed_by_disagreement(config: RRConfig, stride: int, power: float = 1.0) -
     size = config.block_sizes
 
     def weigh(case: Case) -> Share:
-        each = _probabilities(case, (stride, stride), size[1]).unflatten(2, (-1, size[0] // stride))
+        each = _probabilities(case, config.strides, size[1]).unflatten(2, (-1, size[0] // config.strides[0]))
         keys = each.mean(3)
         apart = (each - keys[:, :, :, None]).abs().sum(-1).mean(3) / 2
         weight = apart.pow(power)[..., None]
@@ -98,7 +98,7 @@ def with_layer_before(config: RRConfig, weight: float) -> Rule:
 
     def weigh(case: Case) -> Share:
         if case.before is None:
-            raise ValueError(f"case must hold the layer before, got none for layer {case.layer}")
+            raise ValueError(f"case must hold the layer before, got none for one of layers {case.layers}")
         prior = share_by(config, *case.before).mean(1, keepdim=True)
         return (1 - weight) * share_by(config, case.q, case.k) + weight * prior
 
@@ -134,8 +134,8 @@ def calibrated(config: RRConfig, thresholds: dict[int, list[float]]) -> Rule:
     """A block by its share over its layer's and head's threshold, which one factor moves to the density asked for."""
 
     def weigh(case: Case) -> Share:
-        level = torch.tensor(thresholds[case.layer], device=case.q.device)
-        return share_by(config, case.q, case.k) / level[:, None, None]
+        level = torch.tensor([thresholds[layer] for layer in case.layers], device=case.q.device)
+        return share_by(config, case.q, case.k) / level[..., None, None]
 
     return Rule(weigh, config.block_sizes, "raw", cost_of(config))
 

@@ -19,16 +19,17 @@ def kept_at_densities(
     *,
     densities: Sequence[float],
     spending: Spending,
+    together: bool = False,
 ) -> list[Bool[Tensor, "B H nQ nK"]]:
-    """The blocks kept when the mean density over all of H is each of `densities` (kept / visible blocks), mandatory
-    ones counted; more where those alone are more, or at a tie.
+    """The blocks kept when the mean density over H is each of `densities` (kept / visible blocks), mandatory ones
+    counted; more where those alone are more, or at a tie. B is layers, each at the density, or `together` all of them.
 
     `top_tau`: one τ. `threshold`: one threshold on a block's share of its row. `per_head`: a threshold a head, each
-    head at the density. `raw`: one threshold on the weight itself. H may hold the heads of several layers.
+    head at the density. `raw`: one threshold on the weight itself.
     """
     visible, mandatory = visible.expand_as(weight), mandatory.expand_as(weight)
     value = _value(weight, visible, mandatory, spending)
-    cuts = _cuts(value, visible, mandatory, densities, spending == "per_head")
+    cuts = _cuts(value, visible, mandatory, densities, 2 if spending == "per_head" else 0 if together else 1)
     free = visible & ~mandatory
     return [mandatory | (free & (value >= cut)) for cut in cuts]
 
@@ -48,6 +49,7 @@ def kept_coarse_to_fine(
     *,
     densities: Sequence[float],
     band: float,
+    together: bool = False,
 ) -> tuple[list[Bool[Tensor, "B H nQ nK"]], list[float]]:
     """One threshold, with a coarse estimate where it is clear and a fine one near the coarse one's threshold t.
 
@@ -59,10 +61,11 @@ def kept_coarse_to_fine(
     free = visible & ~mandatory
     coarse, fine = (_value(each, visible, mandatory, "threshold") for each in (coarse, fine))
     found, refined = [], []
-    for density, cut in zip(densities, _cuts(coarse, visible, mandatory, densities, False), strict=True):
+    axes = 0 if together else 1
+    for density, cut in zip(densities, _cuts(coarse, visible, mandatory, densities, axes), strict=True):
         near = free & (coarse > cut / band) & (coarse < cut * band)
         value = torch.where(near, fine, torch.where(coarse < cut, -1.0, 2.0))  # shares lie in [0, 1]
-        found.append(mandatory | (free & (value >= _cuts(value, visible, mandatory, [density], False)[0])))
+        found.append(mandatory | (free & (value >= _cuts(value, visible, mandatory, [density], axes)[0])))
         refined.append((near.sum() / visible.sum()).item())
     return found, refined
 
@@ -91,19 +94,18 @@ def _value(weight: Tensor, visible: Tensor, mandatory: Tensor, spending: Spendin
 
 
 def _cuts(
-    value: Tensor, visible: Tensor, mandatory: Tensor, densities: Sequence[float], per_head: bool
-) -> list[Float[Tensor, "1 #H 1 1"]]:
-    """The least value to keep for each density; infinite where mandatory blocks are enough."""
+    value: Tensor, visible: Tensor, mandatory: Tensor, densities: Sequence[float], axes: int
+) -> list[Float[Tensor, "#B #H 1 1"]]:
+    """The least value to keep for each density; infinite where mandatory blocks are enough. The first `axes` axes have
+    a cut each."""
     free = visible & ~mandatory
-    groups = [
-        x.movedim(1, 0).flatten(1) if per_head else x.reshape(1, -1)
-        for x in (torch.where(free, value, -torch.inf), visible, mandatory, free)
-    ]
+    shape = (*value.shape[:axes], *(1,) * (4 - axes))
+    groups = [x.reshape(*shape[:axes], -1) for x in (torch.where(free, value, -torch.inf), visible, mandatory, free)]
     ordered = groups[0].sort(dim=-1, descending=True).values
     seen, fixed, left = (x.sum(-1, keepdim=True) for x in groups[1:])
     cuts = []
     for density in densities:
         count = ((density * seen.double()).round().long() - fixed).minimum(left)
-        cut = torch.where(count > 0, ordered.gather(1, (count - 1).clamp(min=0)), torch.inf)
-        cuts.append(cut.view(1, -1, 1, 1))
+        cut = torch.where(count > 0, ordered.gather(-1, (count - 1).clamp(min=0)), torch.inf)
+        cuts.append(cut.view(shape))
     return cuts

@@ -5,7 +5,7 @@ plainly and not fast, to say what was tried and what an oracle would do.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,14 +26,14 @@ BAND = 4.0  # about a threshold: from a quarter of it to four times it
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's prefill: causal, equally long q and k."""
+    """A prefill, causal, with equally long q and k, of one or more layers: they are the batch."""
 
     q: Float[Tensor, "B Hq L D"]
     k: Float[Tensor, "B Hkv L D"]
     v: Float[Tensor, "B Hkv L D"]
     true: dict[tuple[int, int], TrueBlocks]  # by block size
-    layer: int = 0
-    before: tuple[Tensor, Tensor] | None = None  # q and k of the layer before this one
+    layers: Sequence[int] = (0,)
+    before: tuple[Tensor, Tensor] | None = None  # q and k of the layer before each
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from rr_flex.evaluation.estimators import (
 from rr_flex.evaluation.low_precision import LOW_PRECISION
 
 PUBLISHED, WIDE = (128, 128), (128, 64)
-BEST = "both, order 2, 16/16 (best)"
-FAST = "both, order 1, 16/16 (fast)"
+BEST = "both, order 2, 8/32 (best)"
+FAST = "both, order 1, 8/32 (fast)"
 
 PRESET_BEST = RRConfig.from_preset("best")
 
@@ -87,41 +87,39 @@ RULES: dict[str, Rule] = {
         pool="queries", order=2, query_pool=64, block_size=WIDE, budget="threshold"
     ),
     "pooled queries, order 2, two clusters": clustered(WIDE, "queries", 1),
-    "both, order 1, 16/16 (fast)": configured(preset="fast"),
-    "both, order 2, 16/16 (best)": configured(preset="best"),
-    "both, order 2, 16/8": configured(preset="best", key_stride=8),
-    "both, order 2, 8/8": configured(preset="best", stride=8),
-    "both, order 2, 16/16, queries by 64": configured(preset="best", query_pool=64),
+    FAST: configured(preset="fast"),
+    BEST: configured(preset="best"),
+    "both, order 1, 16/16": configured(preset="fast", stride=16, key_stride=16),
+    "both, order 1, 8/16": configured(preset="fast", key_stride=16),
+    "both, order 1, 8/8": configured(preset="fast", key_stride=8),
+    "both, order 2, 16/32": configured(preset="best", stride=16),
+    "both, order 2, 16/16": configured(preset="best", stride=16, key_stride=16),
+    "both, order 2, 16/8": configured(preset="best", stride=16, key_stride=8),
+    "both, order 2, 8/64": configured(preset="best", key_stride=64),
+    "both, order 2, 8/16": configured(preset="best", key_stride=16),
+    "both, order 2, 8/8": configured(preset="best", key_stride=8),
+    "both, order 2, 4/32": configured(preset="best", stride=4),
+    "both, order 2, 4/64": configured(preset="best", stride=4, key_stride=64),
+    "both, order 2, 16/16, queries by 64": configured(preset="best", stride=16, key_stride=16, query_pool=64),
+    "best, queries by 64": configured(preset="best", query_pool=64),
     "best, top-τ": spent(configured(preset="best"), "top_tau"),
     "best, threshold a head": spent(configured(preset="best"), "per_head"),
     "best 128×128": configured(preset="best", block_size=128),
     "fast 128×128": configured(preset="fast", block_size=128),
     "best 64×64": configured(preset="best", block_size=64),
     "best by value": by_value(configured(preset="best")),
-    "best by sampled outputs": by_sampled_output(PRESET_BEST, 16),
+    "best by sampled outputs": by_sampled_output(PRESET_BEST),
     "best, mean of squares": mean_of_squares(PRESET_BEST),
     "best, mean of squares, share of a row": mean_of_squares(PRESET_BEST, "threshold"),
     "best, mean of squares, queries by 64": mean_of_squares(PRESET_BEST.with_settings({"query_pool": 64})),
-    "both, order 2, 16/8, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"key_stride": 8})),
-    "both, order 2, 8/16, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"query_stride": 8})),
-    "both, order 2, 8/8, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"stride": 8})),
-    "both, order 2, 8/16": configured(preset="best", query_stride=8),
-    "both, order 2, 8/32": configured(preset="best", query_stride=8, key_stride=32),
-    "both, order 2, 4/32": configured(preset="best", query_stride=4, key_stride=32),
-    "both, order 2, 4/64": configured(preset="best", query_stride=4, key_stride=64),
-    "both, order 2, 2/64": configured(preset="best", query_stride=2, key_stride=64),
-    "both, order 1, 8/16": configured(preset="fast", query_stride=8),
-    "both, order 1, 8/32": configured(preset="fast", query_stride=8, key_stride=32),
-    "both, order 1, 4/64": configured(preset="fast", query_stride=4, key_stride=64),
-    "both, order 2, 8/32, mean of squares": mean_of_squares(
-        PRESET_BEST.with_settings({"query_stride": 8, "key_stride": 32})
-    ),
+    "both, order 2, 8/16, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"key_stride": 16})),
+    "both, order 2, 8/8, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"key_stride": 8})),
     "best, geometric mean": hedged("geometric", PRESET_BEST),
     "best, larger of the two": hedged("larger", PRESET_BEST),
     "best, a quarter keys": hedged("mean", PRESET_BEST, 0.25),
     "best, three quarters keys": hedged("mean", PRESET_BEST, 0.75),
-    "best, weighed by disagreement": weighed_by_disagreement(PRESET_BEST, 16),
-    "best, weighed by disagreement, root": weighed_by_disagreement(PRESET_BEST, 16, 0.5),
+    "best, weighed by disagreement": weighed_by_disagreement(PRESET_BEST),
+    "best, weighed by disagreement, root": weighed_by_disagreement(PRESET_BEST, 0.5),
     "best, layer before as prior, a tenth": with_layer_before(PRESET_BEST, 0.1),
     "best, layer before as prior, a quarter": with_layer_before(PRESET_BEST, 0.25),
     "best, row before as prior, a tenth": with_row_before(PRESET_BEST, 0.1),
@@ -130,7 +128,7 @@ RULES: dict[str, Rule] = {
     "coarse to fine: pooled queries then best": coarse_to_fine(
         PRESET_BEST.with_settings({"pool": "queries", "order": 1}), PRESET_BEST
     ),
-    "coarse to fine: best then strides 8/8": coarse_to_fine(PRESET_BEST, PRESET_BEST.with_settings({"stride": 8})),
+    "coarse to fine: best then strides 8/8": coarse_to_fine(PRESET_BEST, PRESET_BEST.with_settings({"key_stride": 8})),
     "best + mean correction": corrected(configured(preset="best"), 1),
     "best + mean correction, order 2": corrected(configured(preset="best"), 2),
     "oracle mass, top-τ": true_mass(PUBLISHED, "top_tau"),

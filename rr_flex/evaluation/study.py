@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors, true_blocks
+from rr_flex.evaluation.block_outputs import TOKENS, KeptBlocks, output_errors, true_blocks
 from rr_flex.evaluation.equal_density import kept_at_densities, kept_coarse_to_fine, visible_and_mandatory
 from rr_flex.evaluation.estimators import BAND, Case, Rule
 from rr_flex.evaluation.measures import density as density_of
 
 DENSITIES = (0.2, 0.25, 0.3, 0.4, 0.5)
+GROUP_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 30}  # of one tensor; few small operations keep a GPU waiting
 SCOPES = ("layer", "model")  # what has the density: every layer on its own, or one level for all layers of a text
 
 
@@ -41,31 +43,54 @@ def judge_text(
 
     A rule that looks at the layer before finds it among `layers`.
     """
-    layers = {layer: tuple(x.float() for x in qkv) for layer, qkv in layers.items()}
     judged = list(layers) if judged is None else list(judged)
+    Hq, L, D = layers[judged[0]][0].shape[1:]
+    device = layers[judged[0]][0].device
     sizes = sorted({rule.block_size for rule in rules.values()})
-    q = layers[judged[0]][0]
-    blocks = {size: visible_and_mandatory(q.shape[2], size, q.device) for size in sizes}
-    true = {layer: true_blocks(*layers[layer], sizes) for layer in judged}
-    before = {layer + 1: qkv[:2] for layer, qkv in layers.items()}
-    cases = {layer: Case(*layers[layer], true[layer], layer, before.get(layer)) for layer in judged}
-    chosen: dict[int, list[KeptBlocks]] = {layer: [] for layer in judged}
+    blocks = {size: visible_and_mandatory(L, size, device) for size in sizes}
+    cases = [_case(layers, group, sizes) for group in _groups(judged, Hq * L * L // 8, device)]
+    chosen: list[KeptBlocks] = []  # of all judged layers at once
     labels = []
     for name, rule in rules.items():
-        weights = {layer: rule.weigh(cases[layer]) for layer in judged}
-        finer = {layer: rule.refine(cases[layer]) for layer in judged} if rule.refine else None
+        visible, mandatory = blocks[rule.block_size]
+        weight = torch.cat([rule.weigh(case) for case in cases])
+        fine = torch.cat([rule.refine(case) for case in cases]) if rule.refine else None
         for scope in scopes:
-            for group in [[layer] for layer in judged] if scope == "layer" else [judged]:
-                kept = _keep(rule, group, weights, finer, densities, *blocks[rule.block_size])
-                for layer, own in zip(group, zip(*(x.chunk(len(group), 1) for x in kept), strict=True), strict=True):
-                    chosen[layer] += [KeptBlocks(each, rule.block_size) for each in own]
+            facts = {"densities": densities, "together": scope == "model"}
+            if fine is None:
+                found = kept_at_densities(weight, visible, mandatory, spending=rule.spending, **facts)
+            else:
+                found = kept_coarse_to_fine(weight, fine, visible, mandatory, band=BAND, **facts)[0]
+            chosen += [KeptBlocks(kept, rule.block_size) for kept in found]
             labels += [(name, scope, density) for density in densities]
-    records = []
-    for layer in judged:
-        measured = _measure(layers[layer], chosen[layer], [rules[label[0]].correction for label in labels], blocks)
-        rows = zip(labels, measured, strict=True)
-        records += [Record(*label, text, layer, *(round(x, 6) for x in row)) for label, row in rows]
-    return records
+    corrections = [rules[name].correction for name, _, _ in labels]
+    measured = torch.zeros(len(judged), len(chosen), 4, dtype=torch.float64, device="cpu")
+    for group in _groups(range(len(judged)), Hq * len(chosen) * TOKENS * (D + 1), device):
+        own = [KeptBlocks(each.kept[group[0] : group[-1] + 1], each.block_size) for each in chosen]
+        qkv = _stack(layers, [judged[number] for number in group])
+        measured[group] = _measure(qkv, own, corrections, blocks).cpu()
+    return [
+        Record(*label, text, layer, *(round(x, 6) for x in row))
+        for layer, rows in zip(judged, measured.tolist(), strict=True)
+        for label, row in zip(labels, rows, strict=True)
+    ]
+
+
+def _groups(numbers: Sequence[int], elements: int, device: torch.device) -> list[list[int]]:
+    """Layers to be taken at once, so that what an operation makes, `elements` a layer, fits in memory."""
+    size = max(1, GROUP_ELEMENTS[device.type] // elements)
+    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+def _stack(layers: dict[int, tuple[Tensor, ...]], group: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.cat([layers[layer][part].float() for layer in group]) for part in range(3))
+
+
+def _case(layers: dict[int, tuple[Tensor, ...]], group: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Case:
+    q, k, v = _stack(layers, group)
+    previous = [layer - 1 for layer in group]
+    before = _stack(layers, previous)[:2] if set(previous) <= set(layers) else None
+    return Case(q, k, v, true_blocks(q, k, v, sizes), group, before)
 
 
 def _measure(
@@ -73,35 +98,13 @@ def _measure(
     chosen: Sequence[KeptBlocks],
     corrections: Sequence[int | None],
     blocks: dict[tuple[int, int], tuple[Tensor, Tensor]],
-) -> list[list[float]]:
-    """Density, error, layer error and recall of each selection; one copy from the device for all of them."""
-    found = qkv[0].new_zeros(len(chosen), 4, dtype=torch.float64)
+) -> Float[Tensor, "layers n 4"]:
+    """Density, error, layer error and recall of each selection in each layer."""
+    found = qkv[0].new_zeros(qkv[0].shape[0], len(chosen), 4, dtype=torch.float64)
     for correction in dict.fromkeys(corrections):
         own = [number for number, each in enumerate(corrections) if each == correction]
         errors = output_errors(*qkv, [chosen[number] for number in own], correction=correction)
-        density = [density_of(chosen[number].kept, blocks[chosen[number].block_size][0]).mean() for number in own]
-        measured = (
-            torch.stack(density),
-            errors.per_head.mean((1, 2)),
-            errors.per_layer[:, 0],
-            errors.recall.mean((1, 2)),
-        )
-        found[torch.tensor(own, device=found.device)] = torch.stack([x.double() for x in measured], 1)
-    return found.tolist()
-
-
-def _keep(
-    rule: Rule,
-    group: Sequence[int],
-    weights: dict[int, Tensor],
-    finer: dict[int, Tensor] | None,
-    densities: Sequence[float],
-    visible: Tensor,
-    mandatory: Tensor,
-) -> list[Tensor]:
-    """The kept blocks of a group of layers at each density, their heads side by side."""
-    weight = torch.cat([weights[layer] for layer in group], 1)
-    if finer is None:
-        return kept_at_densities(weight, visible, mandatory, densities=densities, spending=rule.spending)
-    fine = torch.cat([finer[layer] for layer in group], 1)
-    return kept_coarse_to_fine(weight, fine, visible, mandatory, densities=densities, band=BAND)[0]
+        density = [density_of(chosen[number].kept, blocks[chosen[number].block_size][0]).mean(1) for number in own]
+        measured = torch.stack(density), errors.per_head.mean(2), errors.per_layer, errors.recall.mean(2)
+        found[:, torch.tensor(own, device=found.device)] = torch.stack([x.double().T for x in measured], 2)
+    return found
