@@ -26,6 +26,8 @@ CONFIGS = {
     "pooled queries, order 2": RRConfig(pool="queries", order=2, block_size=(128, 64)),
     "fast": RRConfig.from_preset("fast"),
     "best": RRConfig.from_preset("best"),
+    "both, order 2, 16/16": RRConfig.from_preset("best", stride=16, key_stride=16),
+    "both, order 2, 8/16": RRConfig.from_preset("best", key_stride=16),
     "best, density": RRConfig.from_preset("best", budget="density", target_density=0.3),
 }
 
