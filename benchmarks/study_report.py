@@ -36,6 +36,7 @@ SHOWN = {
     "oracle mass": "oracle: true mass, 128×128",
     "oracle mass 128×64": "oracle: true mass, 128×64",
 }
+KEPT_BY_LAYER = {*SHOWN, "both, order 2, 16/16"}
 PREDICTED = {
     "rr": "published RR, τ",
     FAST: '`preset="fast"`',
@@ -98,13 +99,13 @@ def prediction_table(predictions: Sequence[Prediction]) -> str:
     rows = []
     for rule, label in PREDICTED.items():
         row = [label]
-        for density in (0.3, 0.4, 0.5):
+        for density in (0.5, 0.6, 0.7):
             values = [kl_at(curve(predictions, rule, text, "kl"), density) for text in texts]
             row.append("–" if None in values else f"{sum(values) / len(values):.4f}")
         for measure, least in (("agreement", AGREEMENT), ("perplexity_ratio", PERPLEXITY)):
             row.append(mean_density(predictions, rule, texts, measure, least))
         rows.append(row)
-    heads = ["", "KL at .30", ".40", ".50", "agreement ≥ 99 % from", "perplexity within .5 % from"]
+    heads = ["", "KL at .50", ".60", ".70", "agreement ≥ 99 % from", "perplexity within .5 % from"]
     return markdown(heads, rows)
 
 
@@ -125,14 +126,17 @@ def mean_density(predictions: Sequence[Prediction], rule: str, texts: Sequence[s
 
 
 def condense(folder: Path) -> StudyFile:
-    """The raw results with each measure's mean over layers."""
+    """The raw results; of rules that no table shows, each measure's mean over layers."""
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     predictions: dict[int, list[Prediction]] = {}
     for row in json.loads((folder / "predictions.json").read_text(encoding="utf-8")):
         length = row.pop("length")
         row = {name: round(x, 6) if isinstance(x, float) and name != "level" else x for name, x in row.items()}
         predictions.setdefault(length, []).append(Prediction(**row))
-    return StudyFile(about, over_layers(read_records(folder / "records.json")), predictions)
+    records = read_records(folder / "records.json")
+    shown = [record for record in records if record.rule in KEPT_BY_LAYER]
+    others = over_layers(record for record in records if record.rule not in KEPT_BY_LAYER)
+    return StudyFile(about, shown + others, predictions)
 
 
 def calibration_gain(predictions: Sequence[Prediction], density: float) -> str:
@@ -142,16 +146,18 @@ def calibration_gain(predictions: Sequence[Prediction], density: float) -> str:
 
 
 def section(study: StudyFile) -> str:
-    about, tokens = study.about, study.about["tokens"]
+    about = study.about
     where = f"{about['device']}, torch {about['torch']}, Python {about['python']}, {about['date']}"
+    length = max(study.predictions)
+    texts = len(dict.fromkeys(each.text for each in study.predictions[length]))
     return "\n\n".join(
         [
             f"Output error at equal density in every layer ({where}):",
             error_table(study.records),
             "How much lower that is than for published RR, and the part of the gap to the oracle that `best` closes:",
             gain_table(study.records),
-            f"What SmolLM2 predicts at {tokens:,} tokens, mean over held-out texts:",
-            prediction_table(study.predictions[tokens]),
+            f"What SmolLM2 predicts at {length:,} tokens, mean over {texts} held-out texts:",
+            prediction_table(study.predictions[length]),
         ]
     )
 
@@ -171,8 +177,8 @@ def main() -> None:
     study = StudyFile.read(STUDY)
     README.write_text(replace_section(README.read_text(encoding="utf-8"), section(study)), encoding="utf-8")
     print(section(study))
-    for density in (0.25, 0.3, 0.4, 0.5):
-        gain = calibration_gain(study.predictions[study.about["tokens"]], density)
+    for density in (0.5, 0.6, 0.7):
+        gain = calibration_gain(study.predictions[max(study.predictions)], density)
         print(f"KL of calibrated below one threshold at density {density}: {gain}")
 
 
