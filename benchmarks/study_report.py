@@ -15,6 +15,7 @@ from rr_flex.evaluation.study import Record
 from rr_flex.evaluation.summaries import (
     StudyFile,
     gain_over,
+    group_of,
     kind_of,
     kl_gain,
     of_group,
@@ -45,6 +46,12 @@ PREDICTED = {
     "best, calibrated": '`preset="best"`, calibrated profile',
     "oracle mass 128×64": "oracle: true mass, 128×64",
 }
+NAMES = {
+    "ten layers": "ten layers, prose and code",
+    "held out": "all texts",
+    "flatter": "all texts, flatter attention",
+    "structured": "structured",
+}
 AGREEMENT, PERPLEXITY = 0.99, 1.005  # what the predictions should reach
 
 
@@ -53,37 +60,39 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def groups_of(records: Sequence[Record]) -> list[str]:
+    """What there is of the groups that tables show, in their order."""
+    found = {group_of(record.text) for record in records}
+    return [group for group in ("ten layers", "held out", "flatter", "structured") if group in found]
+
+
 def error_table(records: Sequence[Record]) -> str:
-    """Output error by rule and density: held-out texts, flatter attention, the structured workload."""
-    groups = [summarise(records, scope="layer", texts=of_group(each)) for each in ("held out", "flatter", "structured")]
+    """Output error by rule and density, four columns a group of texts."""
+    groups = [
+        summarise(records, scope="layer", texts=of_group(each)) for each in groups_of(records) if each != "flatter"
+    ]
     rows = []
     for rule, label in SHOWN.items():
         config = RULES[rule].config
         cost = "–" if config is None else f"{multiplications(config):.3g}"
-        cells = (f"{group[rule][density].mean:.3f}" if group else "–" for group in groups for density in DENSITIES)
+        cells = (f"{group[rule][density].mean:.3f}" for group in groups for density in DENSITIES)
         rows.append([label, cost, *cells])
-    return markdown(["", "multiplications", *[f"{density:.2f}"[1:] for density in DENSITIES] * 3], rows)
+    return markdown(["", "multiplications", *[f"{density:.2f}"[1:] for density in DENSITIES] * len(groups)], rows)
 
 
 def gain_table(records: Sequence[Record]) -> str:
-    """How much lower than published RR's the error is, by kind of text, and the share of the gap to the oracle."""
-    kinds = list(dict.fromkeys(kind_of(r.text) for r in records if of_group("held out")(r.text)))
-    named = [(kind, lambda text, kind=kind: of_group("held out")(text) and kind_of(text) == kind) for kind in kinds]
-    named += [
-        ("all five", of_group("held out")),
-        ("flatter attention", of_group("flatter")),
-        ("structured", of_group("structured")),
-    ]
+    """How much lower than published RR's the error is, by group and kind, and the share of the gap to the oracle."""
+    kinds = list(dict.fromkeys(kind_of(r.text) for r in records if group_of(r.text) == "held out"))
+    named = [(NAMES[group], of_group(group)) for group in groups_of(records)]
+    named += [(kind, lambda text, kind=kind: group_of(text) == "held out" and kind_of(text) == kind) for kind in kinds]
     rows = []
     for name, texts in named:
-        if not any(texts(record.text) for record in records):
-            continue
         row = [name]
         for rule in (FAST, BEST):
             row += [percent(gain_over(records, rule, "rr", d, scope="layer", texts=texts)) for d in DENSITIES]
         for density in (0.3, 0.5):
-            closed = gain_over(records, BEST, "rr", density, scope="layer", texts=texts, oracle="oracle mass 128×64")
-            row.append(percent(closed))
+            to_oracle = {"scope": "layer", "texts": texts, "oracle": "oracle mass 128×64"}
+            row.append(percent(gain_over(records, BEST, "rr", density, **to_oracle)))
         rows.append(row)
     heads = [f"{rule} {density:.2f}".replace("0.", ".") for rule in ("fast", "best") for density in DENSITIES]
     return markdown(["", *heads, "of the gap, .30", ".50"], rows)
@@ -148,18 +157,20 @@ def calibration_gain(predictions: Sequence[Prediction], density: float) -> str:
 def section(study: StudyFile) -> str:
     about = study.about
     where = f"{about['device']}, torch {about['torch']}, Python {about['python']}, {about['date']}"
-    length = max(study.predictions)
-    texts = len(dict.fromkeys(each.text for each in study.predictions[length]))
-    return "\n\n".join(
-        [
-            f"Output error at equal density in every layer ({where}):",
-            error_table(study.records),
-            "How much lower that is than for published RR, and the part of the gap to the oracle that `best` closes:",
-            gain_table(study.records),
+    parts = [
+        f"Output error at equal density in every layer ({where}):",
+        error_table(study.records),
+        "How much lower that is than for published RR, and the part of the gap to the oracle that `best` closes:",
+        gain_table(study.records),
+    ]
+    if study.predictions:
+        length = max(study.predictions)
+        texts = len(dict.fromkeys(each.text for each in study.predictions[length]))
+        parts += [
             f"What SmolLM2 predicts at {length:,} tokens, mean over {texts} held-out texts:",
             prediction_table(study.predictions[length]),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def replace_section(text: str, new: str) -> str:
@@ -177,7 +188,7 @@ def main() -> None:
     study = StudyFile.read(STUDY)
     README.write_text(replace_section(README.read_text(encoding="utf-8"), section(study)), encoding="utf-8")
     print(section(study))
-    for density in (0.5, 0.6, 0.7):
+    for density in (0.5, 0.6, 0.7) if study.predictions else ():
         gain = calibration_gain(study.predictions[max(study.predictions)], density)
         print(f"KL of calibrated below one threshold at density {density}: {gain}")
 

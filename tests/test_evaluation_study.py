@@ -312,4 +312,4 @@ def test_the_method_notebook_runs(capsys):
     pytest.importorskip("matplotlib")
     runpy.run_path(str(Path(__file__).parent.parent / "notebooks" / "method.py"))
     out = capsys.readouterr().out
-    assert "both, order 2, 8/32 (best)" in out and "oracle mass 128×64" in out and "lower (" in out
+    assert "both, order 2, 8/32 (best)" in out and "oracle mass 128×64" in out and "of the gap" in out

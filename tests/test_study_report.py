@@ -50,6 +50,7 @@ def test_a_study_s_file_round_trips(tmp_path):
         ("key-value2", "held out"),
         ("key-value1-2048", "2048"),
         ("flatter key-value1", "flatter"),
+        ("ten layers code1", "ten layers"),
         ("structured1-16384", "structured"),
         ("structured0-16384", "structured, tuned on"),
     ],

@@ -95,8 +95,10 @@ def kl_gain(
 
 
 def group_of(text: str) -> str:
-    """What a text of the study is for: "tuned on", "held out", "flatter" (held out, logits halved), "structured", that
-    "tuned on", or the length of a shorter one."""
+    """What a text of the study is for: "tuned on", "held out", "flatter" (held out, logits halved), "ten layers" (held
+    out, where the others have fewer), "structured", that "tuned on", or the length of a shorter one."""
+    if text.startswith("ten layers"):
+        return "ten layers"
     if text.startswith("structured"):
         return "structured" if not text.startswith("structured0") else "structured, tuned on"
     if text.startswith("flatter"):
