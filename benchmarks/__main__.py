@@ -107,8 +107,7 @@ def run_jobs(cases: list[tuple[str, Case]], options: argparse.Namespace, about: 
     start = time.time()
     chosen = {name: getattr(options, name) for name in ("device", "in_turns", "seconds", "profile", "out")}
     chosen |= {"about": about, "deadline": options.budget_seconds and start + options.budget_seconds}
-    for _ in together.run_together(cases, options.jobs, chosen):
-        pass
+    together.run_together(cases, options.jobs, chosen)
     names = {case.name for _, case in cases}
     files = [options.out / f"{suite}.jsonl" for suite in options.suite]
     lines = [line for path in files if path.exists() for line in path.read_text().splitlines()]
@@ -151,12 +150,7 @@ def write_report(options: argparse.Namespace) -> int:
     rows = report.load(options.results, options.suites)
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
-    report.write_readme(options.readme, rows)
-    prefills = report.load_prefills(options.results)
-    if prefills:
-        report.replace_between(
-            options.readme, report.PREFILL_BEGIN, report.PREFILL_END, report.prefill_markdown(prefills)
-        )
+    report.write_readme(options.readme, rows, report.load_prefills(options.results))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
     return 0
 

@@ -28,11 +28,9 @@ from benchmarks.model_shapes import MODELS, SHAPES, load, prompt
 from benchmarks.timing import many_calls
 from rr_flex import RRConfig, attention, enable, select_blocks
 from rr_flex.backends import Backend
+from rr_flex.config import LEVELS
 from rr_flex.dense import dense_attention
-from rr_flex.mandatory import mandatory_blocks
 from rr_flex.models.attention import attention_by
-from rr_flex.pipeline import Selection
-from rr_flex.selection import select_threshold, select_top_tau
 
 Row = dict[str, Any]
 
@@ -45,7 +43,6 @@ DENSE = {
     "flash_attention_4": ("flash_attention_4", None),
     "flex_attention": ("flex_attention", None),
 }
-BISECTIONS = 12
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,7 +138,7 @@ def measure_length(model, ids: Tensor, config: RRConfig, options: argparse.Names
         if "ms" in row and (best is None or row["ms"] < best["ms"]):
             best = row | {"attention": name}
         yield {"attention": name, **row}
-    level = "tau" if config.budget == "top_tau" else "threshold"
+    level = LEVELS[config.budget]
     goals = options.densities if not real else options.taus if level == "tau" else [config.threshold]
     found = look(model, ids, config, [] if real else goals)
     for goal in goals:
@@ -184,7 +181,6 @@ class Look(NamedTuple):
 def look(model, ids: Tensor, config: RRConfig, densities: list[float]) -> Look:
     """Each layer's tau or threshold for each density, and the middle layer's q and k, of one dense pass."""
     middle = model.config.num_hidden_layers // 2
-    name = "tau" if config.budget == "top_tau" else "threshold"
     profiles: dict[float, dict[int, RRConfig]] = {density: {} for density in densities}
     held: dict[str, Tensor] = {}
 
@@ -192,10 +188,9 @@ def look(model, ids: Tensor, config: RRConfig, densities: list[float]) -> Look:
         if layer == middle:
             held.update(q=q, k=k)
         if densities:
-            chosen = select_blocks(q, k, scale=scale, config=config)
+            mass = select_blocks(q, k, scale=scale, config=config).mass
             for density in densities:
-                level = level_for_density(chosen, config, density)
-                profiles[density][layer] = config.with_settings({name: level})
+                profiles[density][layer] = stages.config_for_density(mass, config, q.shape[2], density)
         return dense_attention(q, k, v, causal=True, scale=scale)
 
     with torch.no_grad(), attention_by(model, attend):
@@ -227,26 +222,6 @@ def time_estimate(q: Tensor, k: Tensor, config: RRConfig, repeats: int) -> float
         stages.selection(q, k, level, config)
         times = many_calls(lambda _: stages.selection(q, k, level, config), max(repeats, 5), 1, q.device)
     return statistics.median(times)
-
-
-def level_for_density(selection: Selection, config: RRConfig, density: float) -> float:
-    """The level by bisection on the selection's own mass; the mandatory blocks' density is the least."""
-    Lq, Lk = selection.seq_lengths
-    mandatory = mandatory_blocks(selection.visible, config, Lq=Lq, q_offset=Lk - Lq)
-    total = selection.visible.expand_as(selection.kept).sum()
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        level = (low + high) / 2
-        if config.budget == "top_tau":
-            count = config.mandatory == "count"
-            kept = select_top_tau(selection.mass, level, selection.visible, mandatory, count_mandatory=count)
-            too_many = bool(kept.sum() > density * total)
-        else:
-            # Thresholds are small: bisect their fourth root.
-            kept = select_threshold(selection.mass, level**4, selection.visible, mandatory)
-            too_many = not bool(kept.sum() > density * total)
-        low, high = (low, level) if too_many else (level, high)
-    return high if config.budget == "top_tau" else low**4
 
 
 def shown(config: RRConfig) -> Row:

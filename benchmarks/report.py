@@ -141,18 +141,21 @@ def prefill_title(row: Row) -> str:
     return f"{row['model']}, {row['length']:,} tokens, {row['dtype']} ({setting_of(row)}, {about})"
 
 
-def write_readme(readme: Path, rows: list[Row]) -> None:
-    """Replaces what stands between the markers."""
-    replace_between(readme, BEGIN, END, markdown(rows))
+def write_readme(readme: Path, rows: list[Row], prefills: list[Row]) -> None:
+    """Replaces what stands between the markers; of prefills only if there are some."""
+    text = replace_between(readme.read_text(), BEGIN, END, markdown(rows), readme)
+    if prefills:
+        text = replace_between(text, PREFILL_BEGIN, PREFILL_END, prefill_markdown(prefills), readme)
+    readme.write_text(text)
 
 
-def replace_between(readme: Path, begin: str, end: str, content: str) -> None:
-    text = readme.read_text()
+def replace_between(text: str, begin: str, end: str, content: str, source: Path) -> str:
+    """`text` of the file `source` with `content` between two markers."""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise SystemExit(f"{readme} must hold the lines {begin} and {end} once, in this order")
+        raise SystemExit(f"{source} must hold the lines {begin} and {end} once, in this order")
     before, rest = text.split(begin)
     after = rest.split(end)[1]
-    readme.write_text(f"{before}{begin}\n{content}{end}{after}")
+    return f"{before}{begin}\n{content}{end}{after}"
 
 
 def draw(rows: list[Row], path: Path) -> None:

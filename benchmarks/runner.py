@@ -19,6 +19,7 @@ from benchmarks.workloads import Inputs, captured, structured
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.attention import calls
 from rr_flex.backends import choose_kernel
+from rr_flex.config import LEVELS
 from rr_flex.head_strips import head_strips
 from rr_flex.kernel import attention_options
 
@@ -227,7 +228,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     timings |= bench.time_with_dense(total)
     qkv = sum(x.numel() * x.element_size() for x in sets[0])
     return {
-        "level": getattr(config, stages.LEVELS[config.budget]),
+        "level": getattr(config, LEVELS[config.budget]),
         # Over the sets whose times are averaged; the error is the first one's.
         "density": 1.0 if ways == ["dense"] else sum(densities) / len(densities),
         "error": error,

@@ -21,7 +21,6 @@ from rr_flex.pipeline import select
 from rr_flex.selection import select_density, select_threshold, select_top_tau
 
 BISECTIONS = 16
-LEVELS = {"top_tau": "tau", "threshold": "threshold", "density": "target_density"}  # field of the budget's number
 
 
 def compile_static(function: Callable) -> Callable:
@@ -70,7 +69,7 @@ def shape_of(case: Case) -> tuple:
 
 def compiled_for(case: Case) -> tuple:
     """What beside the shape decides compiled code."""
-    return without_level(case.config), case.method, case.backend, case.kernel_options, case.every_stage
+    return without_level(case.config), case.backend, case.kernel_options
 
 
 def causal_blocks(config: RRConfig, L: int, device: torch.device) -> Blocks:

@@ -8,9 +8,7 @@ does not fit into --budget-seconds is left out, and named in about.json.
 import argparse
 import copy
 import dataclasses
-import datetime
 import json
-import platform
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import COMPARED, judge_structured
+from benchmarks.environment import describe
 from rr_flex import RRConfig
 from rr_flex.calibration import Curves, measure_curves, profile_at
 from rr_flex.evaluation.combinations import calibrated
@@ -215,6 +214,7 @@ def main() -> None:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="from the start [no limit]")
     parser.add_argument("--smoke", action="store_true", help="two kinds of text, 1,024 tokens, two layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="named in the results where there is no git history")
     arguments = parser.parse_args()
     start = time.perf_counter()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def main() -> None:
     else:
         study = Study(where, model, tokenizer, tuple(KINDS), 8192, range(2, 30, 3))
         tasks = tasks_of(study, (2048, 4096), (16384, 32))
-    about = environment(study)
+    about = environment(study, arguments.commit)
     about["loading"] = round(time.perf_counter() - start, 1)
     try:
         run_tasks(tasks, study, about, arguments.out, start, arguments.budget_seconds)
@@ -262,19 +262,20 @@ def run_tasks(tasks, study: Study, about: dict, out: Path, start: float, budget_
             written = time.perf_counter()
 
 
-def environment(study: Study) -> dict:
+def environment(study: Study, commit: str | None) -> dict:
     import transformers
 
-    cuda = study.device.type == "cuda"
+    where = describe(study.device, commit)
     return {
         "model": getattr(study.model.config, "name_or_path", "").rsplit("/", 1)[-1],
         "tokens": study.length,
         "layers": list(study.judged),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "torch": torch.__version__,
+        "device": where["card"],
+        "torch": where["torch"],
         "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
+        "python": where["python"],
+        "commit": where["commit"],
+        "date": where["date"][:10],
         "seconds": {},
         "failed": {},
         "left out": [],

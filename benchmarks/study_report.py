@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.report import replace_between
 from rr_flex.evaluation.estimators import multiplications
 from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at
 from rr_flex.evaluation.rules import BEST, FAST, RULES
@@ -174,9 +175,7 @@ def section(study: StudyFile) -> str:
 
 
 def replace_section(text: str, new: str) -> str:
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+    return replace_between(text, BEGIN, END, f"{new}\n", README)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,30 @@ from benchmarks.timing import OutOfTime, Progress
 WARM_SECONDS = 0.01  # of each timing whose figure is thrown away
 
 
-def groups(cases: list[Case]) -> list[list[Case]]:
-    """Cases that share all compiled code, in the order of their first."""
-    found: dict[tuple, list[Case]] = {}
-    for case in cases:
-        found.setdefault((stages.shape_of(case), *stages.compiled_for(case)), []).append(case)
+Named = tuple[str, Case]  # a case and the suite that it belongs to
+
+
+def groups(cases: list[Named]) -> list[list[Named]]:
+    """Cases that run the same compiled code, in the order of their first."""
+    found: dict[tuple, list[Named]] = {}
+    for suite, case in cases:
+        stages_run = case.method == "rr", case.every_stage
+        found.setdefault((stages.shape_of(case), *stages.compiled_for(case), *stages_run), []).append((suite, case))
     return list(found.values())
 
 
-def run_together(suites: list[tuple[str, Case]], jobs: int, options: dict[str, Any]) -> Iterator[None]:
-    """Runs (suite, case) pairs in rounds of `jobs` processes; each appends its rows to the suite's file. One yield a
-    process that is done.
+def run_together(cases: list[Named], jobs: int, options: dict[str, Any]) -> None:
+    """Runs cases in rounds of `jobs` processes; each appends its rows to the files of their suites.
 
     `options` are those of `work`. Each process holds its inputs on the device: as many jobs as memory allows.
     """
-    suite_of = {case: suite for suite, case in suites}
     context = multiprocessing.get_context("spawn")
-    grouped = groups([case for _, case in suites])
+    grouped = groups(cases)
     for batch in (grouped[first : first + jobs] for first in range(0, len(grouped), jobs)):
         processes, readies, goes = [], [], []
         for group in batch:
             ready, go = context.Event(), context.Event()
-            named = [(suite_of[case], case) for case in group]
-            process = context.Process(target=work, args=(named, ready, go, options))
+            process = context.Process(target=work, args=(group, ready, go, options))
             process.start()
             processes.append(process)
             readies.append(ready)
@@ -51,10 +51,9 @@ def run_together(suites: list[tuple[str, Case]], jobs: int, options: dict[str, A
         for process, go in zip(processes, goes, strict=True):
             go.set()
             process.join()
-            yield
 
 
-def work(named: list[tuple[str, Case]], ready: Event, go: Event, options: dict[str, Any]) -> None:
+def work(named: list[Named], ready: Event, go: Event, options: dict[str, Any]) -> None:
     """One process: compiles by running its first case, says that it is ready, waits for its turn, times all cases."""
     device = torch.device(options["device"])
     bench = Bench(device, Progress(len(named) + 1), WARM_SECONDS, options["in_turns"], sets=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Budget = Literal["top_tau", "threshold", "density"]
+LEVELS = {"top_tau": "tau", "threshold": "threshold", "density": "target_density"}  # field of a budget's number
 Mandatory = Literal["count", "add"]
 Pool = Literal["keys", "queries", "both"]
 Phase = Literal["head", "skew", "first", "middle", "last"]
@@ -160,7 +161,7 @@ class RRConfig:
 
     def level_per_head(self, Hq: int, device: torch.device) -> Tensor:
         """The budget's number, of the field that it goes by, as a float32 tensor [Hq] on `device`; reads no tensor."""
-        name = {"top_tau": "tau", "threshold": "threshold", "density": "target_density"}[self.budget]
+        name = LEVELS[self.budget]
         level = getattr(self, name)
         if isinstance(level, float | int):
             return torch.full((Hq,), level, dtype=torch.float32, device=device)

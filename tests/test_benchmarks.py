@@ -15,6 +15,7 @@ from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
 from benchmarks.workloads import captured, structured
 from rr_flex import RRConfig, select_blocks
+from rr_flex.config import LEVELS
 from rr_flex.evaluation.true_mass import true_block_mass
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_level_gives_the_density(inputs, budget):
     mass = true_block_mass(inputs.q, inputs.k)
     for wanted in (0.5, 0.7):
         found = stages.config_for_density(mass, config, 2048, wanted)
-        level = getattr(found, stages.LEVELS[budget])
+        level = getattr(found, LEVELS[budget])
         assert stages.without_level(found) == config
         assert abs(stages.density_at(mass, level, config, 2048) - wanted) < 0.02
 
@@ -230,15 +231,11 @@ def test_nothing_in_the_packages_imports_the_benchmarks():
 
 @pytest.mark.parametrize("budget", ["top_tau", "threshold"])
 def test_a_level_is_found_for_a_density(budget):
-    pytest.importorskip("transformers")
-    from benchmarks.prefill_model import level_for_density
-
     generator = torch.Generator().manual_seed(0)
     q, k = (3 * torch.randn(1, heads, 1280, 32, generator=generator) for heads in (4, 2))
     config = RRConfig(budget=budget, block_size=64)
-    level = level_for_density(select_blocks(q, k, config=config), config, 0.5)
-    name = "tau" if budget == "top_tau" else "threshold"
-    assert abs(select_blocks(q, k, config=config.with_settings({name: level})).density - 0.5) < 0.03
+    found = stages.config_for_density(select_blocks(q, k, config=config).mass, config, 1280, 0.5)
+    assert abs(select_blocks(q, k, config=found).density - 0.5) < 0.03
 
 
 def test_turns_alternate_and_a_case_without_dense_kernels_keeps_to_it():
@@ -253,9 +250,9 @@ def test_turns_alternate_and_a_case_without_dense_kernels_keeps_to_it():
 
 def test_cases_that_share_code_share_a_process_which_waits_for_its_turn(tmp_path, monkeypatch):
     cases = SUITES["128k"]
-    grouped = together.groups(cases)
-    assert {case for group in grouped for case in group} == set(cases) and len(grouped) < len(cases)
-    assert all(len({(stages.shape_of(c), stages.compiled_for(c)) for c in group}) == 1 for group in grouped)
+    grouped = together.groups([("128k", case) for case in cases])
+    assert {case for group in grouped for _, case in group} == set(cases) and len(grouped) < len(cases)
+    assert all(len({(stages.shape_of(c), stages.compiled_for(c)) for _, c in group}) == 1 for group in grouped)
 
     ran, ready, go = [], threading.Event(), threading.Event()
 
@@ -265,13 +262,13 @@ def test_cases_that_share_code_share_a_process_which_waits_for_its_turn(tmp_path
 
     monkeypatch.setattr(together, "run", run)
     options = {"device": "cpu", "in_turns": False, "seconds": 2.0, "deadline": None, "about": {}, "profile": False}
-    named = [("128k", case) for case in grouped[0]]
+    named = grouped[0]
     worker = threading.Thread(target=together.work, args=(named, ready, go, options | {"out": tmp_path}))
     worker.start()
     assert ready.wait(10) and ran == [("warm", named[0][1].density, together.WARM_SECONDS, False)]
     go.set()
     worker.join()
-    assert ran[1:] == [("128k", case.density, 2.0, True) for case in grouped[0]]
+    assert ran[1:] == [("128k", case.density, 2.0, True) for _, case in named]
 
 
 def test_a_decode_step_is_compared_in_turns(tmp_path):

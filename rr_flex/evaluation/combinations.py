@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.equal_density import Spending
-from rr_flex.evaluation.estimators import Case, Rule, cost_of, mass_of, sampled_scores, scores_of
+from rr_flex.evaluation.estimators import Case, Rule, cost_of, mass_of, sampled_positions, scores_of
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.pipeline import row_share
 from rr_flex.sampling import moments, sample_queries, second_order_features
@@ -24,7 +24,8 @@ def hedged(how: str, config: RRConfig, share_of_keys: float = 0.5) -> Rule:
 
     "mean": weighted; "geometric": normalised; "larger" of the two.
     """
-    by_keys, by_queries = (config.with_settings({"pool": pool, "order": order}) for pool, order in _sides(config))
+    by_keys = config.with_settings({"pool": "keys"})
+    by_queries = config.with_settings({"pool": "queries", "order": 1})
 
     def weigh(case: Case) -> Share:
         keys, queries = (share_by(each, case.q, case.k) for each in (by_keys, by_queries))
@@ -145,9 +146,5 @@ def _probabilities(case: Case, strides: tuple[int, int], k_block: int) -> Float[
     scale = case.q.shape[3] ** -0.5
     mean, variance = moments(case.k, strides[1])
     queries, keys = second_order_features(sample_queries(case.q, strides[0]), mean, variance, scale)
-    position = sampled_scores(case, strides[0], mean)[1]
-    return mass_of(scores_of(queries, keys) * scale, position, *strides, (strides[0], k_block))
-
-
-def _sides(config: RRConfig) -> tuple[tuple[str, int], tuple[str, int]]:
-    return ("keys", config.order), ("queries", 1)
+    scores, position = scores_of(queries, keys) * scale, sampled_positions(case, strides[0])
+    return mass_of(scores, position, *strides, (strides[0], k_block))

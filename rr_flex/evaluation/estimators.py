@@ -239,10 +239,14 @@ def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
 
 def sampled_scores(case: Case, stride: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of the paper's sampled queries with `keys`, and the positions [Hq, nq] of the former."""
-    Hq, L, D = case.q.shape[1:]
+    return scores_of(sample_queries(case.q, stride), keys) * case.q.shape[3] ** -0.5, sampled_positions(case, stride)
+
+
+def sampled_positions(case: Case, stride: int) -> Tensor:
+    """Where the paper's sampled queries stand, [Hq, nq]."""
+    Hq, L = case.q.shape[1:3]
     head = torch.arange(Hq, device=case.q.device)[:, None]
-    position = (torch.arange(0, L, stride, device=case.q.device) + head % stride).clamp(max=L - 1)
-    return scores_of(sample_queries(case.q, stride), keys) * D**-0.5, position
+    return (torch.arange(0, L, stride, device=case.q.device) + head % stride).clamp(max=L - 1)
 
 
 def mass_of(scores: Tensor, position: Tensor, q_run: int, k_run: int, size: tuple[int, int], visible_by: int = 1):

@@ -8,14 +8,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rr_flex.config import RRConfig
+from rr_flex.config import LEVELS, RRConfig
 from rr_flex.evaluation.estimators import Rule
 from rr_flex.evaluation.language_model import compare_logits
 from rr_flex.evaluation.predictions import Prediction
 from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, hidden_states
 from rr_flex.evaluation.study import Record, judge_text
 
-LEVELS = {  # of the language model's curves, by budget
+TRIED = {  # of the language model's curves, by budget
     "top_tau": (0.7, 0.8, 0.9, 0.95, 0.98),
     "threshold": (0.032, 0.016, 0.008, 0.004, 0.002),
 }
@@ -74,7 +74,7 @@ def evaluate(
         (name, level, rule.config.with_settings(_budget(rule.config, level)))
         for name, rule in rules.items()
         if rule.config is not None
-        for level in LEVELS[rule.config.budget]
+        for level in TRIED[rule.config.budget]
     ]
     for name, ids in texts.items():
         for number, (rule, level, config) in enumerate(runs):
@@ -104,7 +104,7 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
 
 
 def _budget(config: RRConfig, level: float) -> dict[str, float]:
-    return {"tau" if config.budget == "top_tau" else "threshold": level}
+    return {LEVELS[config.budget]: level}
 
 
 def keeping(kept: dict, layers: Collection[int]):
