@@ -261,13 +261,13 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
         step("lists")
         timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
     densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
-    masks = [stages.block_mask(kept, blocks.whole, config, L) for kept, blocks in chosen]
+    masks = [stages.masks_apart(kept, blocks.whole, config, L) for kept, blocks in chosen]
     chosen.clear()
     step("selection")
     timings["selection"] = bench.time(lambda index: stages.selection(sets[index].q, sets[index].k, level, config))
     step("attention")
     options = kernel_options(case, bench.sets[0])
-    timings["attention"] = bench.time(lambda index: attend(sets[index], masks[index], options))
+    timings["attention"] = bench.time(lambda index: stages.attend_apart(*sets[index], masks[index], options))
     return timings, densities, options
 
 

@@ -3,19 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from benchmarks.cases import Case
 from mask_mods import block_visibility, causal
 from rr_flex import RRConfig, select_blocks
-from rr_flex.block_mask import build_block_mask, list_partial_and_full
+from rr_flex.backends import check_flash
+from rr_flex.block_mask import block_mask_of_lists, build_block_mask, list_partial_and_full
 from rr_flex.compiling import RECOMPILE_LIMIT
 from rr_flex.head_strips import head_strips
+from rr_flex.last_rows import merge_runs, rows_apart, run_queries, take_apart
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select
 from rr_flex.selection import select_density, select_threshold, select_top_tau
@@ -119,6 +121,42 @@ def block_mask(kept: Tensor, whole: Tensor, config: RRConfig, L: int) -> BlockMa
 
 
 attend = compile_static(flex_attention)
+
+
+class Masks(NamedTuple):
+    """The BlockMask of all block rows, and where the last of them attend in runs that of these, from a query on."""
+
+    rows: BlockMask
+    runs: BlockMask | None = None
+    first: int = 0
+
+
+def masks_apart(kept: Tensor, whole: Tensor, config: RRConfig, L: int) -> Masks:
+    """As rr_attention attends on CUDA: the last rows by themselves where the context is long."""
+    rows = rows_apart(L, L, config) if kept.device.type == "cuda" else 0
+    if not rows:
+        return Masks(block_mask(kept, whole, config, L))
+    first = L - rows * config.block_sizes[0]
+    sizes = {"block_size": config.block_sizes}
+    offsets = (torch.full((2,), x, dtype=torch.int64, device=kept.device) for x in (0, first))
+    lists = take_apart(list_partial_and_full(kept, whole), rows)
+    of_rows, of_runs = (
+        block_mask_of_lists(each, causal(offset), seq_lengths=(length, L), **sizes)
+        for each, offset, length in zip(lists, offsets, (L, L - first), strict=True)
+    )
+    return Masks(of_rows, of_runs, first)
+
+
+def attend_apart(q: Tensor, k: Tensor, v: Tensor, masks: Masks, options: dict[str, Any]) -> Tensor:
+    settings = {"enable_gqa": True, "kernel_options": options}
+    out = attend(q, k, v, block_mask=masks.rows, **settings)
+    if masks.runs is not None:
+        queries = run_queries(q[:, :, masks.first :])
+        runs, aux = attend(queries, k, v, block_mask=masks.runs, return_aux=AuxRequest(lse=True), **settings)
+        flash = options.get("BACKEND") == "FLASH"
+        in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor if flash else 1.0
+        out[:, :, masks.first :] = merge_runs(runs, aux.lse * in_nats)[0]
+    return out
 
 
 def density(kept: Tensor, visible: Tensor) -> float:

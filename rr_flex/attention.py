@@ -15,7 +15,9 @@ from rr_flex.checks import check_call, check_differentiable, check_queries_and_k
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
 from rr_flex.dense import dense_attention, dense_kernel_serves
+from rr_flex.geometry import ceil_div
 from rr_flex.kernel import attention_options, break_even
+from rr_flex.last_rows import merge_runs, rows_apart, run_mask, run_queries, take_apart
 from rr_flex.pipeline import DEFAULT, device_arguments, in_strips, is_short, resolve_mask, select
 from rr_flex.score_mods import beside_sinks, cap_as_tensor, score_mod_of, with_sink_block
 
@@ -31,6 +33,7 @@ class Wanted(NamedTuple):
     lse: bool
     density: bool
     backward: bool
+    rows_apart: int  # block rows at the end that attend by themselves
 
 
 def rr_attention(
@@ -88,21 +91,24 @@ def rr_attention(
     # The CPU's kernel has no log-sum-exp to correct by: there the sinks are a key.
     sink_keys = sinks if kernel == "cpu" else None
     corrected = sinks is not None and sink_keys is None
-    wanted = Wanted(dense, return_lse or corrected, return_density, for_backward)
+    # FLASH can't look into a mask of the caller's own that other queries ask.
+    apart = kernel == "triton" or (kernel == "flash" and mask_mod is None)
+    apart = rows_apart(q.shape[2], k.shape[2], config) if apart and not dense and not for_backward else 0
+    wanted = Wanted(dense, return_lse or corrected, return_density, for_backward, apart)
     cap = cap_as_tensor(softcap, q.device)
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
     if kernel == "flash":
         attend = _attend_in_two_graphs
-    parts = [
-        attend(*strip, config, mask, causal, scale, cap, None if sink_keys is None else sink_keys[heads], wanted)
-        for heads, *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
-    ]
+    parts = []
+    for heads, *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod):
+        strip_sinks = None if sink_keys is None else sink_keys[heads]
+        *part, last_rows = attend(*strip, config, mask, causal, scale, cap, strip_sinks, wanted)
+        _put(last_rows, *part)
+        parts.append(part)
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
     )
-    if lse is not None and kernel == "flash":
-        lse = lse * check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
     if corrected:
         out = beside_sinks(out, lse, sinks)
     results = (out, *((lse,) if return_lse else ()), *((density.mean(),) if return_density else ()))
@@ -120,20 +126,32 @@ def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) 
 
 
 def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, sinks, wanted):
-    """(out [B,Hq,Lq,Dv], lse [B,Hq,Lq] or None, density [B,Hq] or None) of one strip of heads."""
+    """(out [B,Hq,Lq,Dv], lse [B,Hq,Lq] or None, density [B,Hq] or None) of one strip of heads, and (out, lse) of the
+    block rows apart, or None."""
+    sizes = {"block_size": config.block_sizes, "seq_lengths": (q.shape[2], k.shape[2])}
     with torch.no_grad():
         chosen = select(
             q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, dense=wanted.dense
         )
         density = chosen.density_per_head if wanted.density else None
-        if sinks is None:
-            block_mask = chosen.build_block_mask(look_up=False, for_backward=wanted.backward)
-        else:
-            sizes = {"block_size": config.block_sizes, "seq_lengths": chosen.seq_lengths}
+        if sinks is not None:
             k, v, block_mask = with_sink_block(k, v, chosen.kept, chosen.whole, chosen.mask_mod, **sizes)
+        elif wanted.rows_apart:
+            lists, runs = take_apart(list_partial_and_full(chosen.kept, chosen.whole), wanted.rows_apart)
+            block_mask = block_mask_of_lists(lists, chosen.mask_mod, **sizes)
+        else:
+            block_mask = chosen.build_block_mask(look_up=False, for_backward=wanted.backward)
     options = attention_options(q, config.block_sizes)
     score_mod = score_mod_of(softcap, sinks)
-    return *_flex(q, k, v, block_mask, scale, wanted.lse, options, score_mod), density
+    out, lse = _flex(q, k, v, block_mask, scale, wanted.lse, options, score_mod)
+    if not wanted.rows_apart:
+        return out, lse, density, None
+    first = _first_query_apart(q, config, wanted)
+    mask = run_mask(chosen.mask_mod, torch.full((), first, dtype=torch.int64, device=q.device))
+    sizes["seq_lengths"] = (q.shape[2] - first, k.shape[2])
+    queries = run_queries(q[:, :, first:])
+    runs_mask = block_mask_of_lists(runs, mask, **sizes)
+    return out, lse, density, merge_runs(*_flex(queries, k, v, runs_mask, scale, True, options, score_mod))
 
 
 def _attend_in_two_graphs(
@@ -142,12 +160,40 @@ def _attend_in_two_graphs(
     """`_attend` for FLASH, whose kernel reads what its mask captures after the graph has freed it, if anything else in
     that graph uses it too (torch 2.11: its reads are unknown to the scheduler). Without soft cap and sinks."""
     lists, density = _lists_compiled(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted)
-    mask = resolve_mask(mask_mod, causal, offset_per_batch(q_offset, q.shape[0]))
-    sizes = {"block_size": config.block_sizes, "seq_lengths": (q.shape[2], k.shape[2])}
-    options = attention_options(q, config.block_sizes, "flash")
+    runs, last_rows, first = None, None, 0
+    if wanted.rows_apart:
+        lists, runs = take_apart(lists, wanted.rows_apart)
+        first = _first_query_apart(q, config, wanted)
     # FLASH can't capture an int that may change; a plain causal mask has none.
     flex = _flex_for_any_length if mask_mod is None and causal is not False else _flex_for_one_length
-    return *flex(q, k, v, block_mask_of_lists(lists, mask, **sizes), scale, wanted.lse, options), density
+    options = attention_options(q, config.block_sizes, "flash")
+    in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
+
+    def attend(queries, lists, first):
+        mask = resolve_mask(mask_mod, causal, offset_per_batch(q_offset + first, q.shape[0]))
+        sizes = {"block_size": config.block_sizes, "seq_lengths": (queries.shape[2], k.shape[2])}
+        # The log-sum-exp costs nothing, and so one graph serves every call.
+        out, lse = flex(queries, k, v, block_mask_of_lists(lists, mask, **sizes), scale, True, options)
+        return out, lse * in_nats
+
+    out, lse = attend(q, lists, 0)
+    if runs is not None:
+        last_rows = merge_runs(*attend(run_queries(q[:, :, first:]), runs, first))
+    return out, lse if wanted.lse else None, density, last_rows
+
+
+def _first_query_apart(q, config, wanted):
+    q_block = config.block_sizes[0]
+    return (ceil_div(q.shape[2], q_block) - wanted.rows_apart) * q_block
+
+
+def _put(last_rows, out, lse, density):
+    """Writes the block rows that attended by themselves into the outputs of all."""
+    if last_rows is not None:
+        last_out, last_lse = last_rows
+        out[:, :, -last_out.shape[2] :] = last_out
+        if lse is not None:
+            lse[:, :, -last_out.shape[2] :] = last_lse
 
 
 def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted):

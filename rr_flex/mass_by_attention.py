@@ -49,7 +49,8 @@ def block_mass_by_attention(
     queries_per_block, keys_per_block = block_size[0] // strides[0], block_size[1] // strides[1]
     columns = estimate_columns(sampled, keys_per_block, TILE)
     segment = columns * keys_per_block  # pooled keys, a whole number of tiles
-    segments = ceil_div(nK, columns)
+    # At least two, and at the end columns picked, not sliced: one graph for lengths on both sides of a segment's end.
+    segments = max(2, ceil_div(nK, columns))
 
     keys = F.pad(pooled, (0, 0, 0, segments * segment - nk)).unflatten(2, (segments, segment))
     keys = keys.permute(2, 0, 1, 3, 4).flatten(0, 1)  # segments*B Hkv segment E
@@ -89,7 +90,7 @@ def block_mass_by_attention(
     weighted = out.unflatten(0, (segments, B)) * share[..., None]  # segments B Hq nq columns
     rows = F.pad(weighted, (0, 0, 0, nQ * queries_per_block - nq)).unflatten(3, (nQ, queries_per_block))
     mass = rows.sum(4, dtype=torch.float32)  # segments B Hq nQ columns
-    return mass.permute(1, 2, 3, 0, 4).flatten(3)[..., :nK]
+    return mass.permute(1, 2, 3, 0, 4).flatten(3).index_select(3, torch.arange(nK, device=device))
 
 
 def _tiles(

@@ -43,6 +43,7 @@ SEARCHES = "test_searches.py::test_both_searches_agree"
 STRIPS = "test_head_strips.py::test_a_selection_in_strips_is_the_selection"
 DENSE = "test_dense.py::test_a_long_context_is_sparse_and_counted"
 SOFTMAX = "test_attention.py::test_soft_caps_and_sinks_are_in_the_softmax"
+APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
 
 DEFECTS = [
@@ -73,6 +74,15 @@ DEFECTS = [
     ),
     Defect("rr_flex/geometry.py", "head % stride", "0 * head", ORACLE),
     Defect("rr_flex/geometry.py", "(column <= last)", "(column < last)", ORACLE),
+    Defect("rr_flex/last_rows.py", "h // RUNS", "h % 2", APART),
+    Defect("rr_flex/last_rows.py", "q_idx + first_query", "q_idx", APART),
+    Defect("rr_flex/last_rows.py", "(run + 1) // RUNS", "run // RUNS + 1", "test_last_rows.py::test_runs_share"),
+    Defect(
+        "rr_flex/last_rows.py",
+        "torch.where(share > 0, out.unflatten(1, (-1, RUNS)) * share, 0)",
+        "out.unflatten(1, (-1, RUNS)) * share",
+        "test_last_rows.py::test_merged",
+    ),
     Defect("rr_flex/config.py", "0 < share <= 1", "0 <= share <= 1", "test_errors.py::test_a_bad_setting_dies_at"),
     Defect("rr_flex/checks.py", "if Hq % k.shape[1]:", "if False:", "test_errors.py::test_a_bad_tensor_is_refused"),
     Defect(

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import rr_flex
 from mask_mods import both, causal, padding
-from rr_flex import attention, backends, create_rr_block_mask, head_strips, rr_attention, select_blocks
+from rr_flex import attention, backends, create_rr_block_mask, head_strips, last_rows, rr_attention, select_blocks
 from rr_flex.compiling import compile_whole
 from rr_flex.mass import block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
@@ -231,6 +231,25 @@ def test_strips_of_heads(monkeypatch):
     monkeypatch.setattr(head_strips, "STRIP_BYTES", 1)
     for strips, exact in zip(rr_attention(q, k, v, return_lse=True, **chosen), whole, strict=True):
         torch.testing.assert_close(strips, exact)
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_last_rows_by_themselves(monkeypatch, backend, rows):
+    q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
+    chosen = {"tau": 0.5, "dense_last_rows": rows}
+    at_once = rr_attention(q, k, v, return_lse=True, backend=backend, **chosen)
+    monkeypatch.setattr(last_rows, "LEAST_KEYS", 0)
+    out, lse = rr_attention(q, k, v, return_lse=True, backend=backend, **chosen)
+    first = (8 - rows) * 128  # of eight block rows
+    assert torch.equal(out[:, :, :first], at_once[0][:, :, :first])
+    assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, **chosen))
+    torch.testing.assert_close(lse, at_once[1], rtol=0, atol=1e-2)
+    sinks = torch.tensor([0.5, 3.0, 6.0, -1.0], device="cuda")
+    beside = rr_attention(q, k, v, sinks=sinks, backend=backend, **chosen)
+    torch.testing.assert_close(
+        beside, (out * torch.sigmoid(lse - sinks[:, None])[..., None]).to(out.dtype), rtol=0, atol=3e-2
+    )
 
 
 def test_a_short_context_is_dense_through_torch_s_fastest_kernel():
