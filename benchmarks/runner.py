@@ -214,7 +214,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     if len(strips_of(case)) == 1:
         timings, densities, options = measure_stages(case, config, bench)
     else:  # a few heads at a time: no stage is run for all of them
-        timings, options = {}, kernel_options(case, sets[0])
+        timings, (_, options) = {}, kernel_options(case, sets[0])
         densities = [density_in_strips(each, config) for each in sets]
 
     def total(index: int) -> Tensor:
@@ -261,12 +261,12 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
         step("lists")
         timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
     densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
-    masks = [stages.masks_apart(kept, blocks.whole, config, L) for kept, blocks in chosen]
+    kernel, options = kernel_options(case, bench.sets[0])
+    masks = [stages.masks_apart(kept, blocks.whole, config, L, kernel) for kept, blocks in chosen]
     chosen.clear()
     step("selection")
     timings["selection"] = bench.time(lambda index: stages.selection(sets[index].q, sets[index].k, level, config))
     step("attention")
-    options = kernel_options(case, bench.sets[0])
     timings["attention"] = bench.time(lambda index: stages.attend_apart(*sets[index], masks[index], options))
     return timings, densities, options
 
@@ -293,7 +293,7 @@ def measure_rival(case: Case, bench: Bench) -> Row:
     mask = stages.block_mask(kept, blocks.whole, case.config, L)
     del score, kept
     bench.progress.step("attention")
-    options = kernel_options(case, bench.sets[0])
+    _, options = kernel_options(case, bench.sets[0])
     timings = bench.time_with_dense(lambda index: attend(bench.sets[0], mask, options))
     timings["attention"] = timings.pop("total")
     return {
@@ -318,12 +318,12 @@ def attend(inputs: Inputs, mask, options: dict[str, Any]) -> Tensor:
     return stages.attend(*inputs, block_mask=mask, enable_gqa=True, kernel_options=options)
 
 
-def kernel_options(case: Case, inputs: Inputs) -> dict[str, Any]:
-    """What rr_attention would use, and the case's own."""
+def kernel_options(case: Case, inputs: Inputs) -> tuple[str, dict[str, Any]]:
+    """The kernel that rr_attention would use, and its options with the case's own."""
     q, _, v = inputs
     blocks = case.config.block_sizes
     kernel = choose_kernel(case.backend or "auto", q, v, blocks, plain_mask=True, for_backward=False)
-    return attention_options(q, blocks, kernel) | dict(case.kernel_options)
+    return kernel, attention_options(q, blocks, kernel) | dict(case.kernel_options)
 
 
 def budgeted(case: Case, bench: Bench) -> RRConfig:
@@ -346,7 +346,7 @@ def budgeted_selection(case: Case, bench: Bench) -> RRConfig:
     mass = stages.estimate(q, k, case.config)
     if case.density is not None:
         return bench.levels.setdefault(key, stages.config_for_density(mass, case.config, L, case.density))
-    options = kernel_options(case, bench.sets[0])
+    _, options = kernel_options(case, bench.sets[0])
     low, high = 0.0, 1.0
     for bisection in range(ERROR_BISECTIONS):
         bench.progress.step(f"level, {bisection + 1} of {ERROR_BISECTIONS}")

@@ -17,7 +17,7 @@ from rr_flex.backends import check_flash
 from rr_flex.block_mask import block_mask_of_lists, build_block_mask, list_partial_and_full
 from rr_flex.compiling import RECOMPILE_LIMIT
 from rr_flex.head_strips import head_strips
-from rr_flex.last_rows import merge_runs, rows_apart, run_queries, take_apart
+from rr_flex.last_rows import first_query, merge_runs, rows_apart, run_queries, take_apart
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select
 from rr_flex.selection import select_density, select_threshold, select_top_tau
@@ -124,38 +124,38 @@ attend = compile_static(flex_attention)
 
 
 class Masks(NamedTuple):
-    """The BlockMask of all block rows, and where the last of them attend in runs that of these, from a query on."""
+    """The BlockMask of all block rows; where the last `apart` of them attend in runs, that of these."""
 
-    rows: BlockMask
+    all_rows: BlockMask
     runs: BlockMask | None = None
-    first: int = 0
+    apart: int = 0
 
 
-def masks_apart(kept: Tensor, whole: Tensor, config: RRConfig, L: int) -> Masks:
+def masks_apart(kept: Tensor, whole: Tensor, config: RRConfig, L: int, kernel: str) -> Masks:
     """As rr_attention attends on CUDA: the last rows by themselves where the context is long."""
-    rows = rows_apart(L, L, config) if kept.device.type == "cuda" else 0
-    if not rows:
+    apart, (q_block, _) = rows_apart(L, L, config, kernel), config.block_sizes
+    if not apart:
         return Masks(block_mask(kept, whole, config, L))
-    first = L - rows * config.block_sizes[0]
-    sizes = {"block_size": config.block_sizes}
-    offsets = (torch.full((2,), x, dtype=torch.int64, device=kept.device) for x in (0, first))
-    lists = take_apart(list_partial_and_full(kept, whole), rows)
+    offsets = (torch.full((2,), x, dtype=torch.int64, device=kept.device) for x in (0, first_query(L, apart, q_block)))
+    lists = take_apart(list_partial_and_full(kept, whole), apart)
     of_rows, of_runs = (
-        block_mask_of_lists(each, causal(offset), seq_lengths=(length, L), **sizes)
-        for each, offset, length in zip(lists, offsets, (L, L - first), strict=True)
+        block_mask_of_lists(each, causal(offset), block_size=config.block_sizes, seq_lengths=(queries, L))
+        for each, offset, queries in zip(lists, offsets, (L, apart * q_block), strict=True)
     )
-    return Masks(of_rows, of_runs, first)
+    return Masks(of_rows, of_runs, apart)
 
 
 def attend_apart(q: Tensor, k: Tensor, v: Tensor, masks: Masks, options: dict[str, Any]) -> Tensor:
     settings = {"enable_gqa": True, "kernel_options": options}
-    out = attend(q, k, v, block_mask=masks.rows, **settings)
+    out = attend(q, k, v, block_mask=masks.all_rows, **settings)
     if masks.runs is not None:
-        queries = run_queries(q[:, :, masks.first :])
+        L, q_block = q.shape[2], masks.runs.BLOCK_SIZE[0]
+        first = first_query(L, masks.apart, q_block)
+        queries = run_queries(q, masks.apart, q_block)
         runs, aux = attend(queries, k, v, block_mask=masks.runs, return_aux=AuxRequest(lse=True), **settings)
         flash = options.get("BACKEND") == "FLASH"
         in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor if flash else 1.0
-        out[:, :, masks.first :] = merge_runs(runs, aux.lse * in_nats)[0]
+        out[:, :, first:] = merge_runs(runs, aux.lse * in_nats)[0][:, :, : L - first]
     return out
 
 

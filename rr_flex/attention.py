@@ -15,9 +15,8 @@ from rr_flex.checks import check_call, check_differentiable, check_queries_and_k
 from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
 from rr_flex.dense import dense_attention, dense_kernel_serves
-from rr_flex.geometry import ceil_div
 from rr_flex.kernel import attention_options, break_even
-from rr_flex.last_rows import merge_runs, rows_apart, run_mask, run_queries, take_apart
+from rr_flex.last_rows import first_query, merge_runs, rows_apart, run_mask, run_queries, take_apart
 from rr_flex.pipeline import DEFAULT, device_arguments, in_strips, is_short, resolve_mask, select
 from rr_flex.score_mods import beside_sinks, cap_as_tensor, score_mod_of, with_sink_block
 
@@ -81,19 +80,21 @@ def rr_attention(
     dense = is_short(k, shortest_sparse(q, config, plain_softmax=plain_softmax))
     if dense and plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")
-        out = dense_attention(q, k, v, causal=causal is not False, scale=scale)
+        facts = {"plain_mask": True, "for_backward": differentiated(q, k, v)}
+        flash = choose_kernel(backend, q, v, (128, 128), **facts) == "flash"
+        out = dense_attention(q, k, v, causal=causal is not False, scale=scale, flash=flash)
         return (out, q.new_ones((), dtype=torch.float32)) if return_density else out
 
-    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    for_backward = differentiated(q, k, v)
     facts = {"plain_mask": mask_mod is None, "for_backward": for_backward, "softcap": softcap is not None}
     kernel = choose_kernel(backend, q, v, config.block_sizes, **facts)
     count("dense" if dense else kernel)
     # The CPU's kernel has no log-sum-exp to correct by: there the sinks are a key.
     sink_keys = sinks if kernel == "cpu" else None
     corrected = sinks is not None and sink_keys is None
-    # FLASH can't look into a mask of the caller's own that other queries ask.
-    apart = kernel == "triton" or (kernel == "flash" and mask_mod is None)
-    apart = rows_apart(q.shape[2], k.shape[2], config) if apart and not dense and not for_backward else 0
+    # FLASH can't be asked by other queries what a mask of the caller's own shows.
+    at_once = dense or for_backward or (kernel == "flash" and mask_mod is not None)
+    apart = 0 if at_once else rows_apart(q.shape[2], k.shape[2], config, kernel)
     wanted = Wanted(dense, return_lse or corrected, return_density, for_backward, apart)
     cap = cap_as_tensor(softcap, q.device)
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
@@ -104,7 +105,7 @@ def rr_attention(
     for heads, *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod):
         strip_sinks = None if sink_keys is None else sink_keys[heads]
         *part, last_rows = attend(*strip, config, mask, causal, scale, cap, strip_sinks, wanted)
-        _put(last_rows, *part)
+        _put(last_rows, first_query(q.shape[2], apart, config.block_sizes[0]), *part)
         parts.append(part)
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
@@ -146,10 +147,10 @@ def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, sca
     out, lse = _flex(q, k, v, block_mask, scale, wanted.lse, options, score_mod)
     if not wanted.rows_apart:
         return out, lse, density, None
-    first = _first_query_apart(q, config, wanted)
+    first = first_query(q.shape[2], wanted.rows_apart, config.block_sizes[0])
+    queries = run_queries(q, wanted.rows_apart, config.block_sizes[0])
     mask = run_mask(chosen.mask_mod, torch.full((), first, dtype=torch.int64, device=q.device))
-    sizes["seq_lengths"] = (q.shape[2] - first, k.shape[2])
-    queries = run_queries(q[:, :, first:])
+    sizes["seq_lengths"] = (queries.shape[2], k.shape[2])
     runs_mask = block_mask_of_lists(runs, mask, **sizes)
     return out, lse, density, merge_runs(*_flex(queries, k, v, runs_mask, scale, True, options, score_mod))
 
@@ -160,40 +161,32 @@ def _attend_in_two_graphs(
     """`_attend` for FLASH, whose kernel reads what its mask captures after the graph has freed it, if anything else in
     that graph uses it too (torch 2.11: its reads are unknown to the scheduler). Without soft cap and sinks."""
     lists, density = _lists_compiled(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted)
-    runs, last_rows, first = None, None, 0
-    if wanted.rows_apart:
-        lists, runs = take_apart(lists, wanted.rows_apart)
-        first = _first_query_apart(q, config, wanted)
-    # FLASH can't capture an int that may change; a plain causal mask has none.
-    flex = _flex_for_any_length if mask_mod is None and causal is not False else _flex_for_one_length
-    options = attention_options(q, config.block_sizes, "flash")
+    q_block, options = config.block_sizes[0], attention_options(q, config.block_sizes, "flash")
     in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
 
-    def attend(queries, lists, first):
-        mask = resolve_mask(mask_mod, causal, offset_per_batch(q_offset + first, q.shape[0]))
-        sizes = {"block_size": config.block_sizes, "seq_lengths": (queries.shape[2], k.shape[2])}
-        # The log-sum-exp costs nothing, and so one graph serves every call.
-        out, lse = flex(queries, k, v, block_mask_of_lists(lists, mask, **sizes), scale, True, options)
-        return out, lse * in_nats
+    def block_mask(lists, first_query, queries):
+        mask = resolve_mask(mask_mod, causal, offset_per_batch(q_offset + first_query, q.shape[0]))
+        return block_mask_of_lists(lists, mask, block_size=config.block_sizes, seq_lengths=(queries, k.shape[2]))
 
-    out, lse = attend(q, lists, 0)
-    if runs is not None:
-        last_rows = merge_runs(*attend(run_queries(q[:, :, first:]), runs, first))
+    # FLASH can't capture an int that may change; a plain causal mask has none.
+    plain = mask_mod is None and causal is not False
+    if not wanted.rows_apart:
+        flex = _flex_for_any_length if plain else _flex_for_one_length
+        out, lse = flex(q, k, v, block_mask(lists, 0, q.shape[2]), scale, wanted.lse, options)
+        return out, lse * in_nats if wanted.lse else None, density, None
+    rows, (lists, runs) = wanted.rows_apart, take_apart(lists, wanted.rows_apart)
+    masks = block_mask(lists, 0, q.shape[2]), block_mask(runs, first_query(q.shape[2], rows, q_block), rows * q_block)
+    flex = _flex_apart_for_any_length if plain else _flex_apart_for_one_length
+    out, lse, last_rows = flex(q, k, v, *masks, scale, options, rows, in_nats)
     return out, lse if wanted.lse else None, density, last_rows
 
 
-def _first_query_apart(q, config, wanted):
-    q_block = config.block_sizes[0]
-    return (ceil_div(q.shape[2], q_block) - wanted.rows_apart) * q_block
-
-
-def _put(last_rows, out, lse, density):
-    """Writes the block rows that attended by themselves into the outputs of all."""
+def _put(last_rows, first, out, lse, density):
+    """Writes the block rows that attended by themselves, from query `first` on, into the outputs of all."""
     if last_rows is not None:
-        last_out, last_lse = last_rows
-        out[:, :, -last_out.shape[2] :] = last_out
-        if lse is not None:
-            lse[:, :, -last_out.shape[2] :] = last_lse
+        for whole, last in zip((out, lse), last_rows, strict=True):
+            if whole is not None:
+                whole[:, :, first:] = last[:, :, : whole.shape[2] - first]
 
 
 def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted):
@@ -209,10 +202,24 @@ def _flex(q, k, v, block_mask, scale, return_lse, options, score_mod=None):
     return (out[0], out[1].lse) if return_lse else (out, None)
 
 
+def _flex_apart(q, k, v, block_mask, runs_mask, scale, options, rows, in_nats):
+    """out, lse, and (out, lse) of the last `rows` block rows, which have a mask of their own; lse times `in_nats`."""
+    out, lse = _flex(q, k, v, block_mask, scale, True, options)
+    queries = run_queries(q, rows, block_mask.BLOCK_SIZE[0])
+    of_runs, lse_of_runs = _flex(queries, k, v, runs_mask, scale, True, options)
+    return out, lse * in_nats, merge_runs(of_runs, lse_of_runs * in_nats)
+
+
 _attend_compiled = compile_whole(_attend)
 _lists_compiled = compile_whole(_lists)
 _flex_for_any_length = compile_whole(_flex, dynamic=True, specialize_int=False)
 _flex_for_one_length = compile_whole(_flex, dynamic=False)
+_flex_apart_for_any_length = compile_whole(_flex_apart, dynamic=True, specialize_int=False)
+_flex_apart_for_one_length = compile_whole(_flex_apart, dynamic=False)
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def count(way: str) -> None:

@@ -1,4 +1,4 @@
-"""Dense attention for lengths at which sparse attention does not pay, through torch's own fastest kernel."""
+"""Dense attention for lengths at which sparse attention does not pay, through the fastest kernel that is installed."""
 
 import torch
 from jaxtyping import Float
@@ -33,8 +33,14 @@ def dense_attention(
     *,
     causal: bool,
     scale: float | None,
+    flash: bool = False,
 ) -> Float[Tensor, "B Hq L Dv"]:
-    """torch's scaled_dot_product_attention, causal or over all pairs."""
+    """torch's scaled_dot_product_attention, or with `flash` FlashAttention 4; causal or over all pairs."""
+    if flash:
+        from flash_attn.cute.interface import flash_attn_func
+
+        out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal, softmax_scale=scale)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # it has B L H D
     settings = {"is_causal": causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if q.device.type != "cuda" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, **settings)

@@ -15,13 +15,15 @@ from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 
 RUNS = 8  # of each row; at 131,072 tokens 4, 8 and 16 took 0.40, 0.41 and 0.61 ms
-LEAST_KEYS = 16384  # from which on a row takes longer than the few launches that this adds
+LEAST_KEYS = 16384  # from which on, with Triton, a row takes longer than the second kernel that this compiles
 
 
-def rows_apart(Lq: int, Lk: int, config: RRConfig) -> int:
-    """How many block rows at the end of the queries to attend to by themselves."""
+def rows_apart(Lq: int, Lk: int, config: RRConfig, kernel: str) -> int:
+    """How many block rows at the end of the queries attend by themselves with `kernel` ("triton", "flash", "cpu")."""
     rows = config.dense_last_rows
-    return rows if Lk >= LEAST_KEYS and rows < ceil_div(Lq, config.block_sizes[0]) else 0
+    if kernel == "cpu" or rows >= ceil_div(Lq, config.block_sizes[0]) or (kernel == "triton" and Lk < LEAST_KEYS):
+        return 0
+    return rows
 
 
 def take_apart(lists: Lists, rows: int) -> tuple[Lists, Lists]:
@@ -53,9 +55,18 @@ def _in_runs(counts: Int[Tensor, "B H nQ"], indices: Int[Tensor, "B H nQ nK"], r
     return buffered(length.flatten(1, 2)), buffered(entries.flatten(1, 2))
 
 
-def run_queries(q: Float[Tensor, "B H n D"]) -> Float[Tensor, "B H*RUNS n D"]:
-    """The queries of the last rows, once for each run."""
-    return q.repeat_interleave(RUNS, dim=1)
+def first_query(Lq: int, rows: int, q_block: int) -> int:
+    """The first query of the last `rows` block rows."""
+    return (ceil_div(Lq, q_block) - rows) * q_block
+
+
+def run_queries(q: Float[Tensor, "B H Lq D"], rows: int, q_block: int) -> Float[Tensor, "B H*RUNS n D"]:
+    """The queries of the last rows, once for each run; n = rows · q_block, the last query repeated where it ends short.
+
+    So n is the same for every length, and one graph serves them all.
+    """
+    place = first_query(q.shape[2], rows, q_block) + torch.arange(rows * q_block, device=q.device)
+    return q.index_select(2, place.clamp(max=q.shape[2] - 1)).repeat_interleave(RUNS, dim=1)
 
 
 def run_mask(mask_mod: MaskMod, first_query: Int[Tensor, ""]) -> MaskMod:

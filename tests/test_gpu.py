@@ -252,10 +252,11 @@ def test_last_rows_by_themselves(monkeypatch, backend, rows):
     )
 
 
-def test_a_short_context_is_dense_through_torch_s_fastest_kernel():
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_short_context_is_dense_through_the_fastest_kernel(backend):
     q, k, v = on_gpu(Shape(B=2, Hq=4, Hkv=2, Lq=300, Lk=300, D=64), dtype=torch.bfloat16)
     before = attention.calls["dense"]
-    out = rr_attention(q, k, v, tau=0.1, min_length=301)
+    out = rr_attention(q, k, v, tau=0.1, min_length=301, backend=backend)
     assert attention.calls["dense"] == before + 1
     assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), oracle.pairs(causal(), 2, 4, 300, 300))
 

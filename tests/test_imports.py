@@ -25,7 +25,7 @@ LINES = [
     ["rr_flex.head_strips"],
     ["rr_flex.sampling"],
     ["rr_flex.block_mask"],
-    ["rr_flex.score_mods"],
+    ["rr_flex.score_mods", "rr_flex.last_rows"],
     ["rr_flex.mass"],
     ["rr_flex.mandatory", "rr_flex.selection"],
     ["rr_flex.cells", "rr_flex.writing"],

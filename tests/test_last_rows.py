@@ -91,13 +91,9 @@ def test_rows_apart_change_nothing(shape, seed, rows, name):
     assert_attends(out, q, k, v, shown & oracle.expand(kept, (shape.Lq, shape.Lk), (128, 128)))
 
 
-def test_only_long_contexts_have_rows_apart():
-    config = RRConfig(dense_last_rows=2)
-    least = last_rows.LEAST_KEYS
-    assert [rows_apart(Lq, Lk, config) for Lq, Lk in ((600, least), (600, least - 1), (256, least), (257, least))] == [
-        2,
-        0,
-        0,
-        2,
-    ]
-    assert rows_apart(600, least, RRConfig(dense_last_rows=0)) == 0
+def test_rows_are_apart_where_it_pays():
+    config, least = RRConfig(dense_last_rows=2), last_rows.LEAST_KEYS
+    lengths = [(600, least), (600, least - 1), (256, least), (257, least)]
+    assert [rows_apart(Lq, Lk, config, "triton") for Lq, Lk in lengths] == [2, 0, 0, 2]
+    assert [rows_apart(Lq, Lk, config, "flash") for Lq, Lk in lengths] == [2, 2, 0, 2]
+    assert rows_apart(600, least, config, "cpu") == rows_apart(600, least, RRConfig(dense_last_rows=0), "flash") == 0
