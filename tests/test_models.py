@@ -130,7 +130,9 @@ def test_a_plan_names_settings_by_layer():
         ({"tau": {7: 0.5}}, ValueError, "layers from 0 to 1"),
         ({"tau": 2.0}, ValueError, "tau must lie"),
         ({"tau": "most"}, TypeError, "one value, a sequence"),
-        ({"profile": "no-such-profile"}, ValueError, "profile must"),
+        ({"profile": "no-such-profile"}, FileNotFoundError, "profile must be a .json file or one of smollm2"),
+        ({"profile": "smollm2-135m-instruct"}, ValueError, "profile must have the model's 4 query heads, got"),
+        ({"profile": 0.5}, TypeError, "profile must map layers"),
         ({"profile": {0: 0.5}}, TypeError, "RRConfig"),
         ({"dense_layers": 3}, ValueError, "dense_layers must"),
         ({"dense_layers": [5]}, ValueError, "dense_layers must"),
@@ -156,6 +158,8 @@ def test_bad_models(llama):
         enable(bloom)
     with enable(llama), pytest.raises(ValueError, match="output_attentions must be False"):
         logits(llama, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions must be False in the model's config"):
+        enable(make("llama", output_attentions=True, attn_implementation="eager"))
 
 
 def test_what_stays_dense_says_why(llama, monkeypatch):

@@ -1,6 +1,7 @@
 """Switch rr_flex on in a Hugging Face model, and off again."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,7 @@ def enable(
     model: nn.Module,
     *,
     tau: float | Sequence[float] | Mapping[int, float] | None = None,
-    profile: Profile | None = None,
+    profile: Profile | str | Path | None = None,
     config: RRConfig | None = None,
     dense_layers: int | Sequence[int] = 0,
     dense_last_tokens: int | None = None,
@@ -42,8 +43,9 @@ def enable(
 ) -> "Enabled":
     """Prefill of `model`'s language model by RRAttention from now on, or within `with enable(model):`.
 
-    `tau`: one share, a sequence of one a layer, or a mapping for some layers. `profile`: layer -> RRConfig, or None for
-    a dense layer; it overrides tau. `config` or single `settings`: fields of RRConfig, for all other layers.
+    `tau`: one share, a sequence of one a layer, or a mapping for some layers. `profile`: a calibrated one by its file
+    or shipped name, or layer -> RRConfig, None for a dense layer; it overrides tau. `config` or single `settings`:
+    fields of RRConfig, for all other layers.
     `dense_layers`: so many first layers, or a list, stay dense. `dense_last_tokens`: at least so many tokens at the end
     of each call's queries see all they may. `sliding_layers`: "select" among the window's blocks, or "dense".
     `backend`: the kernel on CUDA, as in `rr_attention`. A vision tower keeps its attention. TypeError or ValueError
@@ -53,6 +55,8 @@ def enable(
     text_config = root.config.get_text_config(decoder=True)
     if text_config.output_attentions:
         raise ValueError("output_attentions must be False in the model's config under rr_flex, got True")
+    if isinstance(profile, str | Path):
+        profile = RRConfig.from_profile(profile, text_config)
     plan = make_plan(
         getattr(text_config, "num_hidden_layers", 0),
         config=config,

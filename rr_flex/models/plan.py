@@ -109,8 +109,8 @@ def _profile_layers(profile: Profile | None, n_layers: int) -> dict[int, RRConfi
     """The one place where a profile becomes settings by layer."""
     if profile is None:
         return {}
-    if not isinstance(profile, Mapping | Sequence) or isinstance(profile, str):
-        raise ValueError(f"profile must map layers to RRConfig (or None, dense), got {profile!r}")
+    if not isinstance(profile, Mapping | Sequence):
+        raise TypeError(f"profile must map layers to RRConfig (or None, dense), got {profile!r}")
     layers = _by_layer("profile", profile, n_layers)
     for layer, chosen in layers.items():
         if chosen is not None and not isinstance(chosen, RRConfig):
