@@ -10,23 +10,42 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from rr_flex.backends import Backend
 from rr_flex.config import RRConfig
 from rr_flex.models.forward import rr_flex_attention
-from rr_flex.models.plan import ATTRIBUTE, DEFAULTS, Plan, Profile, SlidingLayers, make_plan, set_plan
+from rr_flex.models.plan import (
+    ATTRIBUTE,
+    DEFAULTS,
+    Plan,
+    Profile,
+    SlidingLayers,
+    base_of,
+    check_heads,
+    make_plan,
+    set_plan,
+)
 from rr_flex.models.prefill_mask import prefill_mask
 from rr_flex.models.records import LayerRecord, Report
 
 NAME = "rr_flex"
 
 
-def register(config: RRConfig | None = None, *, sliding_layers: SlidingLayers = "select", **settings: Any) -> None:
+def register(
+    config: RRConfig | None = None,
+    *,
+    dense_last_tokens: int | None = None,
+    sliding_layers: SlidingLayers = "select",
+    backend: Backend = "auto",
+    **settings: Any,
+) -> None:
     """Makes `attn_implementation="rr_flex"` known to transformers; the settings hold for models loaded by that name.
 
-    `enable` calls it; call it yourself only to name "rr_flex" in `from_pretrained`. Later calls replace the settings.
+    `enable` calls it; call it yourself only to name "rr_flex" in `from_pretrained`. Later calls replace the settings,
+    whose names are `enable`'s; those by layer are `enable`'s alone.
     """
+    others = {"dense_last_tokens": dense_last_tokens, "sliding_layers": sliding_layers, "backend": backend}
+    if config is not None or settings or tuple(others.values()) != (None, "select", "auto"):
+        plan = make_plan(0, config=base_of(config, settings), **others)
+        DEFAULTS.update(default=plan.default, sliding_layers=sliding_layers, backend=backend)
     AttentionInterface.register(NAME, rr_flex_attention)
     AttentionMaskInterface.register(NAME, prefill_mask)
-    if config is not None or settings or sliding_layers != "select":
-        plan = make_plan(0, config=config, sliding_layers=sliding_layers, **settings)
-        DEFAULTS.update(default=plan.default, sliding_layers=sliding_layers)
 
 
 def enable(
@@ -68,6 +87,10 @@ def enable(
         backend=backend,
         **settings,
     )
+    heads = getattr(text_config, "num_attention_heads", None)
+    # Some models have a number a layer.
+    if type(heads) is int:
+        check_heads(plan, heads)
     register()
     return Enabled(root, text_config, plan)
 
