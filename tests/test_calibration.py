@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rr_flex import RRConfig
 from rr_flex.calibration import THRESHOLDS, Curves, at_price, calibrate, measure_curves, meet
 from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, compare_selections, hidden_states
+from rr_flex.models import enable
 from rr_flex.profiles import Profile, load_profile, model_name
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -146,6 +147,9 @@ def test_a_profile_round_trips(profile, model, tmp_path):
         assert config.budget == "threshold" and config.threshold == tuple(profile.layers[layer])
         best = RRConfig.from_preset("best")
         assert (config.pool, config.stride, config.order, config.block_size) == ("both", 8, best.order, (128, 64))
+    for named in (path, str(path)):
+        with enable(model, profile=named) as on:
+            assert on.plan.layers == configs
 
 
 def test_another_model_s_profile_is_refused(profile, tmp_path):

@@ -20,8 +20,9 @@ from mask_mods import SpanMask
 from rr_flex import RRConfig, attention
 from rr_flex.models import enable, register, report
 from rr_flex.models.hf_masks import has_window, is_causal, spans_of
-from rr_flex.models.plan import ATTRIBUTE, make_plan
+from rr_flex.models.plan import ATTRIBUTE, make_plan, plan_of
 from rr_flex.models.prefill_mask import prefill_mask
+from rr_flex.models.shards import head_offset_of
 
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 MLA |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
@@ -80,7 +81,38 @@ def test_by_name(llama):
         expected = logits(llama)
     torch.testing.assert_close(logits(named), expected)
     assert report(named).sparse == 2
+    for bad, error, says in (
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"dense_layers": 1}, TypeError, "settings must be preset or fields of RRConfig"),
+    ):
+        with pytest.raises(error, match=says):
+            register(**bad)
+    register(backend="triton", dense_last_tokens=130)
+    found = plan_of(torch.nn.Identity())
+    assert found.backend == "triton" and found.default == RRConfig(dense_last_rows=3)
     register(RRConfig())
+    assert plan_of(torch.nn.Identity()).backend == "auto"
+
+
+def test_levels_by_head_are_split_as_the_heads_are():
+    """Each process of tensor parallelism holds two of the four heads."""
+
+    class Mesh:
+        def get_local_rank(self):
+            return 1
+
+    module = torch.nn.Module()
+    module.config = hf.LlamaConfig(num_attention_heads=4)
+    module.q_proj = torch.nn.Linear(1, 1)
+    module.q_proj.weight.device_mesh = Mesh()
+    for config, name in (
+        (RRConfig(tau=(0.1, 0.2, 0.3, 0.4)), "tau"),
+        (RRConfig(budget="threshold", threshold=(0.1, 0.2, 0.3, 0.4)), "threshold"),
+    ):
+        offset, local = head_offset_of(module, 2, config)
+        assert offset == 2 and getattr(local, name) == (0.3, 0.4)
+        assert head_offset_of(module, 4, config) == (0, config)
+    assert head_offset_of(module, 2, RRConfig(tau=0.5)) == (2, RRConfig(tau=0.5))
 
 
 def test_importing_registers_nothing():
@@ -130,10 +162,18 @@ def test_a_plan_names_settings_by_layer():
         ({"tau": {7: 0.5}}, ValueError, "layers from 0 to 1"),
         ({"tau": 2.0}, ValueError, "tau must lie"),
         ({"tau": "most"}, TypeError, "one value, a sequence"),
-        ({"profile": "no-such-profile"}, ValueError, "profile must"),
+        ({"profile": "no-such-profile"}, FileNotFoundError, "profile must be a .json file or one of smollm2"),
+        ({"profile": "smollm2-135m-instruct"}, ValueError, "profile must have the model's 4 query heads, got"),
+        ({"profile": 0.5}, TypeError, "profile must map layers"),
         ({"profile": {0: 0.5}}, TypeError, "RRConfig"),
         ({"dense_layers": 3}, ValueError, "dense_layers must"),
         ({"dense_layers": [5]}, ValueError, "dense_layers must"),
+        ({"dense_layers": True}, TypeError, "dense_layers must be a number"),
+        ({"dense_layers": "all"}, TypeError, "dense_layers must be a number"),
+        ({"config": {"tau": 0.5}}, TypeError, "config must be an RRConfig"),
+        ({"config": RRConfig(tau=(0.5, 0.6))}, ValueError, r"tau must be .* one a query head \(4\), got 2"),
+        ({"tau": {1: (0.5, 0.6, 0.7)}}, ValueError, r"tau must be .* one a query head \(4\), got 3"),
+        ({"profile": {1: RRConfig(budget="threshold", threshold=(0.1,))}}, ValueError, "threshold must be one number"),
         ({"dense_last_tokens": -1}, ValueError, "dense_last_tokens must"),
         ({"sliding_layers": "off"}, ValueError, "sliding_layers must"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
@@ -156,6 +196,8 @@ def test_bad_models(llama):
         enable(bloom)
     with enable(llama), pytest.raises(ValueError, match="output_attentions must be False"):
         logits(llama, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions must be False in the model's config"):
+        enable(make("llama", output_attentions=True, attn_implementation="eager"))
 
 
 def test_what_stays_dense_says_why(llama, monkeypatch):

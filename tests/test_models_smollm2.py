@@ -1,5 +1,7 @@
 """SmolLM2-135M under rr_flex: real weights, in float32 and bfloat16, and quantised by torchao."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,7 @@ CONFIGS = ["Int8DynamicActivationInt8WeightConfig", "Int8WeightOnlyConfig", "Flo
 def test_quantised_weights(loaded, name):
     quantization = pytest.importorskip("torchao.quantization")
     float_loss = loss(logits(loaded[0], loaded[2]), loaded[2])
-    (model, tokenizer), ids = load_causal_lm(), loaded[2]
+    model, tokenizer, ids = copy.deepcopy(loaded[0]), *loaded[1:]
     quantization.quantize_(model, getattr(quantization, name)())
     dense, continuation = logits(model, ids), generate(model, ids)
     with enable(model, tau=1.0, **SETTINGS):

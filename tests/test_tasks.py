@@ -8,8 +8,11 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers as hf
+from model_families import make
+
 from rr_flex import RRConfig
-from rr_flex.commands.tasks import import_suite
+from rr_flex.commands.tasks import bar, import_suite
 from rr_flex.tasks import answers, helmet, recall, results, video_mme
 from rr_flex.tasks.results import DENSE, Cell
 from rr_flex.tasks.run import describe, run
@@ -105,6 +108,36 @@ def test_table_and_heat_map(tmp_path):
     pytest.importorskip("matplotlib")
     results.heat_map(cells, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multivalue"])
+def test_ruler_by_lm_eval(task, tmp_path, monkeypatch):
+    """lm-eval's samples fit their length, go through rr_flex, and are scored by what is said of them."""
+    pytest.importorskip("lm_eval")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from rr_flex.tasks import ruler
+
+    letters = {letter: token for token, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    characters = Tokenizer(models.BPE(letters, []))
+    characters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    characters.decoder = decoders.ByteLevel()
+    characters.add_special_tokens(["<end>"])
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<end>", pad_token="<end>")
+    model = make("llama", vocab_size=257, eos_token_id=256, pad_token_id=256, max_position_embeddings=4096)
+
+    options = {"suite": "ruler", "tasks": [task], "lengths": [4096], "samples": 2, "name": "m"}
+    options |= {"configs": [RRConfig(tau=0.4)], "path": tmp_path / "cells.jsonl"}
+    (found,) = run(model, tokenizer, score=ruler.scores, **options)
+    assert found.score == 0 and found.density < 1 and 4000 < found.tokens <= 2 * 4096
+
+    def says_all_of_it(input_ids, **_):
+        return torch.cat([input_ids, input_ids], 1)
+
+    monkeypatch.setattr(model, "generate", says_all_of_it)
+    scores, tokens = ruler.scores(model, tokenizer, task, 4096, 2)
+    assert scores == [1.0, 1.0] and tokens == found.tokens
 
 
 def rows(path, *found):
@@ -213,6 +246,11 @@ def test_letters():
         "",
         "",
     ]
+
+
+def test_the_bar_fills():
+    assert bar(0, 3) == f"[{'-' * 20}] 0 of 3" and bar(3, 3) == f"[{'#' * 20}] 3 of 3"
+    assert bar(1, 4) == f"[{'#' * 5}{'-' * 15}] 1 of 4"
 
 
 def test_suites_check_their_arguments(tmp_path):

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         path=arguments.results,
         chat=arguments.chat_template,
         batch_size=arguments.batch_size,
-        progress=lambda text, done, of: progress(f"[{done + 1}/{of}] {text}"),
+        progress=lambda text, done, of: progress(f"{bar(done, of)}  {text}"),
     ):
         progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
     print(file=sys.stderr)
@@ -129,6 +129,12 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         write_atomically(Path(arguments.json), lambda stream: stream.write(document.encode()))
     print(document if arguments.json == "-" else results.table(cells))
     return 0
+
+
+def bar(done: int, of: int, width: int = 20) -> str:
+    """[#####---------------] 1 of 4"""
+    filled = width * done // of
+    return f"[{'#' * filled}{'-' * (width - filled)}] {done} of {of}"
 
 
 def import_suite(arguments: argparse.Namespace):

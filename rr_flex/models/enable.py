@@ -1,6 +1,7 @@
 """Switch rr_flex on in a Hugging Face model, and off again."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,30 +10,49 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from rr_flex.backends import Backend
 from rr_flex.config import RRConfig
 from rr_flex.models.forward import rr_flex_attention
-from rr_flex.models.plan import ATTRIBUTE, DEFAULTS, Plan, Profile, SlidingLayers, make_plan, set_plan
+from rr_flex.models.plan import (
+    ATTRIBUTE,
+    DEFAULTS,
+    Plan,
+    Profile,
+    SlidingLayers,
+    base_of,
+    check_heads,
+    make_plan,
+    set_plan,
+)
 from rr_flex.models.prefill_mask import prefill_mask
 from rr_flex.models.records import LayerRecord, Report
 
 NAME = "rr_flex"
 
 
-def register(config: RRConfig | None = None, *, sliding_layers: SlidingLayers = "select", **settings: Any) -> None:
+def register(
+    config: RRConfig | None = None,
+    *,
+    dense_last_tokens: int | None = None,
+    sliding_layers: SlidingLayers = "select",
+    backend: Backend = "auto",
+    **settings: Any,
+) -> None:
     """Makes `attn_implementation="rr_flex"` known to transformers; the settings hold for models loaded by that name.
 
-    `enable` calls it; call it yourself only to name "rr_flex" in `from_pretrained`. Later calls replace the settings.
+    `enable` calls it; call it yourself only to name "rr_flex" in `from_pretrained`. Later calls replace the settings,
+    whose names are `enable`'s; those by layer are `enable`'s alone.
     """
+    others = {"dense_last_tokens": dense_last_tokens, "sliding_layers": sliding_layers, "backend": backend}
+    if config is not None or settings or tuple(others.values()) != (None, "select", "auto"):
+        plan = make_plan(0, config=base_of(config, settings), **others)
+        DEFAULTS.update(default=plan.default, sliding_layers=sliding_layers, backend=backend)
     AttentionInterface.register(NAME, rr_flex_attention)
     AttentionMaskInterface.register(NAME, prefill_mask)
-    if config is not None or settings or sliding_layers != "select":
-        plan = make_plan(0, config=config, sliding_layers=sliding_layers, **settings)
-        DEFAULTS.update(default=plan.default, sliding_layers=sliding_layers)
 
 
 def enable(
     model: nn.Module,
     *,
     tau: float | Sequence[float] | Mapping[int, float] | None = None,
-    profile: Profile | None = None,
+    profile: Profile | str | Path | None = None,
     config: RRConfig | None = None,
     dense_layers: int | Sequence[int] = 0,
     dense_last_tokens: int | None = None,
@@ -42,8 +62,9 @@ def enable(
 ) -> "Enabled":
     """Prefill of `model`'s language model by RRAttention from now on, or within `with enable(model):`.
 
-    `tau`: one share, a sequence of one a layer, or a mapping for some layers. `profile`: layer -> RRConfig, or None for
-    a dense layer; it overrides tau. `config` or single `settings`: fields of RRConfig, for all other layers.
+    `tau`: one share, a sequence of one a layer, or a mapping for some layers. `profile`: a calibrated one by its file
+    or shipped name, or layer -> RRConfig, None for a dense layer; it overrides tau. `config` or single `settings`:
+    fields of RRConfig, for all other layers.
     `dense_layers`: so many first layers, or a list, stay dense. `dense_last_tokens`: at least so many tokens at the end
     of each call's queries see all they may. `sliding_layers`: "select" among the window's blocks, or "dense".
     `backend`: the kernel on CUDA, as in `rr_attention`. A vision tower keeps its attention. TypeError or ValueError
@@ -53,6 +74,8 @@ def enable(
     text_config = root.config.get_text_config(decoder=True)
     if text_config.output_attentions:
         raise ValueError("output_attentions must be False in the model's config under rr_flex, got True")
+    if isinstance(profile, str | Path):
+        profile = RRConfig.from_profile(profile, text_config)
     plan = make_plan(
         getattr(text_config, "num_hidden_layers", 0),
         config=config,
@@ -64,6 +87,10 @@ def enable(
         backend=backend,
         **settings,
     )
+    heads = getattr(text_config, "num_attention_heads", None)
+    # Some models have a number a layer.
+    if type(heads) is int:
+        check_heads(plan, heads)
     register()
     return Enabled(root, text_config, plan)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from rr_flex.backends import Backend
-from rr_flex.config import RRConfig
+from rr_flex.config import LEVELS, RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.models.records import LayerRecord
 
@@ -71,7 +71,7 @@ def make_plan(
     **settings: Any,
 ) -> Plan:
     """The plan of a model of `n_layers` layers; the arguments are those of `rr_flex.models.enable`."""
-    base = (config or RRConfig()).with_settings(settings)
+    base = base_of(config, settings)
     if dense_last_tokens is not None:
         if type(dense_last_tokens) is not int or dense_last_tokens < 0:
             raise ValueError(f"dense_last_tokens must be an int of at least 0, got {dense_last_tokens!r}")
@@ -92,6 +92,22 @@ def make_plan(
     return Plan(default=base, layers=layers, sliding_layers=sliding_layers, backend=backend)
 
 
+def base_of(config: RRConfig | None, settings: dict[str, Any]) -> RRConfig:
+    """`config`, or the defaults, with single settings replaced."""
+    if not isinstance(config, RRConfig | None):
+        raise TypeError(f"config must be an RRConfig, got {config!r}")
+    return (config or RRConfig()).with_settings(settings)
+
+
+def check_heads(plan: Plan, heads: int) -> None:
+    """ValueError for levels by head, of tau or threshold, that are not as many as the model's query heads."""
+    for config in (plan.default, *plan.layers.values()):
+        name = LEVELS[config.budget] if config else "tau"
+        level = getattr(config, name, None)
+        if not isinstance(level, float | int | None) and len(level) != heads:
+            raise ValueError(f"{name} must be one number or one a query head ({heads}), got {len(level)}")
+
+
 def _by_layer(name: str, values: Sequence | Mapping, n_layers: int) -> dict[int, Any]:
     """A value a layer from a sequence (one for each layer) or a mapping (for some layers)."""
     if isinstance(values, Mapping):
@@ -109,8 +125,8 @@ def _profile_layers(profile: Profile | None, n_layers: int) -> dict[int, RRConfi
     """The one place where a profile becomes settings by layer."""
     if profile is None:
         return {}
-    if not isinstance(profile, Mapping | Sequence) or isinstance(profile, str):
-        raise ValueError(f"profile must map layers to RRConfig (or None, dense), got {profile!r}")
+    if not isinstance(profile, Mapping | Sequence):
+        raise TypeError(f"profile must map layers to RRConfig (or None, dense), got {profile!r}")
     layers = _by_layer("profile", profile, n_layers)
     for layer, chosen in layers.items():
         if chosen is not None and not isinstance(chosen, RRConfig):
@@ -124,6 +140,8 @@ def _dense_layers(chosen: int | Sequence[int], n_layers: int) -> Sequence[int]:
         if not 0 <= chosen <= n_layers:
             raise ValueError(f"dense_layers must be 0 to {n_layers} first layers or a list of them, got {chosen}")
         return range(chosen)
+    if isinstance(chosen, str) or not isinstance(chosen, Sequence):
+        raise TypeError(f"dense_layers must be a number of first layers or a list of layers, got {chosen!r}")
     for layer in chosen:
         _check_layer("dense_layers", layer, n_layers)
     return chosen

@@ -20,7 +20,7 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class VideoQuestion:
-    video: Path  # a video file, or .npy: uint8 [frames, height, width, 3]
+    video: Path  # a video file, or .npy: uint8 [frames, height, width, 3], one frame a second
     prompt: str
     answer: str  # A, B, C or D
     duration: str  # one of DURATIONS
@@ -84,13 +84,17 @@ def scores_in(folder: Path, frames: int = 64):
 
 
 def prepare(processor, question: VideoQuestion, frames: int) -> Any:
-    """The processor's inputs for one chat turn of video and question; it samples `frames` frames of a video file."""
+    """The processor's inputs for one chat turn of video and question; it samples `frames` frames of a video."""
     if question.video.suffix == ".npy":
         clip = np.load(question.video)
-        chosen = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
-        video, sampling = torch.from_numpy(clip[chosen]).permute(0, 3, 1, 2), {"do_sample_frames": False}
+        chosen = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int).tolist()
+        # Some processors write each frame's time into the prompt, others into the positions.
+        times = {"fps": 1.0, "total_num_frames": len(clip), "frames_indices": chosen}
+        video = torch.from_numpy(clip[chosen]).permute(0, 3, 1, 2)
+        sampling = {"do_sample_frames": False, "video_metadata": [times]}
     else:
-        video, sampling = str(question.video), {"do_sample_frames": True, "num_frames": frames}
+        # Qwen3-VL's processor has an fps of its own, which it would not take beside num_frames.
+        video, sampling = str(question.video), {"do_sample_frames": True, "num_frames": frames, "fps": None}
     turn = [{"type": "video"}, {"type": "text", "text": question.prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
