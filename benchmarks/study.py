@@ -1,8 +1,9 @@
 """The accuracy study: `python -m benchmarks.study --out DIR`, on a GPU if there is one.
 
-Every rule at equal density on SmolLM2's own q, k and v over texts of five kinds, the same with flatter attention, the
-structured workload, and what the model predicts at each budget. Work is cut into tasks, the most telling first; what
-does not fit into --budget-seconds is left out, and named in about.json.
+What SmolLM2 predicts at each budget, on texts of five kinds and at several lengths; then every rule at equal density on
+its own q, k and v, the same with flatter attention, and the structured workload. Work is cut into tasks, the most
+telling first: predictions at the first length, prose and code before the rest. What does not fit into --budget-seconds
+is left out, and named in about.json. `benchmarks.study_report` puts the folders of several runs together.
 """
 
 import argparse
@@ -42,8 +43,10 @@ TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # densities of the calibrated profiles
 CALIBRATED_AT = 0.3  # the profile that the study of errors scales to every density
 FIRST_GUESS = 10.0  # seconds of a task of a kind that has not run yet
 FLATTER = 0.5  # factor of the logits that stands in for a model whose attention is diffuse
-TAUS = (0.8, 0.9, 0.95, 0.98)
-THRESHOLDS = (0.016, 0.008, 0.004, 0.002, 0.001, 0.0005)
+TAUS = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+THRESHOLDS = (0.008, 0.004, 0.002, 0.001, 0.0005, 0.00025, 0.0001)  # at 8,192 tokens; shares of fewer blocks are larger
+LENGTHS = (8192, 2048, 4096)
+PARTS = ("predictions", "errors")
 SHORT_RULES = (  # where the study of all rules would cost more than it tells
     *COMPARED,
     "both, order 2, 8/16",
@@ -75,31 +78,31 @@ class Study:
     model: torch.nn.Module
     tokenizer: object
     kinds: Sequence[str]
-    length: int
+    length: int  # of the errors in all layers and the flatter ones
     judged: Sequence[int]  # layers, each with its predecessor
     first_level: int = 0  # of each rule's budgets in `runs`
     records: list[Record] = field(default_factory=list)
     predictions: list[dict] = field(default_factory=list)
     refined: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by rule and text, a share a density
-    curves: Curves | None = None
+    curves: dict[int, Curves] = field(default_factory=dict)  # by the length that they were measured at
 
     def ids(self, kind: str, part: int, length: int) -> Tensor:
         return tokenize(self.tokenizer, sample_text(kind, part), length).to(self.device)
 
-    def calibrate(self) -> None:
-        texts = [self.ids(kind, TUNING_PART, self.length) for kind in self.kinds]
-        self.curves = measure_curves(self.model, texts, RRConfig.from_preset("best"), lambda *_: None)
+    def calibrate(self, length: int) -> None:
+        texts = [self.ids(kind, TUNING_PART, length) for kind in self.kinds]
+        self.curves[length] = measure_curves(self.model, texts, RRConfig.from_preset("best"), lambda *_: None)
 
-    def targets(self) -> list[float]:
-        """Those of TARGETS that are more than the mandatory blocks."""
-        if self.curves is None:
+    def targets(self, length: int) -> list[float]:
+        """Those of TARGETS that are more than the mandatory blocks; none where nothing was calibrated."""
+        if length not in self.curves:
             return []
-        least = self.curves.density.amin(2).mean().item()
+        least = self.curves[length].density.amin(2).mean().item()
         return [density for density in TARGETS if density > least]
 
-    def profile(self, density: float) -> Profile:
-        names = [f"{kind}:{TUNING_PART}, {self.length} tokens" for kind in self.kinds]
-        return profile_at(self.model, self.curves, RRConfig.from_preset("best"), density, names)
+    def profile(self, density: float, length: int) -> Profile:
+        names = [f"{kind}:{TUNING_PART}, {length} tokens" for kind in self.kinds]
+        return profile_at(self.model, self.curves[length], RRConfig.from_preset("best"), density, names)
 
     def errors(self, kind: str, part: int, length: int, rules: Sequence[str] | None = None) -> None:
         """All rules, or some, on one text; the same with flatter attention at the study's own length."""
@@ -107,8 +110,8 @@ class Study:
         wanted = {layer - back for layer in self.judged for back in (0, 1)}
         hidden_states(self.model, self.ids(kind, part, length), keeping(kept, wanted))
         chosen = RULES if rules is None else {name: RULES[name] for name in rules}
-        if self.curves is not None and length == self.length:
-            profile = self.profile(max(CALIBRATED_AT, self.targets()[0]))
+        if length == self.length and length in self.curves:
+            profile = self.profile(max(CALIBRATED_AT, self.targets(length)[0]), length)
             chosen = chosen | {"best, calibrated": calibrated(RULES[BEST].config, profile.layers)}
         name = f"{kind}{part}" if length == self.length else f"{kind}{part}-{length}"
         with torch.no_grad():
@@ -129,12 +132,12 @@ class Study:
                 _, shares = kept_coarse_to_fine(*weights, *blocks, densities=DENSITIES, band=BAND)
                 self.refined.setdefault(name, {})[text] = [round(share, 4) for share in shares]
 
-    def predict(self, kind: str, part: int, length: int, runs: dict[tuple[str, float | None], Callable]) -> None:
+    def predict(self, kind: str, part: int, length: int) -> None:
         """The model's predictions under each attention against its dense ones."""
         ids = self.ids(kind, part, length)
         dense = hidden_states(self.model, ids, attend_densely)
         head = self.model.get_output_embeddings()
-        for (rule, level), make in runs.items():
+        for (rule, level), make in self.runs(length).items():
             attention = make()
             if rule == "dense, bfloat16":
                 compared = hidden_states(copy.deepcopy(self.model).bfloat16(), ids, attention).to(dense.dtype)
@@ -150,60 +153,65 @@ class Study:
         rules = {name: RULES[name] for name in SHORT_RULES}
         self.records += judge_structured(seed, length, heads, rules, self.device)
 
-    def runs(self) -> dict[tuple[str, float | None], Callable]:
+    def runs(self, length: int) -> dict[tuple[str, float | None], Callable]:
         """Attention by (rule, level) for `predict`."""
-        found: dict[tuple[str, float | None], Callable] = {("dense, bfloat16", None): lambda: attend_densely}
+        found: dict[tuple[str, float | None], Callable] = {}
+        thresholds = [level * 8192 / length for level in THRESHOLDS[self.first_level :]]
 
         def add(rule: str, level: float, config) -> None:
             found[rule, level] = lambda: SparseAttention(config)
 
+        # What rounding alone does; on a CPU six times as slow as a run in float32.
+        if self.device.type == "cuda":
+            found["dense, bfloat16", None] = lambda: attend_densely
         for tau in TAUS[self.first_level :]:
             add("rr", tau, RULES["rr"].config.with_settings({"tau": tau}))
-        for threshold in THRESHOLDS[self.first_level :]:
-            add(BEST, threshold, RULES[BEST].config.with_settings({"threshold": threshold}))
-        for threshold in THRESHOLDS[self.first_level :: 2]:
-            add(FAST, threshold, RULES[FAST].config.with_settings({"threshold": threshold}))
+        for rule in (BEST, FAST):
+            for threshold in thresholds:
+                add(rule, threshold, RULES[rule].config.with_settings({"threshold": threshold}))
+        for threshold in thresholds[::2]:
             found["oracle mass 128×64", threshold] = lambda level=threshold: OracleAttention((128, 64), level)
-        for density in self.targets()[self.first_level :]:
-            add("best, calibrated", density, self.profile(density).configs())
-        for density in TARGETS[self.first_level :: 2]:
+        for density in self.targets(length)[self.first_level :]:
+            add("best, calibrated", density, self.profile(density, length).configs())
+        for density in TARGETS[self.first_level :][1::2] or TARGETS[-1:]:
             uniform = RULES[BEST].config.with_settings({"budget": "density", "target_density": density})
             add("best, every layer at the density", density, uniform)
         return found
 
 
-def tasks_of(study: Study, lengths: Sequence[int], structured: tuple[int, int]) -> list[tuple[str, Callable[[], None]]]:
+def tasks_of(
+    study: Study, lengths: Sequence[int], structured: tuple[int, int], parts: Sequence[str] = PARTS
+) -> list[tuple[str, Callable[[], None]]]:
     """(name, function), the most telling first; `structured`: that workload's length and query heads."""
-    kinds, full, (structured_length, heads) = study.kinds, study.length, structured
+    (full, *others), (structured_length, heads) = lengths, structured
     first, second = HELD_OUT_PARTS
     tasks: list[tuple[str, Callable[[], None]]] = []
 
     def add(name: str, function: Callable, *args) -> None:
-        tasks.append(
-            (f"{name} {' '.join(str(x) for x in args if isinstance(x, str | int))}".strip(), lambda: function(*args))
-        )
+        words = [name, *(str(x) for x in args if isinstance(x, str | int))]
+        tasks.append((" ".join(words), lambda: function(*args)))
 
-    def predict(kind: str, part: int, length: int) -> None:
-        study.predict(kind, part, length, study.runs())
+    def of_every_kind(name: str, function: Callable, *args) -> None:
+        for kind in study.kinds:
+            add(name, function, kind, *args)
 
-    add("calibrate", study.calibrate)
-    for kind in kinds:
-        add("errors", study.errors, kind, first, full)
-    for seed in (1, 2):
-        add("structured", study.structured, seed, structured_length, heads)
-    for kind in kinds:
-        add("predict", predict, kind, first, full)
-    for kind in kinds:
-        add("errors", study.errors, kind, second, full)
-    for kind in kinds:
-        add("errors", study.errors, kind, TUNING_PART, full)
-    for kind in kinds:
-        add("predict", predict, kind, second, full)
-    for length in lengths:
-        for kind in kinds:
-            add("predict", predict, kind, first, length)
-            add("errors", study.errors, kind, first, length, SHORT_RULES)
-    add("structured", study.structured, 0, structured_length, heads)
+    add("calibrate", study.calibrate, full)
+    if "predictions" in parts:
+        of_every_kind("predict", study.predict, first, full)
+        of_every_kind("predict", study.predict, second, full)
+        for length in others:
+            add("calibrate", study.calibrate, length)
+            of_every_kind("predict", study.predict, first, length)
+            of_every_kind("predict", study.predict, second, length)
+    if "errors" in parts:
+        of_every_kind("errors", study.errors, first, full)
+        for seed in (1, 2):
+            add("structured", study.structured, seed, structured_length, heads)
+        of_every_kind("errors", study.errors, second, full)
+        of_every_kind("errors", study.errors, TUNING_PART, full)
+        for length in others:
+            of_every_kind("errors", study.errors, first, length, SHORT_RULES)
+        add("structured", study.structured, 0, structured_length, heads)
     return tasks
 
 
@@ -212,7 +220,9 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="from the start [no limit]")
-    parser.add_argument("--smoke", action="store_true", help="two kinds of text, 1,024 tokens, two layers")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS", help="[%(default)s]")
+    parser.add_argument("--only", choices=PARTS, help="leave the other half out")
+    parser.add_argument("--smoke", action="store_true", help="code only, 1,024 and 512 tokens, two layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="named in the results where there is no git history")
     arguments = parser.parse_args()
@@ -220,12 +230,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_causal_lm(arguments.model, device=arguments.device)
     where = torch.device(arguments.device)
+    parts = PARTS if arguments.only is None else (arguments.only,)
     if arguments.smoke:
-        study = Study(where, model, tokenizer, ("code", "key-value"), 1024, (2, 5), -1)
-        tasks = tasks_of(study, (512,), (2048, 8))
+        lengths = (1024, 512)
+        study = Study(where, model, tokenizer, ("code",), lengths[0], (2, 5), -1)
+        tasks = tasks_of(study, lengths, (2048, 8), parts)
     else:
-        study = Study(where, model, tokenizer, tuple(KINDS), 8192, range(2, 30, 3))
-        tasks = tasks_of(study, (2048, 4096), (16384, 32))
+        lengths = arguments.lengths
+        study = Study(where, model, tokenizer, tuple(KINDS), lengths[0], range(2, 30, 3))
+        tasks = tasks_of(study, lengths, (16384, 32), parts)
     about = environment(study, arguments.commit)
     about["loading"] = round(time.perf_counter() - start, 1)
     try:
@@ -285,9 +298,11 @@ def environment(study: Study, commit: str | None) -> dict:
 def write(folder: Path, study: Study, about: dict) -> None:
     write_records(folder / "records.json", study.records)
     (folder / "predictions.json").write_text(json.dumps(study.predictions), encoding="utf-8")
-    if study.curves is not None:
-        profiles = {density: dataclasses.asdict(study.profile(density)) for density in study.targets()}
-        (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
+    profiles = {
+        length: {density: dataclasses.asdict(study.profile(density, length)) for density in study.targets(length)}
+        for length in study.curves
+    }
+    (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
     (folder / "about.json").write_text(json.dumps(about | {"refined": study.refined}, indent=1), encoding="utf-8")
 
 
