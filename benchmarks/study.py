@@ -137,6 +137,7 @@ class Study:
         ids = self.ids(kind, part, length)
         dense = hidden_states(self.model, ids, attend_densely)
         head = self.model.get_output_embeddings()
+        rows = []
         for (rule, level), make in self.runs(length).items():
             attention = make()
             if rule == "dense, bfloat16":
@@ -147,7 +148,9 @@ class Study:
             density = getattr(attention, "density", 1.0)
             ratio = found.perplexity_compared / found.perplexity
             row = Prediction(rule, f"{kind}{part}", level, density, found.kl, found.agreement, ratio)
-            self.predictions.append({"length": length} | dataclasses.asdict(row))
+            rows.append({"length": length} | dataclasses.asdict(row))
+        # All at once: a text that failed half-way has none.
+        self.predictions += rows
 
     def structured(self, seed: int, length: int, heads: int) -> None:
         rules = {name: RULES[name] for name in SHORT_RULES}

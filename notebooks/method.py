@@ -31,10 +31,11 @@ from pathlib import Path
 
 import torch
 
-from rr_flex.evaluation.curves import error_figure
+from rr_flex.evaluation.curves import error_figure, prediction_figure
 from rr_flex.evaluation.estimators import multiplications
+from rr_flex.evaluation.predictions import curve, kl_at, value_at
 from rr_flex.evaluation.rules import BEST, FAST, RULES
-from rr_flex.evaluation.summaries import StudyFile, gain_over, group_of, kind_of, of_group, summarise
+from rr_flex.evaluation.summaries import StudyFile, gain_over, group_of, kind_of, kl_gain, of_group, summarise
 from rr_flex.sampling import moments, pooled_query_features, second_order_features
 
 here = Path(__file__).parent if "__file__" in globals() else Path()
@@ -209,6 +210,50 @@ figure = error_figure(
 figure
 
 # %% [markdown]
+# ### What the model predicts
+#
+# Errors of layers add up in ways that no layer shows, so the last judge is the model: its predictions with sparse attention
+# in every layer against its dense ones, on held-out texts. *KL* is the divergence in nats a token, *agreement* the share of
+# positions with the same most likely next token, *perplexity* its excess over the dense model's. Each rule runs at several
+# levels of its budget; values at a density are interpolated between them, and means are over texts. A dash: a text's levels
+# do not reach that density (mandatory blocks alone are .3 at 2,048 tokens).
+
+# %%
+PREDICTED = ("rr", FAST, BEST, "best, every layer at the density", "best, calibrated", "oracle mass 128×64")
+READ = {"kl": (kl_at, 1, 0), "agreement": (value_at, 100, 0), "perplexity_ratio": (value_at, 100, 1)}
+for length in (8192, 4096, 2048):
+    if length not in study.predictions:
+        print(f"{length:,} tokens: not measured\n")
+        continue
+    runs, where = study.predictions[length], about["predictions"][str(length)]
+    texts = list(dict.fromkeys(run.text for run in runs))
+    print(f"{length:,} tokens, {', '.join(texts)}; {where['device']}, torch {where['torch']}, {where['date']}")
+    for measure, (read, factor, less) in READ.items():
+        print(f"{measure:36}" + "".join(f"{density:>9.2f}" for density in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)))
+        for rule in PREDICTED:
+            line = f"{rule:36}"
+            for density in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+                values = [read(curve(runs, rule, text, measure), density) for text in texts]
+                mean = None if None in values else factor * (sum(values) / len(values) - less)
+                line += f"{'–':>9}" if mean is None else f"{mean:>9.4f}" if measure == "kl" else f"{mean:>8.2f}%"
+            print(line)
+    for density in (0.3, 0.4, 0.5, 0.6):
+        gain = kl_gain(runs, "best, calibrated", BEST, density, texts)
+        if gain is not None:
+            print(
+                f"calibrated below one threshold at {density}: KL {gain.mean:.0%} ({gain.low:.0%} to {gain.high:.0%})"
+            )
+    print()
+
+# %%
+measured = max(study.predictions, default=None)
+figure = None
+if measured is not None:
+    shown_runs = [run for run in study.predictions[measured] if run.rule in PREDICTED]
+    figure = prediction_figure(shown_runs, f"{about['model']}, {measured:,} tokens: a line a text")
+figure
+
+# %% [markdown]
 # ## 5. What failed, and what is level
 #
 # Every rule on two held-out texts, prose and code, ten layers, on an H100 (`study-every-rule.json`). That run was made
@@ -274,4 +319,6 @@ for scope in ("layer", "model"):
 # python -m benchmarks.study_report raw            # writes study.json and the README's tables
 # ```
 #
-# It also runs the model's predictions, which the results file here does not have yet. Texts come from the standard library, so another version of Python makes slightly other texts.
+# Predictions come first, then errors; with `--budget-seconds` what does not fit is left out. The report takes several
+# folders, and keeps what a new one lacks. Texts come from the standard library, so another version of Python makes slightly
+# other texts.
