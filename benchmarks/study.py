@@ -80,7 +80,7 @@ class Study:
     kinds: Sequence[str]
     length: int  # of the errors in all layers and the flatter ones
     judged: Sequence[int]  # layers, each with its predecessor
-    first_level: int = 0  # of each rule's budgets in `runs`
+    every: int = 1  # of how many levels of a rule's budget `runs` has one
     records: list[Record] = field(default_factory=list)
     predictions: list[dict] = field(default_factory=list)
     refined: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by rule and text, a share a density
@@ -159,7 +159,7 @@ class Study:
     def runs(self, length: int) -> dict[tuple[str, float | None], Callable]:
         """Attention by (rule, level) for `predict`."""
         found: dict[tuple[str, float | None], Callable] = {}
-        thresholds = [level * 8192 / length for level in THRESHOLDS[self.first_level :]]
+        thresholds = [level * 8192 / length for level in THRESHOLDS]
 
         def add(rule: str, level: float, config) -> None:
             found[rule, level] = lambda: SparseAttention(config)
@@ -167,16 +167,16 @@ class Study:
         # What rounding alone does; on a CPU six times as slow as a run in float32.
         if self.device.type == "cuda":
             found["dense, bfloat16", None] = lambda: attend_densely
-        for tau in TAUS[self.first_level :]:
+        for tau in TAUS[:: self.every]:
             add("rr", tau, RULES["rr"].config.with_settings({"tau": tau}))
         for rule in (BEST, FAST):
-            for threshold in thresholds:
+            for threshold in thresholds[:: self.every]:
                 add(rule, threshold, RULES[rule].config.with_settings({"threshold": threshold}))
-        for threshold in thresholds[::2]:
+        for threshold in thresholds[:: 2 * self.every]:
             found["oracle mass 128×64", threshold] = lambda level=threshold: OracleAttention((128, 64), level)
-        for density in self.targets(length)[self.first_level :]:
+        for density in self.targets(length)[:: self.every]:
             add("best, calibrated", density, self.profile(density, length).configs())
-        for density in TARGETS[self.first_level :][1::2] or TARGETS[-1:]:
+        for density in TARGETS[1 :: 2 * self.every]:
             uniform = RULES[BEST].config.with_settings({"budget": "density", "target_density": density})
             add("best, every layer at the density", density, uniform)
         return found
@@ -224,6 +224,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="from the start [no limit]")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS", help="[%(default)s]")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=tuple(KINDS), help="of text [all]")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of N levels of a budget one [%(default)s]")
     parser.add_argument("--only", choices=PARTS, help="leave the other half out")
     parser.add_argument("--smoke", action="store_true", help="code only, 1,024 and 512 tokens, two layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -236,11 +238,11 @@ def main() -> None:
     parts = PARTS if arguments.only is None else (arguments.only,)
     if arguments.smoke:
         lengths = (1024, 512)
-        study = Study(where, model, tokenizer, ("code",), lengths[0], (2, 5), -1)
+        study = Study(where, model, tokenizer, ("code",), lengths[0], (2, 5), every=10)
         tasks = tasks_of(study, lengths, (2048, 8), parts)
     else:
         lengths = arguments.lengths
-        study = Study(where, model, tokenizer, tuple(KINDS), lengths[0], range(2, 30, 3))
+        study = Study(where, model, tokenizer, arguments.kinds, lengths[0], range(2, 30, 3), every=arguments.every)
         tasks = tasks_of(study, lengths, (16384, 32), parts)
     about = environment(study, arguments.commit)
     about["loading"] = round(time.perf_counter() - start, 1)
