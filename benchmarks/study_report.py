@@ -36,10 +36,11 @@ SHOWN = {
     FAST: '`preset="fast"`',
     BEST: '`preset="best"`',
     "best 128×128": '`preset="best"`, 128×128',
+    "both, order 2, 8/32": '`preset="best"`, `variance_weight=0.5`',
     "oracle mass": "oracle: true mass, 128×128",
     "oracle mass 128×64": "oracle: true mass, 128×64",
 }
-KEPT_BY_LAYER = {*SHOWN, "both, order 2, 16/16"}
+BY_LAYER = ("prose1", "code1")  # texts of which the file has every layer, of the rules above
 PREDICTED = {
     "rr": "published RR, τ",
     FAST: '`preset="fast"`',
@@ -73,20 +74,26 @@ def groups_of(records: Sequence[Record]) -> list[str]:
 
 def error_table(records: Sequence[Record]) -> str:
     """Output error by rule and density, four columns a group of texts."""
-    groups = [
-        summarise(records, scope="layer", texts=of_group(each)) for each in groups_of(records) if each != "flatter"
-    ]
+    named = [group for group in groups_of(records) if group != "flatter"]
+    groups = [summarise(records, scope="layer", texts=of_group(each)) for each in named]
     rows = []
     for rule, label in SHOWN.items():
         config = RULES[rule].config
         cost = "–" if config is None else f"{multiplications(config):.3g}"
-        cells = (f"{group[rule][density].mean:.3f}" for group in groups for density in DENSITIES)
+        found = (group.get(rule, {}).get(density) for group in groups for density in DENSITIES)
+        cells = ("–" if interval is None else f"{interval.mean:.3f}" for interval in found)
         rows.append([label, cost, *cells])
-    return markdown(["", "multiplications", *[f"{density:.2f}"[1:] for density in DENSITIES] * len(groups)], rows)
+    heads = [f"{NAMES[name]}: {DENSITIES[0]}".replace("0.", ".") for name in named]
+    columns = [head for first in heads for head in (first, *(f"{density:.2f}"[1:] for density in DENSITIES[1:]))]
+    return markdown(["", "multiplications", *columns], rows)
 
 
 def gain_table(records: Sequence[Record]) -> str:
-    """How much lower than published RR's the error is, by group and kind, and the share of the gap to the oracle."""
+    """How much lower than published RR's the error is, by group and kind, and the share of the gap to the oracle.
+
+    A dash: not measured.
+    """
+    measured = {record.rule for record in records}
     kinds = list(dict.fromkeys(kind_of(r.text) for r in records if group_of(r.text) == "held out"))
     named = [(NAMES[group], of_group(group)) for group in groups_of(records)]
     named += [(kind, lambda text, kind=kind: group_of(text) == "held out" and kind_of(text) == kind) for kind in kinds]
@@ -94,10 +101,13 @@ def gain_table(records: Sequence[Record]) -> str:
     for name, texts in named:
         row = [name]
         for rule in (FAST, BEST):
+            if rule not in measured:
+                row += ["–"] * len(DENSITIES)
+                continue
             row += [percent(gain_over(records, rule, "rr", d, scope="layer", texts=texts)) for d in DENSITIES]
         for density in (0.3, 0.5):
             to_oracle = {"scope": "layer", "texts": texts, "oracle": "oracle mass 128×64"}
-            row.append(percent(gain_over(records, BEST, "rr", density, **to_oracle)))
+            row.append(percent(gain_over(records, BEST, "rr", density, **to_oracle)) if BEST in measured else "–")
         rows.append(row)
     heads = [f"{rule} {density:.2f}".replace("0.", ".") for rule in ("fast", "best") for density in DENSITIES]
     return markdown(["", *heads, "of the gap, .30", ".50"], rows)
@@ -149,18 +159,19 @@ def mean_density(predictions: Sequence[Prediction], rule: str, texts: Sequence[s
 
 
 def condense(folder: Path) -> StudyFile:
-    """The raw results; of rules that no table shows, each measure's mean over layers."""
+    """The raw results with every layer at the density; but for the tables' rules on BY_LAYER, means over layers."""
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     predictions: dict[int, list[Prediction]] = {}
     for row in json.loads((folder / "predictions.json").read_text(encoding="utf-8")):
         length = row.pop("length")
         row = {name: round(x, 6) if isinstance(x, float) and name != "level" else x for name, x in row.items()}
         predictions.setdefault(length, []).append(Prediction(**row))
-    records = read_records(folder / "records.json")
-    shown = [record for record in records if record.rule in KEPT_BY_LAYER]
-    others = over_layers(record for record in records if record.rule not in KEPT_BY_LAYER)
+    shown, others = [], []
+    for record in read_records(folder / "records.json"):
+        if record.scope == "layer":
+            (shown if record.rule in SHOWN and record.text in BY_LAYER else others).append(record)
     about["predictions"] = {str(length): {name: about[name] for name in RUN} for length in predictions}
-    return StudyFile(about, shown + others, predictions)
+    return StudyFile(about, shown + over_layers(others), predictions)
 
 
 def judged_texts(study: StudyFile) -> set[str]:
