@@ -45,6 +45,7 @@ PREDICTED = {
     "rr": "published RR, τ",
     FAST: '`preset="fast"`',
     BEST: '`preset="best"`',
+    "both, order 2, 8/32": '`preset="best"`, `variance_weight=0.5`',
     "best, every layer at the density": '`preset="best"`, `budget="density"`',
     "best, calibrated": '`preset="best"`, calibrated profile',
     "oracle mass 128×64": "oracle: true mass, 128×64",

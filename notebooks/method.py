@@ -219,7 +219,15 @@ figure
 # do not reach that density (mandatory blocks alone are .3 at 2,048 tokens).
 
 # %%
-PREDICTED = ("rr", FAST, BEST, "best, every layer at the density", "best, calibrated", "oracle mass 128×64")
+PREDICTED = (
+    "rr",
+    FAST,
+    BEST,
+    "both, order 2, 8/32",
+    "best, every layer at the density",
+    "best, calibrated",
+    "oracle mass 128×64",
+)
 READ = {"kl": (kl_at, 1, 0), "agreement": (value_at, 100, 0), "perplexity_ratio": (value_at, 100, 1)}
 for length in (8192, 4096, 2048):
     if length not in study.predictions:
