@@ -276,7 +276,7 @@ def estimate_mass(
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """Block mass from pooled keys, from pooled queries, or the mean of both estimates' shares of a row.
 
-    `softcap` bounds what stands for a stride's logits, with order 2 their mean and half their variance together.
+    `softcap` bounds what stands for a stride's logits, with order 2 their mean and variance together.
     """
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "block_size": config.block_sizes}
     facts |= {"softcap": softcap}
