@@ -104,12 +104,13 @@ def main() -> None:
     if arguments.smoke:
         lengths = (1024, 512)
         study = Study(where, model, tokenizer, ("code",), lengths[0], (2, 5), every=10)
-        tasks = tasks_of(study, lengths, (2048, 8), parts)
+        workload = (2048, 8)
     else:
         lengths = arguments.lengths
         study = Study(where, model, tokenizer, arguments.kinds, lengths[0], range(2, 30, 3), every=arguments.every)
-        tasks = tasks_of(study, lengths, (16384, 32), parts)
-    about = environment(study, arguments.commit)
+        workload = (16384, 32)
+    tasks = tasks_of(study, lengths, workload, parts)
+    about = environment(study, arguments.commit) | {"structured": workload}
     about["loading"] = round(time.perf_counter() - start, 1)
     try:
         run_tasks(tasks, study, about, arguments.out, start, arguments.budget_seconds)

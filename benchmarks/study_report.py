@@ -222,9 +222,19 @@ def where(run: dict) -> str:
     return f"{run['device']}, torch {run['torch']}, Python {run['python']}, {run['date']}"
 
 
+def layers_told(about: dict) -> str:
+    """Which layers the groups of texts have, and the size of the structured workload."""
+    told = f"Layers of each text: {', '.join(map(str, about['layers']))}"
+    if "ten layers" in about:
+        told += f'; "ten layers": {", ".join(map(str, about["ten layers"]))}'
+    length, heads = about["structured"]
+    return f"{told}. Structured: {length:,} tokens, {heads} heads of 128, two seeds."
+
+
 def section(study: StudyFile) -> str:
     parts = [
         f"Output error at equal density in every layer ({where(study.about)}):",
+        layers_told(study.about),
         error_table(study.records),
         "How much lower that is than for published RR, and the part of the gap to the oracle that `best` closes:",
         gain_table(study.records),
