@@ -33,7 +33,8 @@ class RRConfig:
     pool: Pool = "keys"  # "queries": a stride's queries pooled, every key scored; "both": the two estimates' mean
     query_pool: int | None = None  # tokens per pooled query with pool="queries" or "both"; None: the query block
     block_size: int | tuple[int, int] = 128  # tokens per side of a block, or (query tokens, key tokens): 64 or 128
-    order: int = 1  # 1: mean of the pooled logits; 2: plus half their variance
+    order: int = 1  # 1: mean of the pooled logits; 2: plus their variance, by variance_weight
+    variance_weight: float = 0.5  # order 2: ½ is right for Gaussian logits, too much where few of a stride's count
     budget: Budget = "top_tau"  # rule that turns mass into kept blocks
     tau: float | Sequence[float] | Tensor = 0.95  # top_tau: share of a row's estimated mass to keep, in (0, 1]
     # threshold: a block is kept when its share of its row's mass exceeds this, in [0, 1)
@@ -103,6 +104,9 @@ class RRConfig:
         _check_int("order", self.order, 1)
         if self.order > 2:
             raise ValueError(f"order must be 1 or 2, got {self.order}")
+        _check_number("variance_weight", self.variance_weight)
+        if not 0 < self.variance_weight <= 1:
+            raise ValueError(f"variance_weight must lie in (0, 1], got {self.variance_weight}")
         for name, kind in (("budget", Budget), ("mandatory", Mandatory), ("pool", Pool), ("phase", Phase)):
             choices = get_args(kind)
             if getattr(self, name) not in choices:
@@ -181,6 +185,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stride": 8,
         "key_stride": 32,
         "order": 2,
+        "variance_weight": 0.125,
         "block_size": (128, 64),
         "budget": "threshold",
         "threshold": 0.005,

@@ -276,7 +276,7 @@ def estimate_mass(
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """Block mass from pooled keys, from pooled queries, or the mean of both estimates' shares of a row.
 
-    `softcap` bounds what stands for a stride's logits, with order 2 their mean and half their variance together.
+    `softcap` bounds what stands for a stride's logits, with order 2 their mean and variance together.
     """
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "block_size": config.block_sizes}
     facts |= {"softcap": softcap}
@@ -287,7 +287,7 @@ def estimate_mass(
         mean, variance = moments(k, k_stride, key_head_mask(valid_keys, q.shape[1], k.shape[1]))
         keys = mean.to(k.dtype)
         if config.order == 2:
-            queries, keys = second_order_features(queries, mean, variance, scale)
+            queries, keys = second_order_features(queries, mean, variance, scale, config.variance_weight)
         mass = block_mass if plain or not kernel_can_estimate(queries) else block_mass_by_attention
         sampling = {"strides": config.strides, "head_offset": head_offset, "phase": config.phase}
         estimates.append(mass(queries, keys, **sampling, **facts))
@@ -295,7 +295,8 @@ def estimate_mass(
         # Beside pooled keys, whose second order it would repeat, the mean query alone is as good (README, "Accuracy").
         order = config.order if config.pool == "queries" else 1
         valid = queries_that_see(mask_mod, q.shape[0], q.shape[1], Lq, Lk, q.device)
-        queries, keys = pooled_query_features(q, k, config.tokens_per_pooled_query, order, scale, valid)
+        pooled = (config.tokens_per_pooled_query, order, scale, valid, config.variance_weight)
+        queries, keys = pooled_query_features(q, k, *pooled)
         mass = block_mass if plain or not kernel_can_estimate(queries) else block_mass_by_attention
         strides = (config.tokens_per_pooled_query, 1)
         estimates.append(mass(queries, keys, strides=strides, phase="pooled", **facts))

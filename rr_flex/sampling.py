@@ -51,13 +51,14 @@ def second_order_features(
     mean: Float[Tensor, "B Hkv nk D"],
     variance: Float[Tensor, "B Hkv nk D"],
     scale: float,
+    weight: float = 0.5,
 ) -> tuple[Float[Tensor, "B Hq nq 2*D"], Float[Tensor, "B Hkv nk 2*D"]]:
-    """Features whose dot product, times `scale`, is the logit's mean plus half its variance over a stride.
+    """Features whose dot product, times `scale`, is the logit's mean plus `weight` of its variance over a stride.
 
     log-mean-exp of Gaussian logits = mean + ½·variance, with variance ≈ scale²·Σ_d q_d²·var_d (keys' axes taken as
-    uncorrelated): q' = [q, ½·scale·q²], k' = [mean, var]. Clamped to the largest finite number of q's dtype.
+    uncorrelated): q' = [q, weight·scale·q²], k' = [mean, var]. Clamped to the largest finite number of q's dtype.
     """
-    return _with_square(sampled, scale), _with_variance(mean, variance, sampled.dtype)
+    return _with_square(sampled, weight * scale), _with_variance(mean, variance, sampled.dtype)
 
 
 def pooled_query_features(
@@ -67,19 +68,21 @@ def pooled_query_features(
     order: int,
     scale: float,
     valid: Bool[Tensor, "#B #Hq Lq"] | None = None,
+    weight: float = 0.5,
 ) -> tuple[Float[Tensor, "B Hq nq E"], Float[Tensor, "B Hkv Lk E"]]:
     """The same with the sides exchanged: queries pooled over `query_pool` tokens, every key on its own.
 
-    E is D at order 1, where the pooled query is the mean, and 2·D at order 2: q' = [mean, var], k' = [k, ½·scale·k²].
+    E is D at order 1, where the pooled query is the mean, and 2·D at order 2: q' = [mean, var] and
+    k' = [k, weight·scale·k²].
     """
     mean, variance = moments(q, query_pool, valid)
     if order == 1:
         return mean.to(q.dtype), k
-    return _with_variance(mean, variance, q.dtype), _with_square(k, scale)
+    return _with_variance(mean, variance, q.dtype), _with_square(k, weight * scale)
 
 
-def _with_square(x: Tensor, scale: float) -> Tensor:
-    square = (0.5 * scale * x.float().square()).clamp(max=torch.finfo(x.dtype).max)
+def _with_square(x: Tensor, factor: float) -> Tensor:
+    square = (factor * x.float().square()).clamp(max=torch.finfo(x.dtype).max)
     return torch.cat([x, square.to(x.dtype)], dim=-1)
 
 

@@ -54,7 +54,7 @@ def pool(k, stride, key_valid=None):
     return mean, var, count
 
 
-def block_mass(q, k, shown, *, scale, strides, block_size, order=1, head_offset=0, key_valid=None):
+def block_mass(q, k, shown, *, scale, strides, block_size, order=1, head_offset=0, key_valid=None, variance_weight=0.5):
     """Each tile's sum of the sampled queries' softmax over the key strides that they see: [B, Hq, nQ, nK]."""
     (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
     (sq, sk), (bq, bk) = strides, block_size
@@ -67,7 +67,7 @@ def block_mass(q, k, shown, *, scale, strides, block_size, order=1, head_offset=
             kv_head = h // (Hq // Hkv)
             score = scale * sampled[b, h] @ mean[b, kv_head].T  # [nq, nk]
             if order == 2:
-                score = score + 0.5 * scale**2 * sampled[b, h] ** 2 @ var[b, kv_head].T
+                score = score + variance_weight * scale**2 * sampled[b, h] ** 2 @ var[b, kv_head].T
             rows = shown[b, h, sampled_indices(Lq, sq, h, head_offset)]  # [nq, Lk]
             seen = torch.stack([rows[:, run.start : run.stop].any(1) for run in key_runs], 1) & (count[b] > 0)
             some = seen.any(1)

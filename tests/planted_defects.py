@@ -91,7 +91,7 @@ DEFECTS = [
         "live.sum(3).clamp(min=stride)",
         "test_sampling.py::test_pools_each_stride_to_its_mean",
     ),
-    Defect("rr_flex/sampling.py", "0.5 * scale * x.float()", "scale * x.float()", ORACLE),
+    Defect("rr_flex/sampling.py", "_with_square(sampled, weight * scale)", "_with_square(sampled, scale)", ORACLE),
     Defect("rr_flex/mass.py", "scores = torch.where(visible, scores, -torch.inf)", "pass", ORACLE),
     Defect(
         "rr_flex/mass.py", "start, stop = row * q", "start, stop = 0 * q", "test_mass_by_attention.py::test_the_size"

@@ -183,5 +183,6 @@ def test_a_profile_names_what_it_is_of(profile, model):
         "pool": "both",
         "block_size": [128, 64],
         "order": 2,
+        "variance_weight": 0.125,
     }
     assert isinstance(profile, Profile)

@@ -44,6 +44,7 @@ BAD_SETTINGS = [
     ("tau", {"tau": "most"}, TypeError),
     ("order", {"order": 0}, ValueError),
     ("order", {"order": 3}, ValueError),
+    ("variance_weight", {"variance_weight": 0.0}, ValueError),
     ("budget", {"budget": "unknown"}, ValueError),
     ("mandatory", {"mandatory": "unknown"}, ValueError),
     ("threshold", {"budget": "threshold", "threshold": -0.1}, ValueError),

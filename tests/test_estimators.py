@@ -24,9 +24,12 @@ def settings_of(layout):
     return {"query_stride": q_stride, "key_stride": k_stride, "block_size": block_size}
 
 
-def mass_of_pooled_queries(q, k, shown, *, scale, query_pool, block_size, order):
-    """Each block of queries as one query (or a few): mean logit over its queries that see something, order 2 with half
-    the variance, a softmax over the keys that its first or last query sees. Loops, float64."""
+orders = st.sampled_from([{"order": 1}, {"order": 2}, {"order": 2, "variance_weight": 0.125}])
+
+
+def mass_of_pooled_queries(q, k, shown, *, scale, query_pool, block_size, order, variance_weight=0.5):
+    """Each block of queries as one query (or a few): mean logit over its queries that see something, order 2 with some
+    of the variance, a softmax over the keys that its first or last query sees. Loops, float64."""
     (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
     mass = torch.zeros(B, Hq, math.ceil(Lq / block_size[0]), math.ceil(Lk / block_size[1])).double()
     for b in range(B):
@@ -41,7 +44,7 @@ def mass_of_pooled_queries(q, k, shown, *, scale, query_pool, block_size, order)
                 logits = scale * keys @ queries.mean(0)
                 if order == 2:
                     variance = ((queries - queries.mean(0)) ** 2).mean(0)
-                    logits = logits + 0.5 * scale**2 * keys**2 @ variance
+                    logits = logits + variance_weight * scale**2 * keys**2 @ variance
                 share = torch.softmax(logits.masked_fill(~seen, -math.inf), 0)
                 for j, part in enumerate(share.split(block_size[1])):
                     mass[b, h, run[0] // block_size[0], j] += part.sum()
@@ -53,13 +56,13 @@ def shown_by(mask, shape):
 
 
 @settings(max_examples=25)
-@given(shape=shapes(), query_pool=st.sampled_from([None, 16, 64]), order=st.sampled_from([1, 2]), seed=seeds)
+@given(shape=shapes(), query_pool=st.sampled_from([None, 16, 64]), second=orders, seed=seeds)
 @pytest.mark.parametrize("block_size", [(128, 64), (64, 128)])
-def test_pooled_queries_are_their_formula(block_size, shape, query_pool, order, seed):
+def test_pooled_queries_are_their_formula(block_size, shape, query_pool, second, seed):
     q, k, _ = tensors(shape, seed)
-    chosen = {"pool": "queries", "query_pool": query_pool, "order": order, "block_size": block_size, "scale": 0.2}
+    chosen = {"pool": "queries", "query_pool": query_pool, "block_size": block_size, "scale": 0.2} | second
     shown = shown_by(oracle.causal_element(shape.Lk - shape.Lq), shape)
-    facts = {"scale": 0.2, "query_pool": query_pool or block_size[0], "block_size": block_size, "order": order}
+    facts = {"scale": 0.2, "query_pool": query_pool or block_size[0], "block_size": block_size} | second
     expected = mass_of_pooled_queries(q, k, shown, **facts)
     torch.testing.assert_close(select_blocks(q, k, **chosen).mass.double(), expected, rtol=0, atol=2e-5)
 
@@ -77,16 +80,16 @@ def test_pooled_queries_obey_any_mask(name, shape, seed):
 
 
 @settings(max_examples=20)
-@given(shape=shapes(), layout=st.sampled_from(LAYOUTS), order=st.sampled_from([1, 2]), seed=seeds)
-def test_both_is_the_mean_of_two_shares(shape, layout, order, seed):
+@given(shape=shapes(), layout=st.sampled_from(LAYOUTS), second=orders, seed=seeds)
+def test_both_is_the_mean_of_two_shares(shape, layout, second, seed):
     q, k, _ = tensors(shape, seed)
     shown = shown_by(oracle.causal_element(shape.Lk - shape.Lq), shape)
     strides, block_size = layout
-    keys = oracle.block_mass(q, k, shown, scale=shape.D**-0.5, strides=strides, block_size=block_size, order=order)
+    keys = oracle.block_mass(q, k, shown, scale=shape.D**-0.5, strides=strides, block_size=block_size, **second)
     facts = {"scale": shape.D**-0.5, "query_pool": block_size[0], "block_size": block_size, "order": 1}
     queries = mass_of_pooled_queries(q, k, shown, **facts)
     keys, queries = (x / x.sum(-1, keepdim=True).clamp(min=1e-300) for x in (keys, queries))
-    mass = select_blocks(q, k, pool="both", order=order, **settings_of(layout)).mass
+    mass = select_blocks(q, k, pool="both", **second, **settings_of(layout)).mass
     torch.testing.assert_close(mass.double(), (keys + queries) / 2, rtol=0, atol=2e-5)
 
 

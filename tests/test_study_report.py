@@ -64,3 +64,34 @@ def test_the_readme_s_tables_are_the_file_s():
     text = study_report.README.read_text(encoding="utf-8")
     assert study_report.replace_section(text, section) == text
     assert section in text
+
+
+def study_of(device, texts, lengths):
+    about = {"device": device, "torch": "2", "transformers": "5", "python": "3", "commit": "abc", "date": "today"}
+    records = [Record("rr", "layer", 0.3, text, -1, 0.3, 0.1, 0.1, 0.9) for text in texts]
+    runs = {length: [run("rr", "prose1", 0.3, 0.1), run("rr", "prose1", 0.5, 0.01)] for length in lengths}
+    return StudyFile(about | {"predictions": {str(length): about for length in lengths}}, records, runs)
+
+
+def test_runs_are_put_together_and_nothing_is_lost():
+    old = study_of("CPU", ["prose1", "code1", "structured1-16384"], [2048, 4096])
+    merged = study_report.merge(old, study_of("GPU", ["prose1", "prose0"], [8192, 4096]))
+    assert merged.records == old.records and merged.about["device"] == "CPU"
+    assert sorted(merged.predictions) == [2048, 4096, 8192]
+    devices = {length: run["device"] for length, run in merged.about["predictions"].items()}
+    assert devices == {"2048": "CPU", "4096": "GPU", "8192": "GPU"}
+    assert study_report.merge(old, study_of("GPU", [], [8192])).records == old.records
+    assert study_report.merge(old, study_of("GPU", ["prose1", "code1"], [])).about["device"] == "CPU"
+    more = study_report.merge(old, study_of("GPU", ["code1", "prose1", "structured1-16384", "table1"], []))
+    assert more.about["device"] == "GPU" and len(more.records) == 4
+    assert more.predictions == old.predictions and more.about["predictions"] == old.about["predictions"]
+
+
+def test_lengths_are_told_of_measured_or_not():
+    study = study_of("a card", ["prose1"], [8192])
+    measured, *_ = study_report.prediction_parts(study, 8192)
+    assert "8,192 tokens" in measured and "prose1; a card, torch 2" in measured
+    assert study_report.prediction_parts(study, 4096) == ["What SmolLM2 predicts at 4,096 tokens: not measured."]
+    cells = study_report.prediction_table(study.predictions[8192]).splitlines()[2].split(" | ")
+    assert cells[1:4] == ["0.1000", "0.0316", "0.0100"] and cells[5:7] == ["90.0 %", "99.0 %"]
+    assert cells[7:9] == ["+10.0 %", "+1.0 %"]

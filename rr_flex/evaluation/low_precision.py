@@ -40,7 +40,7 @@ def in_low_precision(config: RRConfig, precision: Precision) -> Rule:
         mean, variance = moments(case.k, config.strides[1])
         keys = mean
         if config.order == 2:
-            queries, keys = second_order_features(queries, mean, variance, scale)
+            queries, keys = second_order_features(queries, mean, variance, scale, config.variance_weight)
         pairs = [(queries, keys, config.strides, "head")]
         pooled = config.tokens_per_pooled_query
         pairs.append((*pooled_query_features(case.q, case.k, pooled, 1, scale), (pooled, 1), "pooled"))

@@ -33,6 +33,14 @@ def kl_at(points: Sequence[tuple[float, float]], density: float) -> float | None
     return None
 
 
+def value_at(points: Sequence[tuple[float, float]], density: float) -> float | None:
+    """The measure at a density, linear between neighbours; None outside of what was measured."""
+    for (low, below), (high, above) in itertools.pairwise(points):
+        if low <= density <= high:
+            return above if high == low else below + (above - below) * (density - low) / (high - low)
+    return None
+
+
 def density_from(points: Sequence[tuple[float, float]], least: float) -> float | None:
     """The density from which on the measure stays at or above `least`, linear between neighbours; None if never."""
     found = None

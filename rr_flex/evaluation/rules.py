@@ -40,6 +40,11 @@ def _order_2(query_stride: int) -> RRConfig:
     return RRConfig(order=2, block_size=WIDE, budget="threshold", query_stride=query_stride)
 
 
+def _gaussian(**strides: int) -> Rule:
+    """`best` with the whole second-order term, as if logits were Gaussian."""
+    return configured(preset="best", variance_weight=0.5, **strides)
+
+
 RULES: dict[str, Rule] = {
     "rr": configured(),
     "rr, threshold": configured(budget="threshold"),
@@ -92,15 +97,17 @@ RULES: dict[str, Rule] = {
     "both, order 1, 16/16": configured(preset="fast", stride=16, key_stride=16),
     "both, order 1, 8/16": configured(preset="fast", key_stride=16),
     "both, order 1, 8/8": configured(preset="fast", key_stride=8),
-    "both, order 2, 16/32": configured(preset="best", stride=16),
-    "both, order 2, 16/16": configured(preset="best", stride=16, key_stride=16),
-    "both, order 2, 16/8": configured(preset="best", stride=16, key_stride=8),
-    "both, order 2, 8/64": configured(preset="best", key_stride=64),
-    "both, order 2, 8/16": configured(preset="best", key_stride=16),
-    "both, order 2, 8/8": configured(preset="best", key_stride=8),
-    "both, order 2, 4/32": configured(preset="best", stride=4),
-    "both, order 2, 4/64": configured(preset="best", stride=4, key_stride=64),
-    "both, order 2, 16/16, queries by 64": configured(preset="best", stride=16, key_stride=16, query_pool=64),
+    "both, order 2, 8/32": _gaussian(),
+    "best, variance by a quarter": configured(preset="best", variance_weight=0.25),
+    "both, order 2, 16/32": _gaussian(stride=16),
+    "both, order 2, 16/16": _gaussian(stride=16, key_stride=16),
+    "both, order 2, 16/8": _gaussian(stride=16, key_stride=8),
+    "both, order 2, 8/64": _gaussian(key_stride=64),
+    "both, order 2, 8/16": _gaussian(key_stride=16),
+    "both, order 2, 8/8": _gaussian(key_stride=8),
+    "both, order 2, 4/32": _gaussian(stride=4),
+    "both, order 2, 4/64": _gaussian(stride=4, key_stride=64),
+    "both, order 2, 16/16, queries by 64": _gaussian(stride=16, key_stride=16, query_pool=64),
     "best, queries by 64": configured(preset="best", query_pool=64),
     "best, top-τ": spent(configured(preset="best"), "top_tau"),
     "best, threshold a head": spent(configured(preset="best"), "per_head"),
