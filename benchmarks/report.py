@@ -159,7 +159,10 @@ def replace_between(text: str, begin: str, end: str, content: str, source: Path)
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time against length, both logarithmic: every dense kernel, and rr_attention by its settings. Needs matplotlib."""
+    """Time against length, both logarithmic: dense kernels and settings of rr_attention with two lengths or more.
+
+    Needs matplotlib.
+    """
     from matplotlib.figure import Figure
 
     cards = list(dict.fromkeys(row["card"] for row in rows))
@@ -170,6 +173,8 @@ def draw(rows: list[Row], path: Path) -> None:
             {like(row) for row in of_card}, key=lambda shape: len({r["length"] for r in of_card if like(r) == shape})
         )
         for label, points in sorted(lines_of([row for row in of_card if like(row) == shape]).items()):
+            if len(points) < 2:
+                continue
             dense = label.startswith("dense")
             lengths, times = zip(*sorted(points.items()), strict=True)
             axis.plot(lengths, times, "--" if dense else "-", marker="o", markersize=4, label=label)
@@ -179,11 +184,11 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_title(f"{card}: causal prefill, {heads}/{kv_heads} heads of {head_dim}, {dtype}", fontsize=11)
         axis.set_xlabel("length (tokens)")
         axis.set_ylabel("time of one layer's attention (ms)")
-        ticks = sorted({row["length"] for row in of_card if like(row) == shape})
+        ticks = sorted({length for line in axis.lines for length in line.get_xdata()})
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=130)
 
 

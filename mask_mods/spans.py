@@ -51,21 +51,15 @@ def buffered(x: Tensor) -> Tensor:
 
 
 def larger(x: Index, y: Index) -> Index:
-    """max(x, y) of ints and tensors in any mixture."""
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return torch.maximum(x, y)
-    if isinstance(x, Tensor):
-        return x.clamp(min=y)
-    return y.clamp(min=x) if isinstance(y, Tensor) else max(x, y)
+    """max(x, y) of ints and tensors in any mixture, in operations that every mask kernel knows (FLASH: no maximum)."""
+    tensors = isinstance(x, Tensor) or isinstance(y, Tensor)
+    return torch.where(x > y, x, y) if tensors else max(x, y)
 
 
 def smaller(x: Index, y: Index) -> Index:
-    """min(x, y) of ints and tensors in any mixture."""
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return torch.minimum(x, y)
-    if isinstance(x, Tensor):
-        return x.clamp(max=y)
-    return y.clamp(max=x) if isinstance(y, Tensor) else min(x, y)
+    """min(x, y), as `larger`."""
+    tensors = isinstance(x, Tensor) or isinstance(y, Tensor)
+    return torch.where(x < y, x, y) if tensors else min(x, y)
 
 
 def check_count(name: str, value: int, minimum: int) -> None:

@@ -176,8 +176,11 @@ def _attend_in_two_graphs(
         return out, lse * in_nats if wanted.lse else None, density, None
     rows, (lists, runs) = wanted.rows_apart, take_apart(lists, wanted.rows_apart)
     masks = block_mask(lists, 0, q.shape[2]), block_mask(runs, first_query(q.shape[2], rows, q_block), rows * q_block)
+    # Made here: in the graph a single batch would have a stride of 0, and of the output's that FLASH made from it one
+    # that it refuses.
+    queries = run_queries(q, rows, q_block)
     flex = _flex_apart_for_any_length if plain else _flex_apart_for_one_length
-    out, lse, last_rows = flex(q, k, v, *masks, scale, options, rows, in_nats)
+    out, lse, last_rows = flex(q, queries, k, v, *masks, scale, options, in_nats)
     return out, lse if wanted.lse else None, density, last_rows
 
 
@@ -202,10 +205,10 @@ def _flex(q, k, v, block_mask, scale, return_lse, options, score_mod=None):
     return (out[0], out[1].lse) if return_lse else (out, None)
 
 
-def _flex_apart(q, k, v, block_mask, runs_mask, scale, options, rows, in_nats):
-    """out, lse, and (out, lse) of the last `rows` block rows, which have a mask of their own; lse times `in_nats`."""
+def _flex_apart(q, queries, k, v, block_mask, runs_mask, scale, options, in_nats):
+    """out, lse, and (out, lse) of the last block rows, whose runs have queries and a mask of their own; lse times
+    `in_nats`."""
     out, lse = _flex(q, k, v, block_mask, scale, True, options)
-    queries = run_queries(q, rows, block_mask.BLOCK_SIZE[0])
     of_runs, lse_of_runs = _flex(queries, k, v, runs_mask, scale, True, options)
     return out, lse * in_nats, merge_runs(of_runs, lse_of_runs * in_nats)
 

@@ -1,5 +1,8 @@
 """Under `min_length` keys attention is dense, and says so."""
 
+import sys
+import types
+
 import pytest
 import torch
 from cases import FREE, SQUARE, tensors
@@ -26,6 +29,25 @@ def test_a_short_context_is_dense_and_counted():
     assert counted == {"dense": 1}
     everything = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     torch.testing.assert_close(rr_attention(q, k, v, causal=False, **DENSE), everything)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_short_context_goes_to_flash_attention_4_as_that_takes_it(monkeypatch, with_lse):
+    q, k, v = tensors(SQUARE)
+
+    def flash_attn_func(*tensors, causal, softmax_scale):  # of B L H D; some releases return the log-sum-exp too
+        heads_first = (x.transpose(1, 2) for x in tensors)
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        return (out.transpose(1, 2), None) if with_lse else out.transpose(1, 2)
+
+    installed = types.ModuleType("flash_attn.cute.interface")
+    installed.flash_attn_func = flash_attn_func
+    for name in ("flash_attn", "flash_attn.cute", installed.__name__):
+        monkeypatch.setitem(sys.modules, name, installed)
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: "flash")
+    for causal in (True, False):
+        exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(rr_attention(q, k, v, causal=causal, scale=0.3, **DENSE), exact)
 
 
 def test_a_long_context_is_sparse_and_counted():
