@@ -45,9 +45,9 @@ def test_a_short_context_goes_to_flash_attention_4_as_that_takes_it(monkeypatch,
     for name in ("flash_attn", "flash_attn.cute", installed.__name__):
         monkeypatch.setitem(sys.modules, name, installed)
     monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: "flash")
-    for causal in (True, False):
-        exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3, enable_gqa=True)
-        torch.testing.assert_close(rr_attention(q, k, v, causal=causal, scale=0.3, **DENSE), exact)
+    for below in (True, False):
+        exact = F.scaled_dot_product_attention(q, k, v, is_causal=below, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(rr_attention(q, k, v, causal=below, scale=0.3, **DENSE), exact)
 
 
 def test_a_long_context_is_sparse_and_counted():
