@@ -1,38 +1,26 @@
-"""Queries, keys and values to outputs: selection and block-sparse attention in one compiled graph."""
+"""Queries, keys and values to outputs: how one call is answered, dense or sparse, and by which kernel."""
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from mask_mods.spans import MaskMod
-from rr_flex.backends import Backend, check_backend, check_flash, choose_kernel, offset_per_batch
-from rr_flex.block_mask import block_mask_of_lists, list_partial_and_full
+from rr_flex.backends import Backend, check_backend, choose_kernel
 from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_sinks, check_values
-from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
 from rr_flex.dense import dense_attention, dense_kernel_serves
-from rr_flex.kernel import attention_options, break_even
-from rr_flex.last_rows import first_query, merge_runs, rows_apart, run_mask, run_queries, take_apart
-from rr_flex.pipeline import DEFAULT, device_arguments, in_strips, is_short, resolve_mask, select
-from rr_flex.score_mods import beside_sinks, cap_as_tensor, score_mod_of, with_sink_block
+from rr_flex.graphs import Wanted, attend_with_flash, attend_with_flex
+from rr_flex.kernel import break_even
+from rr_flex.last_rows import rows_apart
+from rr_flex.pipeline import DEFAULT, device_arguments, in_strips, is_short
+from rr_flex.score_mods import beside_sinks, cap_as_tensor
 
 # How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
 # torch.compile is not counted.
 calls: Counter[str] = Counter()
-
-
-class Wanted(NamedTuple):
-    """What one call asks of its graph: settings, compiled in."""
-
-    dense: bool  # every visible block
-    lse: bool
-    density: bool
-    backward: bool
-    rows_apart: int  # block rows at the end that attend by themselves
 
 
 def rr_attention(
@@ -98,15 +86,11 @@ def rr_attention(
     wanted = Wanted(dense, return_lse or corrected, return_density, for_backward, apart)
     cap = cap_as_tensor(softcap, q.device)
     level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
-    attend = _attend if torch.compiler.is_compiling() else _attend_compiled
-    if kernel == "flash":
-        attend = _attend_in_two_graphs
-    parts = []
-    for heads, *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod):
-        strip_sinks = None if sink_keys is None else sink_keys[heads]
-        *part, last_rows = attend(*strip, config, mask, causal, scale, cap, strip_sinks, wanted)
-        _put(last_rows, first_query(q.shape[2], apart, config.block_sizes[0]), *part)
-        parts.append(part)
+    attend = attend_with_flash if kernel == "flash" else attend_with_flex
+    parts = [
+        attend(*strip, config, mask, causal, scale, cap, None if sink_keys is None else sink_keys[heads], wanted)
+        for heads, *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
+    ]
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
     )
@@ -124,101 +108,6 @@ def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) 
     if config.min_length is not None:
         return config.min_length
     return break_even(q) if plain_softmax else 0
-
-
-def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, sinks, wanted):
-    """(out [B,Hq,Lq,Dv], lse [B,Hq,Lq] or None, density [B,Hq] or None) of one strip of heads, and (out, lse) of the
-    block rows apart, or None."""
-    sizes = {"block_size": config.block_sizes, "seq_lengths": (q.shape[2], k.shape[2])}
-    with torch.no_grad():
-        chosen = select(
-            q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, dense=wanted.dense
-        )
-        density = chosen.density_per_head if wanted.density else None
-        if sinks is not None:
-            k, v, block_mask = with_sink_block(k, v, chosen.kept, chosen.whole, chosen.mask_mod, **sizes)
-        elif wanted.rows_apart:
-            lists, runs = take_apart(list_partial_and_full(chosen.kept, chosen.whole), wanted.rows_apart)
-            block_mask = block_mask_of_lists(lists, chosen.mask_mod, **sizes)
-        else:
-            block_mask = chosen.build_block_mask(look_up=False, for_backward=wanted.backward)
-    options = attention_options(q, config.block_sizes)
-    score_mod = score_mod_of(softcap, sinks)
-    out, lse = _flex(q, k, v, block_mask, scale, wanted.lse, options, score_mod)
-    if not wanted.rows_apart:
-        return out, lse, density, None
-    first = first_query(q.shape[2], wanted.rows_apart, config.block_sizes[0])
-    queries = run_queries(q, wanted.rows_apart, config.block_sizes[0])
-    mask = run_mask(chosen.mask_mod, torch.full((), first, dtype=torch.int64, device=q.device))
-    sizes["seq_lengths"] = (queries.shape[2], k.shape[2])
-    runs_mask = block_mask_of_lists(runs, mask, **sizes)
-    return out, lse, density, merge_runs(*_flex(queries, k, v, runs_mask, scale, True, options, score_mod))
-
-
-def _attend_in_two_graphs(
-    q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, sinks, wanted
-):
-    """`_attend` for FLASH, whose kernel reads what its mask captures after the graph has freed it, if anything else in
-    that graph uses it too (torch 2.11: its reads are unknown to the scheduler). Without soft cap and sinks."""
-    lists, density = _lists_compiled(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted)
-    q_block, options = config.block_sizes[0], attention_options(q, config.block_sizes, "flash")
-    in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
-
-    def block_mask(lists, first_query, queries):
-        mask = resolve_mask(mask_mod, causal, offset_per_batch(q_offset + first_query, q.shape[0]))
-        return block_mask_of_lists(lists, mask, block_size=config.block_sizes, seq_lengths=(queries, k.shape[2]))
-
-    # FLASH can't capture an int that may change; a plain causal mask has none.
-    plain = mask_mod is None and causal is not False
-    if not wanted.rows_apart:
-        flex = _flex_for_any_length if plain else _flex_for_one_length
-        out, lse = flex(q, k, v, block_mask(lists, 0, q.shape[2]), scale, wanted.lse, options)
-        return out, lse * in_nats if wanted.lse else None, density, None
-    rows, (lists, runs) = wanted.rows_apart, take_apart(lists, wanted.rows_apart)
-    masks = block_mask(lists, 0, q.shape[2]), block_mask(runs, first_query(q.shape[2], rows, q_block), rows * q_block)
-    # Made here: in the graph a single batch would have a stride of 0, and of the output's that FLASH made from it one
-    # that it refuses.
-    queries = run_queries(q, rows, q_block)
-    flex = _flex_apart_for_any_length if plain else _flex_apart_for_one_length
-    out, lse, last_rows = flex(q, queries, k, v, *masks, scale, options, in_nats)
-    return out, lse if wanted.lse else None, density, last_rows
-
-
-def _put(last_rows, first, out, lse, density):
-    """Writes the block rows that attended by themselves, from query `first` on, into the outputs of all."""
-    if last_rows is not None:
-        for whole, last in zip((out, lse), last_rows, strict=True):
-            if whole is not None:
-                whole[:, :, first:] = last[:, :, : whole.shape[2] - first]
-
-
-def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted):
-    chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, dense=wanted.dense)
-    return list_partial_and_full(chosen.kept, chosen.whole), chosen.density_per_head if wanted.density else None
-
-
-def _flex(q, k, v, block_mask, scale, return_lse, options, score_mod=None):
-    """(out, lse or None)."""
-    aux = AuxRequest(lse=True) if return_lse else None
-    settings = {"scale": scale, "enable_gqa": True, "return_aux": aux, "kernel_options": options}
-    out = flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, **settings)
-    return (out[0], out[1].lse) if return_lse else (out, None)
-
-
-def _flex_apart(q, queries, k, v, block_mask, runs_mask, scale, options, in_nats):
-    """out, lse, and (out, lse) of the last block rows, whose runs have queries and a mask of their own; lse times
-    `in_nats`."""
-    out, lse = _flex(q, k, v, block_mask, scale, True, options)
-    of_runs, lse_of_runs = _flex(queries, k, v, runs_mask, scale, True, options)
-    return out, lse * in_nats, merge_runs(of_runs, lse_of_runs * in_nats)
-
-
-_attend_compiled = compile_whole(_attend)
-_lists_compiled = compile_whole(_lists)
-_flex_for_any_length = compile_whole(_flex, dynamic=True, specialize_int=False)
-_flex_for_one_length = compile_whole(_flex, dynamic=False)
-_flex_apart_for_any_length = compile_whole(_flex_apart, dynamic=True, specialize_int=False)
-_flex_apart_for_one_length = compile_whole(_flex_apart, dynamic=False)
 
 
 def differentiated(*tensors: Tensor) -> bool:

@@ -188,7 +188,7 @@ DEFECTS = [
         "test_kernel.py::test_past_the_limit_a_call_raises",
     ),
     Defect(
-        "rr_flex/attention.py",
+        "rr_flex/graphs.py",
         '{"scale": scale, "enable_gqa"',
         '{"scale": None, "enable_gqa"',
         "test_attention.py::test_a_scale_is_used_by_the_estimate_and_by_attention",

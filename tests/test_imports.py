@@ -32,6 +32,7 @@ LINES = [
     ["rr_flex.drawing"],
     ["rr_flex.mass_by_attention"],
     ["rr_flex.pipeline", "rr_flex.backends"],
+    ["rr_flex.graphs"],
     ["rr_flex.attention"],
     ["rr_flex.correction"],
     ["rr_flex"],

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_block_mask import listed
 
-from rr_flex import RRConfig, attention, last_rows, rr_attention, select_blocks
+from rr_flex import RRConfig, attention, graphs, last_rows, rr_attention, select_blocks
 from rr_flex.block_mask import list_partial_and_full
 from rr_flex.last_rows import RUNS, merge_runs, rows_apart, take_apart
 
@@ -81,8 +81,8 @@ def test_rows_apart_change_nothing(shape, seed, rows, name):
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "choose_kernel", lambda *_, **__: "triton")
-        patch.setattr(attention, "_attend_compiled", attention._attend)
-        patch.setattr(attention, "_flex", lambda *of_call: calls.append(1) or attend_by_lists(*of_call))
+        patch.setattr(graphs, "_attend_compiled", graphs._attend)
+        patch.setattr(graphs, "_flex", lambda *of_call: calls.append(1) or attend_by_lists(*of_call))
         patch.setattr(last_rows, "LEAST_KEYS", 0)
         out = rr_attention(q, k, v, **chosen)
     assert len(calls) == (2 if shape.Lq > 128 * rows else 1)
