@@ -26,7 +26,7 @@ from rr_flex.profiles import Profile
 
 TUNING_PART = 0  # of every kind: what rules are chosen and budgets calibrated on
 HELD_OUT_PARTS = (1, 2)
-TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # densities of the calibrated profiles
+TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # densities of the calibrated profiles
 CALIBRATED_AT = 0.3  # the profile that the study of errors scales to every density
 FLATTER = 0.5  # factor of the logits that stands in for a model whose attention is diffuse
 TAUS = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
