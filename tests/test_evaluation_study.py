@@ -227,6 +227,8 @@ def test_intervals_and_gains_by_hand(tmp_path):
     gain = gain_over(records, "better", "plain", 0.3, scope="layer")
     assert gain.mean == pytest.approx((0.5 + 0.25 + 0.75) / 3) and gain.low < gain.mean < gain.high
     assert gain_over(records, "better", "plain", 0.3, scope="layer", texts=lambda text: text == "a")[0] == 0.5
+    apart = [r for r in records if r.rule == "plain"] + over_layers(r for r in records if r.rule == "better")
+    assert gain_over(apart, "better", "plain", 0.3, scope="layer").mean == pytest.approx(gain.mean)
     assert over_texts({"a": [1.0], "b": [1.0]}) == (1, 1, 1)
     closed = gain_over(
         [*records, *(r._replace(rule="floor", error=r.error / 4) for r in records if r.rule == "plain")],

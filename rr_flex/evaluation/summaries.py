@@ -59,9 +59,11 @@ def gain_over(
         if record.scope == scope and record.density == density and record.rule in (rule, baseline, oracle):
             errors.setdefault((record.text, record.rule), []).append(record.error)
     found = {}
+    # Means, since a file may have one rule's layers apart and another's as their mean.
+    means = {label: sum(values) / len(values) for label, values in errors.items()}
     for text in sorted({text for text, _ in errors if texts(text)}):
-        own, published = sum(errors[text, rule]), sum(errors[text, baseline])
-        floor = 0.0 if oracle is None else sum(errors[text, oracle])
+        own, published = means[text, rule], means[text, baseline]
+        floor = 0.0 if oracle is None else means[text, oracle]
         found[text] = [(published - own) / (published - floor)]
     return over_texts(found)
 
