@@ -132,7 +132,8 @@ class RRConfig:
 
     @classmethod
     def from_preset(cls, preset: Preset, **settings: Any) -> "RRConfig":
-        """ "rr": the paper's rule. "best", "fast": what the study recommends; `settings` replace single fields."""
+        """ "rr": the paper's rule. "best": what the study recommends, more accurate for no more multiplications.
+        "fast": three quarters of them, a little less accurate. `settings` replace single fields."""
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
         return cls(**(PRESETS[preset] | settings))
@@ -177,7 +178,8 @@ class RRConfig:
         return torch.where((level > 0) & (level <= 1), level, 1.0)
 
 
-# What the study (README, "Accuracy") found; every field that a preset leaves out keeps its default.
+# What the study (README, "Accuracy") found: `best` has less output error than the paper's rule, and predictions nearer
+# to the dense model's, on every held-out text at every density; `fast` the former only. Other fields keep defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "rr": {},
     "best": {
