@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, together, tune
+from benchmarks import report, task_report, together, tune
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
 from benchmarks.runner import Bench, run, with_length
@@ -150,7 +150,7 @@ def write_report(options: argparse.Namespace) -> int:
     rows = report.load(options.results, options.suites)
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
-    report.write_readme(options.readme, rows, report.load_prefills(options.results))
+    report.write_readme(options.readme, rows, report.load_prefills(options.results), task_report.load(options.results))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
     return 0
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import task_report
+from rr_flex.tasks.results import Cell
+
 Row = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -132,7 +135,10 @@ def prefill_markdown(rows: list[Row]) -> str:
     """For the README: a table a model and length."""
     lines = []
     for title in dict.fromkeys(prefill_title(row) for row in rows):
-        lines += table(PREFILL_COLUMNS, [row for row in rows if prefill_title(row) == title], title)
+        of_title = [row for row in rows if prefill_title(row) == title]
+        lines += table(PREFILL_COLUMNS, of_title, title)
+        if not any(row["attention"] == "rr_flex" for row in of_title):
+            lines += ["rr_flex at this length: not measured.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -141,11 +147,13 @@ def prefill_title(row: Row) -> str:
     return f"{row['model']}, {row['length']:,} tokens, {row['dtype']} ({setting_of(row)}, {about})"
 
 
-def write_readme(readme: Path, rows: list[Row], prefills: list[Row]) -> None:
-    """Replaces what stands between the markers; of prefills only if there are some."""
+def write_readme(readme: Path, rows: list[Row], prefills: list[Row], cells: list[Cell]) -> None:
+    """Replaces what stands between the markers; of prefills and of tasks' cells only if there are some."""
     text = replace_between(readme.read_text(), BEGIN, END, markdown(rows), readme)
     if prefills:
         text = replace_between(text, PREFILL_BEGIN, PREFILL_END, prefill_markdown(prefills), readme)
+    if cells:
+        text = replace_between(text, task_report.BEGIN, task_report.END, task_report.markdown(cells), readme)
     readme.write_text(text)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import dense, report, rivals, stages, together, tune
+from benchmarks import dense, report, rivals, stages, task_report, together, tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
@@ -17,6 +17,8 @@ from benchmarks.workloads import captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.config import LEVELS
 from rr_flex.evaluation.true_mass import true_block_mass
+from rr_flex.tasks.results import Cell
+from rr_flex.tasks.ruler import TASKS
 
 CPU = torch.device("cpu")
 SHAPE = {"L": 2048, "Hq": 4, "Hkv": 2, "D": 64, "dtype": torch.float32, "device": "cpu"}
@@ -206,6 +208,29 @@ def test_report_puts_table_and_picture(tmp_path):
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="must hold the lines"):
         program.main(arguments)
+
+
+def test_the_readme_is_what_the_files_say(tmp_path):
+    """`python -m benchmarks report` writes it; the study's part has a test of its own."""
+    copy = tmp_path / "README.md"
+    copy.write_text(program.README.read_text())
+    folder = program.RESULTS
+    report.write_readme(copy, report.load(folder), report.load_prefills(folder), task_report.load(folder))
+    assert copy.read_text() == program.README.read_text()
+
+
+def test_task_cells_tell_what_was_not_run():
+    usual = {"suite": "ruler", "task": "vt", "length": 2048, "attention": "dense", "model": "m", "samples": 4}
+    usual |= {"score": 0.5, "seconds": 8.0, "density": None, "dense_reasons": {}, "tokens": 9}
+    sparse = {"attention": "tau=0.9 min_length=0", "density": 0.4}
+    cells = [{}, sparse | {"score": 0.25}, {"task": "cwe"}, {"task": "cwe"} | sparse, {"task": "fwe"}]
+    cells += [{"device": "CPU", "dtype": "float32", "length": 4096}]
+    gpu, cpu = task_report.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32**")
+    assert "device not recorded" in gpu and "| 2,048 | vt | 4 | 50 | – | 25 (0.40) | – |" in gpu
+    assert "2,048 tokens, 2 tasks: dense 50.0, τ = 0.90 37.5 (0.40)." in gpu
+    assert "| 4,096 | vt | 4 | 50 | – | – | – |" in cpu and "Means" not in cpu
+    missing = [task for task in TASKS if task not in ("vt", "cwe", "fwe")]
+    assert f"at 2,048 tokens {', '.join(missing)}; at 4,096 tokens" in cpu
 
 
 def test_cases_have_names_of_their_own():

@@ -14,8 +14,8 @@ from model_families import make
 from rr_flex import RRConfig
 from rr_flex.commands.tasks import bar, import_suite
 from rr_flex.tasks import answers, helmet, recall, results, video_mme
-from rr_flex.tasks.results import DENSE, Cell
-from rr_flex.tasks.run import describe, run
+from rr_flex.tasks.results import DENSE, Cell, describe
+from rr_flex.tasks.run import run
 
 
 class Letters:
@@ -84,6 +84,9 @@ def test_a_run_resumes(tmp_path):
     again = list(run(None, None, **options))
     assert calls == [("a", 8), ("b", 8), ("a", 16), ("a", 16), ("b", 16)] and len(again) == 2
     assert again[0].score == 0.5 and again[0].attention == DENSE
+    # Files from before device and dtype were kept are still read.
+    path.write_text(path.read_text().replace(', "device": "", "dtype": ""', ""))
+    assert again[-1] in results.read(path)
     path.write_text("{}\n")
     with pytest.raises(ValueError, match="fields"):
         results.read(path)
@@ -105,6 +108,8 @@ def test_table_and_heat_map(tmp_path):
     lines = results.table(cells).splitlines()
     assert lines[0].split(" | ")[-2:] == [DENSE, "tau=0.9 |"]
     assert lines[2] == "| 2,048 | t | 4 | 50 (2 s) | 25 (2 s, 0.40) |" and lines[3].endswith("| – |")
+    chosen = results.table(cells, {"τ": "tau=0.9", "none": "x"}, seconds=False).splitlines()
+    assert chosen[0].endswith("| τ | none |") and chosen[2] == "| 2,048 | t | 4 | 25 (0.40) | – |"
     pytest.importorskip("matplotlib")
     results.heat_map(cells, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000

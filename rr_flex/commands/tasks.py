@@ -117,6 +117,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         path=arguments.results,
         chat=arguments.chat_template,
         batch_size=arguments.batch_size,
+        device=device_name(where["device"]),
+        dtype=str(where["dtype"]).removeprefix("torch."),
         progress=lambda text, done, of: progress(f"{bar(done, of)}  {text}"),
     ):
         progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
@@ -129,6 +131,13 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         write_atomically(Path(arguments.json), lambda stream: stream.write(document.encode()))
     print(document if arguments.json == "-" else results.table(cells))
     return 0
+
+
+def device_name(device: str) -> str:
+    """The card's own name, or CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device.upper()
 
 
 def bar(done: int, of: int, width: int = 20) -> str:

@@ -1,9 +1,11 @@
 """Scores of tasks, one JSON line a cell: kept as they come, so that a run that was cut off goes on where it stopped."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+
+from rr_flex.config import RRConfig
 
 DENSE = "dense"
 
@@ -24,10 +26,26 @@ class Cell:
     dense_reasons: dict[str, int]  # prefill calls that stayed dense, by reason
     tokens: int  # prompt tokens of all samples
     batch_size: int = 1  # samples generated at once, which changes the time and not the task
+    device: str = ""  # the card's name or CPU; "" in files written before it was kept
+    dtype: str = ""  # of the weights, as "bfloat16"; "" likewise
 
     @property
     def key(self) -> tuple:
         return self.suite, self.task, self.length, self.attention, self.model, self.samples
+
+
+def describe(config: RRConfig | None) -> str:
+    """The settings that differ from the defaults, tau always; DENSE for None."""
+    if config is None:
+        return DENSE
+    usual = RRConfig()
+    level = config.budget == "threshold"
+    shown = [f"threshold={config.threshold}" if level else f"tau={config.tau}"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("tau", "threshold", "budget") and value != getattr(usual, field.name):
+            shown.append(f"{field.name}={value}")
+    return " ".join(shown)
 
 
 def read(path: Path) -> list[Cell]:
@@ -53,24 +71,34 @@ def append(path: Path, cell: Cell) -> None:
         stream.write(json.dumps(asdict(cell)) + "\n")
 
 
-def table(cells: Iterable[Cell]) -> str:
-    """A Markdown table: a row a task and length, the dense score beside every other."""
+def table(cells: Iterable[Cell], columns: Mapping[str, str] | None = None, *, seconds: bool = True) -> str:
+    """A Markdown table: a row a task and length, the dense score beside every other.
+
+    `columns`: heading -> attention, in this order, run or not; all that were run unless given. `seconds`: times too.
+    """
     cells = list(cells)
-    attentions = sorted({cell.attention for cell in cells}, key=lambda name: (name != DENSE, name))
+    if columns is None:
+        columns = {name: name for name in _attentions(cells)}
     rows: dict[tuple[int, str], dict[str, Cell]] = {}
     for cell in cells:
         rows.setdefault((cell.length, cell.task), {})[cell.attention] = cell
-    lines = [f"| length | task | samples | {' | '.join(attentions)} |", "|---" * (3 + len(attentions)) + "|"]
+    lines = [f"| length | task | samples | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     for (length, task), found in sorted(rows.items()):
         samples = "/".join(str(n) for n in sorted({cell.samples for cell in found.values()}))
-        shown = [_shown(found[name]) if name in found else "–" for name in attentions]
+        shown = [_shown(found[name], seconds) if name in found else "–" for name in columns.values()]
         lines.append(f"| {length:,} | {task} | {samples} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def _shown(cell: Cell) -> str:
-    kept = "" if cell.density is None else f", {cell.density:.2f}"
-    return f"{100 * cell.score:.0f} ({cell.seconds / cell.samples:.0f} s{kept})"
+def _attentions(cells: list[Cell]) -> list[str]:
+    """Dense first."""
+    return sorted({cell.attention for cell in cells}, key=lambda name: (name != DENSE, name))
+
+
+def _shown(cell: Cell, seconds: bool) -> str:
+    beside = [f"{cell.seconds / cell.samples:.0f} s"] if seconds else []
+    beside += [] if cell.density is None else [f"{cell.density:.2f}"]
+    return f"{100 * cell.score:.0f}" + (f" ({', '.join(beside)})" if beside else "")
 
 
 def heat_map(cells: Iterable[Cell], path: Path) -> None:
@@ -81,7 +109,7 @@ def heat_map(cells: Iterable[Cell], path: Path) -> None:
     from matplotlib import pyplot
 
     cells = list(cells)
-    attentions = sorted({cell.attention for cell in cells}, key=lambda name: (name != DENSE, name))
+    attentions = _attentions(cells)
     tasks = sorted({cell.task for cell in cells})
     lengths = sorted({cell.length for cell in cells})
     size = (1.6 + len(attentions) * (0.8 + 0.7 * len(lengths)), 1.2 + 0.4 * len(tasks))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 
@@ -10,7 +9,7 @@ from rr_flex.config import RRConfig
 from rr_flex.models import enable
 from rr_flex.models.records import DECODE
 from rr_flex.tasks import results
-from rr_flex.tasks.results import DENSE, Cell
+from rr_flex.tasks.results import Cell, describe
 
 Scores = Callable[..., tuple[list[float], int]]  # (model, tokenizer, task, length, samples, chat=) -> scores, tokens
 
@@ -29,11 +28,14 @@ def run(
     path: Path,
     chat: bool = False,
     batch_size: int = 1,
+    device: str = "",
+    dtype: str = "",
     progress: Callable[[str, int, int], None] = lambda text, done, of: None,
 ) -> Iterator[Cell]:
     """Each cell that `path` does not hold yet, appended to it when it is done. None among `configs` is dense.
 
-    `batch_size` is only recorded: `score` is to generate so many samples at once.
+    `batch_size`, `device` and `dtype` are only recorded: `score` is to generate so many samples at once, `model` is
+    there and so.
     """
     done = {cell.key for cell in results.read(path)}
     wanted = [(length, task, config) for length in lengths for task in tasks for config in configs]
@@ -60,20 +62,8 @@ def run(
             dense_reasons={why: n for why, n in report.dense.items() if why != DECODE} if report else {},
             tokens=tokens,
             batch_size=batch_size,
+            device=device,
+            dtype=dtype,
         )
         results.append(path, cell)
         yield cell
-
-
-def describe(config: RRConfig | None) -> str:
-    """The settings that differ from the defaults, tau always; DENSE for None."""
-    if config is None:
-        return DENSE
-    usual = RRConfig()
-    level = config.budget == "threshold"
-    shown = [f"threshold={config.threshold}" if level else f"tau={config.tau}"]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("tau", "threshold", "budget") and value != getattr(usual, field.name):
-            shown.append(f"{field.name}={value}")
-    return " ".join(shown)

@@ -1,0 +1,65 @@
+"""Cells of `rr-flex tasks` as the README's tables: scores and densities, what was not run, no times."""
+
+from pathlib import Path
+
+from rr_flex import RRConfig
+from rr_flex.tasks import results
+from rr_flex.tasks.results import DENSE, Cell, describe
+from rr_flex.tasks.ruler import TASKS
+
+BEGIN, END = "<!-- tasks: begin -->", "<!-- tasks: end -->"
+FILE = "ruler.jsonl"
+
+# heading -> attention; none of them stays dense for a short context
+COLUMNS = {
+    "dense": DENSE,
+    "τ = 0.95": describe(RRConfig(tau=0.95, min_length=0)),
+    "τ = 0.90": describe(RRConfig(tau=0.9, min_length=0)),
+    "`best`": describe(RRConfig.from_preset("best", min_length=0)),
+}
+
+
+def load(folder: Path) -> list[Cell]:
+    """RULER's cells in the folder of results, none if there is no such file."""
+    return results.read(folder / FILE)
+
+
+def markdown(cells: list[Cell]) -> str:
+    """A table a model and device, the means of its complete rows, and the tasks of which a length has no cell."""
+    parts = []
+    for setting in dict.fromkeys(setting_of(cell) for cell in cells):
+        of_setting = [cell for cell in cells if setting_of(cell) == setting]
+        parts += [f"**{setting}**", results.table(of_setting, COLUMNS, seconds=False), means(of_setting)]
+    return "\n\n".join(filter(None, [*parts, not_run(cells)])) + "\n"
+
+
+def setting_of(cell: Cell) -> str:
+    return f"{cell.model}, {cell.device or 'device not recorded'}, {cell.dtype or 'dtype not recorded'}"
+
+
+def means(cells: list[Cell]) -> str:
+    """Per length, over the tasks that have every column that was run at all; "" where that is one task or none."""
+    columns = {heading: name for heading, name in COLUMNS.items() if any(cell.attention == name for cell in cells)}
+    told = []
+    for length in sorted({cell.length for cell in cells}):
+        found = {(cell.task, cell.attention): cell for cell in cells if cell.length == length}
+        tasks = {task for task, _ in found if all((task, name) in found for name in columns.values())}
+        if len(tasks) < 2:
+            continue
+        shown = []
+        for heading, name in columns.items():
+            of_column = [found[task, name] for task in sorted(tasks)]
+            densities = [cell.density for cell in of_column if cell.density is not None]
+            kept = f" ({sum(densities) / len(densities):.2f})" if densities else ""
+            shown.append(f"{heading} {100 * sum(cell.score for cell in of_column) / len(tasks):.1f}{kept}")
+        told.append(f"{length:,} tokens, {len(tasks)} tasks: {', '.join(shown)}.")
+    return "Means of the rows that have all of these. " + " ".join(told) if told else ""
+
+
+def not_run(cells: list[Cell]) -> str:
+    lines = []
+    for length in sorted({cell.length for cell in cells}):
+        absent = [task for task in TASKS if not any(c.task == task and c.length == length for c in cells)]
+        if absent:
+            lines.append(f"at {length:,} tokens {', '.join(absent)}")
+    return f"Without a cell: {'; '.join(lines)}." if lines else ""
