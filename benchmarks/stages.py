@@ -132,7 +132,7 @@ class Masks(NamedTuple):
 
 
 def masks_apart(kept: Tensor, whole: Tensor, config: RRConfig, L: int, kernel: str) -> Masks:
-    """As rr_attention attends on CUDA: the last rows by themselves where the context is long."""
+    """As rr_attention attends on CUDA, by hand in step with rr_flex/graphs.py: the last rows of long contexts apart."""
     apart, (q_block, _) = rows_apart(L, L, config, kernel), config.block_sizes
     if not apart:
         return Masks(block_mask(kept, whole, config, L))

@@ -1,5 +1,7 @@
 """Dense attention for lengths at which sparse attention does not pay, through the fastest kernel that is installed."""
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,6 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mask_mods.spans import Index, MaskMod
 
+CHECK_LENGTH = 300  # tokens of the check of FlashAttention 4: two blocks and a part of one
+CHECK_ERROR = 1e-2  # relative, in half precision
 # In order of speed on the cards that were measured; torch takes the first that can run.
 PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
@@ -35,14 +39,42 @@ def dense_attention(
     scale: float | None,
     flash: bool = False,
 ) -> Float[Tensor, "B Hq L Dv"]:
-    """torch's scaled_dot_product_attention, or with `flash` FlashAttention 4; causal or over all pairs."""
-    if flash:
-        from flash_attn.cute.interface import flash_attn_func
-
-        out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal, softmax_scale=scale)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # it has B L H D
+    """torch's scaled_dot_product_attention, causal or over all pairs; with `flash` FlashAttention 4 where its dense
+    kernel, another than the block-sparse one, is right on a small problem too."""
+    if flash and _flash_is_right(q, v):
+        return _flash_attention(q, k, v, causal, scale)
     settings = {"is_causal": causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if q.device.type != "cuda" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, **settings)
     with sdpa_kernel(PRIORITY, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **settings)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    from flash_attn.cute.interface import flash_attn_func
+
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal, softmax_scale=scale)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # it has B L H D
+
+
+_right: dict[tuple, bool] = {}
+
+
+def _flash_is_right(q: Tensor, v: Tensor) -> bool:
+    """Whether FlashAttention 4 agrees with float32 for q's and v's head dims and dtype: run once, remembered."""
+    key = (q.device, q.shape[-1], v.shape[-1], q.dtype)
+    if key not in _right:
+        generator = torch.Generator().manual_seed(0)
+        sizes = ((4, q.shape[-1]), (2, q.shape[-1]), (2, v.shape[-1]))
+        small = [
+            torch.randn(2, heads, CHECK_LENGTH, D, generator=generator).to(q.device, q.dtype) for heads, D in sizes
+        ]
+        exact = F.scaled_dot_product_attention(*(x.float() for x in small), is_causal=True, enable_gqa=True)
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # its own deprecations are no reason against it
+                error = (_flash_attention(*small, True, None) - exact).norm() / exact.norm()
+            _right[key] = error.item() < CHECK_ERROR
+        except Exception:  # a beta's compilation may fail in any way; torch's kernel is as right
+            _right[key] = False
+    return _right[key]

@@ -54,7 +54,8 @@ def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, sca
         return out, lse, density, None
     first = first_query(q.shape[2], wanted.rows_apart, config.block_sizes[0])
     queries = run_queries(q, wanted.rows_apart, config.block_sizes[0])
-    mask = run_mask(chosen.mask_mod, torch.full((), first, dtype=torch.int64, device=q.device))
+    ends = (torch.full((), end, dtype=torch.int64, device=q.device) for end in (first, q.shape[2] - 1))
+    mask = run_mask(chosen.mask_mod, *ends)
     sizes["seq_lengths"] = (queries.shape[2], k.shape[2])
     runs_mask = block_mask_of_lists(runs, mask, **sizes)
     return out, lse, density, merge_runs(*_flex(queries, k, v, runs_mask, scale, True, options, score_mod))
@@ -66,7 +67,8 @@ def attend_with_flash(q, k, v, level, q_offset, head_offset, config, mask_mod, c
     In one its kernel would read what its mask captures after the graph has freed it, if anything else in the graph uses
     that too (torch 2.11: its reads are unknown to the scheduler).
     """
-    lists, density = _lists_compiled(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted)
+    chosen = (config, mask_mod, causal, scale, wanted.dense, wanted.density)
+    lists, density = _lists_compiled(q, k, level, q_offset, head_offset, *chosen)
     q_block, options = config.block_sizes[0], attention_options(q, config.block_sizes, "flash")
     in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
 
@@ -100,9 +102,9 @@ def _with_last_rows(out, lse, density, last_rows, q, config, wanted):
     return out, lse, density
 
 
-def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, wanted):
-    chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, dense=wanted.dense)
-    return list_partial_and_full(chosen.kept, chosen.whole), chosen.density_per_head if wanted.density else None
+def _lists(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, dense, with_density):
+    chosen = select(q, k, level, q_offset, head_offset, config, mask_mod, causal, scale, dense=dense)
+    return list_partial_and_full(chosen.kept, chosen.whole), chosen.density_per_head if with_density else None
 
 
 def _flex(q, k, v, block_mask, scale, return_lse, options, score_mod=None):

@@ -16,7 +16,8 @@ def head_strips(B: int, Hq: int, Hkv: int, Lq: int, Lk: int, config: RRConfig) -
     """
     q_block, k_block = config.block_sizes
     nK = ceil_div(Lk, k_block)
-    outputs = ceil_div(Lq, config.strides[0]) * ceil_div(nK, COLUMNS) * COLUMNS * 2  # of the estimate, in bfloat16
+    columns = max(2, ceil_div(nK, COLUMNS)) * COLUMNS  # two segments at least
+    outputs = ceil_div(Lq, config.strides[0]) * columns * 2  # of the estimate, in bfloat16
     of_head = B * (outputs + ceil_div(Lq, q_block) * nK * BYTES_PER_BLOCK)
     group = Hq // Hkv
     size = Hq

@@ -1,19 +1,20 @@
 """The last block rows by themselves: each one's blocks are cut into runs that attend side by side and are merged.
 
 The kernel takes block rows in their order. A dense last row is the longest of all and starts when the others end: at
-131,072 tokens attention takes 1.0 to 1.8 of 58 to 94 ms less without it with FlashAttention, 2.9 to 3.3 of 78 to 123 ms
-with Triton (H100, 32 heads), and in runs it costs 0.4 and 0.5 ms.
+131,072 tokens attention takes 1.0 to 1.8 of 58 to 94 ms less without it with FlashAttention, 2.9 to 3.4 of 78 to 123 ms
+with Triton (H100, 32 heads), and by itself in runs it takes 0.4 and 0.5 ms, the merge not counted.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mask_mods.spans import MaskMod, buffered
+from mask_mods.spans import MaskMod, buffered, smaller
 from rr_flex.block_mask import Lists
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 
+MOST_ROWS = 8  # apart: more fill the card by themselves, and each takes RUNS times its queries
 RUNS = 8  # of each row; at 131,072 tokens 4, 8 and 16 took 0.40, 0.41 and 0.61 ms
 LEAST_KEYS = 16384  # from which on, with Triton, a row takes longer than the second kernel that this compiles
 
@@ -21,9 +22,8 @@ LEAST_KEYS = 16384  # from which on, with Triton, a row takes longer than the se
 def rows_apart(Lq: int, Lk: int, config: RRConfig, kernel: str) -> int:
     """How many block rows at the end of the queries attend by themselves with `kernel` ("triton", "flash", "cpu")."""
     rows = config.dense_last_rows
-    if kernel == "cpu" or rows >= ceil_div(Lq, config.block_sizes[0]) or (kernel == "triton" and Lk < LEAST_KEYS):
-        return 0
-    return rows
+    short = rows >= ceil_div(Lq, config.block_sizes[0]) or (kernel == "triton" and Lk < LEAST_KEYS)
+    return 0 if kernel == "cpu" or short or rows > MOST_ROWS else rows
 
 
 def take_apart(lists: Lists, rows: int) -> tuple[Lists, Lists]:
@@ -69,11 +69,14 @@ def run_queries(q: Float[Tensor, "B H Lq D"], rows: int, q_block: int) -> Float[
     return q.index_select(2, place.clamp(max=q.shape[2] - 1)).repeat_interleave(RUNS, dim=1)
 
 
-def run_mask(mask_mod: MaskMod, first_query: Int[Tensor, ""]) -> MaskMod:
-    """`mask_mod` as the runs see it, whose heads are runs and whose queries begin at `first_query`."""
+def run_mask(mask_mod: MaskMod, first_query: Int[Tensor, ""], last_query: Int[Tensor, ""]) -> MaskMod:
+    """`mask_mod` as the runs see it, whose heads are runs and whose queries begin at `first_query`.
+
+    Past the last query, where the runs' block rows end short, it is asked for the last: it may look a query up.
+    """
 
     def visible_in_run(b, h, q_idx, kv_idx):
-        return mask_mod(b, h // RUNS, q_idx + first_query, kv_idx)
+        return mask_mod(b, h // RUNS, smaller(q_idx + first_query, last_query), kv_idx)
 
     return visible_in_run
 
@@ -81,10 +84,10 @@ def run_mask(mask_mod: MaskMod, first_query: Int[Tensor, ""]) -> MaskMod:
 def merge_runs(
     out: Float[Tensor, "B H*RUNS n Dv"], lse: Float[Tensor, "B H*RUNS n"]
 ) -> tuple[Float[Tensor, "B H n Dv"], Float[Tensor, "B H n"]]:
-    """Attention over all runs' keys, and its log-sum-exp, from that over each run's and theirs in nats."""
+    """Attention over all runs' keys and its log-sum-exp, both from those of each run; in nats."""
     lse = lse.unflatten(1, (-1, RUNS))
     total = lse.logsumexp(2)
     share = torch.exp(lse - total[:, :, None])[..., None]
-    # A run that sees nothing has a share of 0, or of NaN where no run sees anything.
-    parts = torch.where(share > 0, out.unflatten(1, (-1, RUNS)) * share, 0)
+    # A run that sees nothing adds 0, whatever the kernel left there.
+    parts = torch.where((lse == -torch.inf)[..., None], 0, out.unflatten(1, (-1, RUNS)) * share)
     return parts.sum(2).to(out.dtype), total

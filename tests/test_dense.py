@@ -9,7 +9,7 @@ from cases import FREE, SQUARE, tensors
 from torch.nn import functional as F
 
 from mask_mods import both, causal, sliding_window
-from rr_flex import RRConfig, attention, create_rr_block_mask, kernel, rr_attention, select_blocks
+from rr_flex import RRConfig, attention, create_rr_block_mask, dense, kernel, rr_attention, select_blocks
 
 pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 DENSE = {"tau": 0.1, "min_length": 301, **FREE}
@@ -45,9 +45,16 @@ def test_a_short_context_goes_to_flash_attention_4_as_that_takes_it(monkeypatch,
     for name in ("flash_attn", "flash_attn.cute", installed.__name__):
         monkeypatch.setitem(sys.modules, name, installed)
     monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: "flash")
+    monkeypatch.setattr(dense, "_right", {})
     for below in (True, False):
         exact = F.scaled_dot_product_attention(q, k, v, is_causal=below, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(rr_attention(q, k, v, causal=below, scale=0.3, **DENSE), exact)
+    assert list(dense._right.values()) == [True]
+    # One that is wrong is not taken, nor one that stops.
+    for broken in (lambda *tensors, **_: tensors[0] + 1, lambda *_, **__: 1 / 0):
+        monkeypatch.setattr(installed, "flash_attn_func", broken)
+        monkeypatch.setattr(dense, "_right", {})
+        torch.testing.assert_close(rr_attention(q, k, v, causal=False, scale=0.3, **DENSE), exact)
 
 
 def test_a_long_context_is_sparse_and_counted():

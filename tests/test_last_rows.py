@@ -42,11 +42,15 @@ def test_merged_runs_are_attention_over_all_of_them():
     score[:, 0, :, 2:5] = -torch.inf  # runs that see nothing
     score[1, 2] = -torch.inf  # queries that see nothing
     out = torch.einsum("bhqrk,rkd->bhrqd", score.softmax(-1).nan_to_num(0), value)
+    out[:, 0, 2:5] = torch.nan  # what the kernel leaves where nothing is seen says nothing
+    score[0, 1, 0, 1] = torch.nan  # and of a query that has NaN it says that
+    out[0, 1, 1, 0] = torch.nan
     lse = score.logsumexp(-1).transpose(2, 3)
     found, total = merge_runs(out.flatten(1, 2), lse.flatten(1, 2))
     exact = score.flatten(3).softmax(-1).nan_to_num(0) @ value.flatten(0, 1)
-    torch.testing.assert_close(found, exact)
-    torch.testing.assert_close(total, score.flatten(3).logsumexp(-1))
+    exact[0, 1, 0] = torch.nan
+    torch.testing.assert_close(found, exact, equal_nan=True)
+    torch.testing.assert_close(total, score.flatten(3).logsumexp(-1), equal_nan=True)
 
 
 def attend_by_lists(q, k, v, block_mask, scale, return_lse, options, score_mod=None):
@@ -91,9 +95,27 @@ def test_rows_apart_change_nothing(shape, seed, rows, name):
     assert_attends(out, q, k, v, shown & oracle.expand(kept, (shape.Lq, shape.Lk), (128, 128)))
 
 
+def test_rows_apart_ask_for_no_query_past_the_last(monkeypatch):
+    q, k, v = tensors(Shape())
+    ids = torch.arange(300) // 70  # as many as queries
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: "triton")
+    monkeypatch.setattr(graphs, "_attend_compiled", graphs._attend)
+    monkeypatch.setattr(last_rows, "LEAST_KEYS", 0)
+
+    def ask_for_whole_blocks(q, k, v, block_mask, *_):
+        index = torch.arange(-(-q.shape[2] // 128) * 128).clamp(max=max(299, q.shape[2] - 1))
+        block_mask.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], torch.arange(300))
+        return torch.zeros_like(q), torch.zeros(q.shape[:3])
+
+    monkeypatch.setattr(graphs, "_flex", ask_for_whole_blocks)
+    rr_attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx], causal=True)
+
+
 def test_rows_are_apart_where_it_pays():
     config, least = RRConfig(dense_last_rows=2), last_rows.LEAST_KEYS
     lengths = [(600, least), (600, least - 1), (256, least), (257, least)]
     assert [rows_apart(Lq, Lk, config, "triton") for Lq, Lk in lengths] == [2, 0, 0, 2]
     assert [rows_apart(Lq, Lk, config, "flash") for Lq, Lk in lengths] == [2, 2, 0, 2]
+    most = RRConfig(dense_last_rows=last_rows.MOST_ROWS + 1)
+    assert rows_apart(1 << 20, 1 << 20, most, "triton") == 0
     assert rows_apart(600, least, config, "cpu") == rows_apart(600, least, RRConfig(dense_last_rows=0), "flash") == 0
