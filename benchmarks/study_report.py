@@ -144,7 +144,8 @@ def prediction_table(predictions: Sequence[Prediction]) -> str:
 
 
 def mean_density(predictions: Sequence[Prediction], rule: str, texts: Sequence[str], measure: str, least: float) -> str:
-    found = []
+    """A dash where the highest level reaches it, but from where on was not measured closely enough."""
+    found, reached_last = [], False
     for text in texts:
         points = curve(predictions, rule, text, measure)
         if measure == "perplexity_ratio":
@@ -152,9 +153,10 @@ def mean_density(predictions: Sequence[Prediction], rule: str, texts: Sequence[s
         else:
             least_value = least
         found.append(density_from(points, least_value))
+        reached_last |= bool(points) and points[-1][1] >= least_value
     reached = [x for x in found if x is not None]
     if not reached:
-        return "not reached"
+        return "–" if reached_last else "not reached"
     mean = f"{sum(reached) / len(reached):.2f}"
     return mean if len(reached) == len(found) else f"{mean} ({len(reached)} of {len(found)} texts)"
 

@@ -228,8 +228,9 @@ figure
 # Errors of layers add up in ways that no layer shows, so the last judge is the model: its predictions with sparse attention
 # in every layer against its dense ones, on held-out texts. *KL* is the divergence in nats a token, *agreement* the share of
 # positions with the same most likely next token, *perplexity* its excess over the dense model's. Each rule runs at several
-# levels of its budget; values at a density are interpolated between them, and means are over texts. A dash: a text's levels
-# do not reach that density (mandatory blocks alone are .3 at 2,048 tokens).
+# levels of its budget; values at a density are interpolated between them where they lie at most .25 of density apart, and
+# means are over texts. A dash: a text's levels do not reach that density (mandatory blocks alone are .3 at 2,048 tokens),
+# or lie further apart.
 
 # %%
 PREDICTED = (
@@ -307,7 +308,7 @@ for length, runs in sorted(study.predictions.items(), reverse=True):
         for text in texts:
             for measure in READ:
                 behind = []
-                for density in (x / 100 for x in range(15, 80)):
+                for density in (x / 100 for x in range(15, 100)):
                     pair = [loss(runs, each, text, measure, density) for each in (rule, other)]
                     if None not in pair and pair[0] > pair[1]:
                         behind.append((density, pair[0] - pair[1]))

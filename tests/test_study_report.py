@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import study_report
-from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at
+from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at, value_at
 from rr_flex.evaluation.study import Record
 from rr_flex.evaluation.summaries import StudyFile, group_of, kl_gain
 
@@ -26,6 +26,13 @@ def test_the_density_from_which_a_measure_holds():
     assert density_from(points, 0.98) == pytest.approx(0.4)
     assert density_from(points, 0.5) == pytest.approx(0.1)
     assert density_from(points, 1.1) is None
+
+
+def test_nothing_is_read_off_inside_a_wide_gap():
+    points = [(0.3, 0.5), (0.56, 0.9), (0.7, 1.0)]
+    assert kl_at(points, 0.4) is value_at(points, 0.4) is density_from(points, 0.8) is None
+    assert value_at(points, 0.3) == 0.5 and value_at(points, 0.63) == pytest.approx(0.95)
+    assert density_from(points, 0.95) == pytest.approx(0.63) and density_from(points, 0.9) == 0.56
 
 
 def test_gains_in_divergence_are_paired_by_text():

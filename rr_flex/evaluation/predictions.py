@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+WIDEST_GAP = 0.25  # of density between two levels; what lies inside a wider one was not measured
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -24,30 +26,49 @@ def curve(predictions: Iterable[Prediction], rule: str, text: str, measure: str)
     return sorted((x.density, getattr(x, measure)) for x in predictions if (x.rule, x.text) == (rule, text))
 
 
-def kl_at(points: Sequence[tuple[float, float]], density: float) -> float | None:
-    """The divergence at a density, log-linear between neighbours; None outside of what was measured."""
+def between(points: Sequence[tuple[float, float]], density: float) -> tuple[float, float, float] | None:
+    """The measure at the levels below and above a density, and the share of the way from the first to the second.
+
+    None outside of what was measured, and between levels more than WIDEST_GAP apart.
+    """
     for (low, below), (high, above) in itertools.pairwise(points):
-        if low <= density <= high:
-            share = 0.0 if high == low else (density - low) / (high - low)
-            return math.exp((1 - share) * math.log(below) + share * math.log(above))
+        if density in (low, high):
+            return below, above, float(density == high)
+        if low < density < high:
+            return (below, above, (density - low) / (high - low)) if high - low <= WIDEST_GAP else None
     return None
+
+
+def kl_at(points: Sequence[tuple[float, float]], density: float) -> float | None:
+    """The divergence at a density, log-linear between neighbours at most WIDEST_GAP apart; None elsewhere."""
+    found = between(points, density)
+    if found is None:
+        return None
+    below, above, share = found
+    return math.exp((1 - share) * math.log(below) + share * math.log(above))
 
 
 def value_at(points: Sequence[tuple[float, float]], density: float) -> float | None:
-    """The measure at a density, linear between neighbours; None outside of what was measured."""
-    for (low, below), (high, above) in itertools.pairwise(points):
-        if low <= density <= high:
-            return above if high == low else below + (above - below) * (density - low) / (high - low)
-    return None
+    """The measure at a density, linear between neighbours at most WIDEST_GAP apart; None elsewhere."""
+    found = between(points, density)
+    if found is None:
+        return None
+    below, above, share = found
+    return below + (above - below) * share
 
 
 def density_from(points: Sequence[tuple[float, float]], least: float) -> float | None:
-    """The density from which on the measure stays at or above `least`, linear between neighbours; None if never."""
+    """The density from which on the measure stays at or above `least`, linear between neighbours.
+
+    None if never, and if it gets there between two levels more than WIDEST_GAP apart.
+    """
     found = None
     for (low, below), (high, above) in reversed(list(itertools.pairwise(points))):
         if above < least:
             return found
         if below < least:
-            return high if above == below else low + (high - low) * (least - below) / (above - below)
+            if above == least:
+                return high
+            return low + (high - low) * (least - below) / (above - below) if high - low <= WIDEST_GAP else None
         found = low
     return found
