@@ -238,7 +238,8 @@ def section(study: StudyFile) -> str:
         f"Output error at equal density in every layer ({where(study.about)}):",
         layers_told(study.about),
         error_table(study.records),
-        "How much lower that is than for published RR, and the part of the gap to the oracle that `best` closes:",
+        "How much lower that is than for published RR, and the part of the gap to the oracle that `best` closes (above "
+        "100: better than the oracle of true mass, which does not look at values):",
         gain_table(study.records),
     ]
     for length in LENGTHS:

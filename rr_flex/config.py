@@ -34,7 +34,7 @@ class RRConfig:
     query_pool: int | None = None  # tokens per pooled query with pool="queries" or "both"; None: the query block
     block_size: int | tuple[int, int] = 128  # tokens per side of a block, or (query tokens, key tokens): 64 or 128
     order: int = 1  # 1: mean of the pooled logits; 2: plus their variance, by variance_weight
-    variance_weight: float = 0.5  # order 2: ½ is right for Gaussian logits, too much where few of a stride's count
+    variance_weight: float = 0.5  # order 2 only: ½ is right for Gaussian logits, too much where few of a stride's count
     budget: Budget = "top_tau"  # rule that turns mass into kept blocks
     tau: float | Sequence[float] | Tensor = 0.95  # top_tau: share of a row's estimated mass to keep, in (0, 1]
     # threshold: a block is kept when its share of its row's mass exceeds this, in [0, 1)

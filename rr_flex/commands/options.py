@@ -67,7 +67,7 @@ SETTINGS_HELP = {
     "query_pool": "tokens per pooled query; the query block without it",
     "block_size": "64, 128 or QUERYxKEY tokens, as in 128x64",
     "order": "1: mean of the pooled logits, 2: and their variance",
-    "variance_weight": "of the variance at order 2; 1/2 is right for Gaussian logits",
+    "variance_weight": "of the variance, order 2 only; 1/2 is right for Gaussian logits",
     "budget": "the rule that turns mass into kept blocks",
     "tau": "for top_tau: share of a row's estimated mass to keep, in (0, 1]",
     "threshold": "for threshold: keep blocks with a larger share of their row's mass than this",
