@@ -7,7 +7,6 @@ it; and all rows with their blocks in descending order, which shows whether that
 import argparse
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import stages
-from benchmarks.cases import COARSE_QUERIES
+from benchmarks.cases import BACKENDS, COARSE_QUERIES
 from benchmarks.environment import describe
 from benchmarks.timing import measure_in_turns
 from benchmarks.workloads import structured
@@ -24,7 +23,6 @@ from rr_flex.block_mask import Lists, block_mask_of_lists, list_partial_and_full
 from rr_flex.kernel import attention_options
 
 RESULTS = Path(__file__).parent / "results"
-KERNELS = ("flash", "triton")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             timings = measure_in_turns(calls, sets=1, device=device, seconds=options.seconds)
             row = {"density": stages.density(kept, blocks.visible), "backend": kernel, **shape}
             row["ms"] = {name: each.as_dict() for name, each in zip(variants, timings, strict=True)}
-            print({name: round(each.median, 2) for name, each in zip(variants, timings, strict=True)}, file=sys.stderr)
+            print({name: round(each["median"], 2) for name, each in row["ms"].items()}, file=sys.stderr)
             with (options.out / "last-row.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | about) + "\n")
     return 0
@@ -56,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.last_row", description=__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--backends", nargs="+", choices=KERNELS, default=KERNELS if cuda else ("triton",))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS if cuda else ("triton",))
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -70,17 +68,16 @@ def parser() -> argparse.ArgumentParser:
 
 def masks(kept: Tensor, whole: Tensor, L: int, kernel: str) -> dict[str, stages.Masks]:
     """The variants by name; "in runs" only where the kernel gives a log-sum-exp to merge by."""
-    config = replace(COARSE_QUERIES, dense_last_rows=1)
     without = kept.clone()
     without[:, :, -1] = False
     everything = list_partial_and_full(kept, whole)
     found = {
         "at once": of_lists(everything, L),
         "last row empty": of_lists(list_partial_and_full(without, whole), L),
-        "descending": of_lists((*everything[:2], everything[2], descending(*everything[2:])), L),
+        "descending": of_lists((*everything[:3], descending(*everything[2:])), L),
     }
     if kept.device.type == "cuda":
-        found["last row in runs"] = stages.masks_apart(kept, whole, config, L, kernel)
+        found["last row in runs"] = stages.masks_apart(kept, whole, COARSE_QUERIES, L, kernel)
     return found
 
 
@@ -92,9 +89,8 @@ def descending(counts: Tensor, indices: Tensor) -> Tensor:
     """Each row's entries in reverse, in memory laid out as before, by which the kernel goes."""
     place = counts[..., None].long() - 1 - torch.arange(indices.shape[-1], device=indices.device)
     reverse = torch.where(place >= 0, indices.gather(-1, place.clamp(min=0)), indices)
-    return torch.empty_strided(indices.shape, indices.stride(), dtype=indices.dtype, device=indices.device).copy_(
-        reverse
-    )
+    laid_out = torch.empty_strided(indices.shape, indices.stride(), dtype=indices.dtype, device=indices.device)
+    return laid_out.copy_(reverse)
 
 
 if __name__ == "__main__":

@@ -64,16 +64,15 @@ def rr_attention(
         raise NotImplementedError("return_lse must be False on the CPU, whose compiled kernel has none, got True")
     config = (config or DEFAULT).with_settings(settings)
     check_backend(backend, q)
+    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     plain_softmax = softcap is None and sinks is None
     dense = is_short(k, shortest_sparse(q, config, plain_softmax=plain_softmax))
     if dense and plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")
-        facts = {"plain_mask": True, "for_backward": differentiated(q, k, v)}
-        flash = choose_kernel(backend, q, v, (128, 128), **facts) == "flash"
+        flash = choose_kernel(backend, q, v, (128, 128), plain_mask=True, for_backward=for_backward) == "flash"
         out = dense_attention(q, k, v, causal=causal is not False, scale=scale, flash=flash)
         return (out, q.new_ones((), dtype=torch.float32)) if return_density else out
 
-    for_backward = differentiated(q, k, v)
     facts = {"plain_mask": mask_mod is None, "for_backward": for_backward, "softcap": softcap is not None}
     kernel = choose_kernel(backend, q, v, config.block_sizes, **facts)
     count("dense" if dense else kernel)
@@ -108,10 +107,6 @@ def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) 
     if config.min_length is not None:
         return config.min_length
     return break_even(q) if plain_softmax else 0
-
-
-def differentiated(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def count(way: str) -> None:

@@ -101,10 +101,10 @@ def base_of(config: RRConfig | None, settings: dict[str, Any]) -> RRConfig:
 
 def check_heads(plan: Plan, heads: int) -> None:
     """ValueError for levels by head, of tau or threshold, that are not as many as the model's query heads."""
-    for config in (plan.default, *plan.layers.values()):
-        name = LEVELS[config.budget] if config else "tau"
-        level = getattr(config, name, None)
-        if not isinstance(level, float | int | None) and len(level) != heads:
+    for config in filter(None, (plan.default, *plan.layers.values())):
+        name = LEVELS[config.budget]
+        level = getattr(config, name)
+        if not isinstance(level, float | int) and len(level) != heads:
             raise ValueError(f"{name} must be one number or one a query head ({heads}), got {len(level)}")
 
 
