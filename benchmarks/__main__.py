@@ -1,4 +1,5 @@
-"""`python -m benchmarks run | tune | report`: measure, tune the kernels' options, tabulate and draw."""
+"""`python -m benchmarks run | tune | capture | report`: measure, tune the kernels' options, keep a model's q, k, v,
+tabulate and draw."""
 
 import argparse
 import json
@@ -15,6 +16,7 @@ from benchmarks.environment import describe
 from benchmarks.runner import Bench, run, with_length
 from benchmarks.timing import OutOfTime, Progress
 from benchmarks.workloads import captured
+from rr_flex.evaluation.texts import KINDS, sample_text
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -61,6 +63,15 @@ def parser() -> argparse.ArgumentParser:
     tuning.add_argument("--full", action="store_true", help="every option for every dtype; else the best of the first")
     tuning.add_argument("--table", type=Path, help="table to update; results/tuned.json unless given")
     common(tuning)
+
+    capturing = commands.add_parser("capture", help="keep a model's q, k and v for run --captured")
+    capturing.set_defaults(command=capture_layers)
+    capturing.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")
+    capturing.add_argument("--kind", choices=KINDS, default="code", help="of text [%(default)s]")
+    capturing.add_argument("--length", type=int, default=8192, help="tokens [%(default)s]")
+    capturing.add_argument("--layers", type=int, nargs="+", required=True, help="one a row of the batch")
+    capturing.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    capturing.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .pt file")
 
     reporting = commands.add_parser("report", help="write the README's table and draw time against length")
     reporting.set_defaults(command=write_report)
@@ -144,6 +155,20 @@ def tune_options(options: argparse.Namespace) -> int:
     if device.type != "cuda":
         raise SystemExit(f"--device must be a CUDA device for tune, whose options are the GPU kernels', got {device}")
     return tune.tune(options, device)
+
+
+def capture_layers(options: argparse.Namespace) -> int:
+    """Like the study's texts for tuning: part 0 of its kind."""
+    if options.out.suffix != ".pt":
+        raise SystemExit(f"--out must end in .pt, got {options.out}")
+    from benchmarks import capture  # with transformers, which nothing else here needs
+    from rr_flex.models.loading import load_causal_lm
+
+    model = load_causal_lm(options.model, device=options.device)
+    found = capture.capture(*model, sample_text(options.kind), options.length, options.layers)
+    capture.write(found, options.out)
+    print(f"{options.out}: q {tuple(found.q.shape)}, k and v {tuple(found.k.shape)}")
+    return 0
 
 
 def write_report(options: argparse.Namespace) -> int:

@@ -174,11 +174,12 @@ def run(cases: list[Case], bench: Bench, *, out: Path, suite: str, about: Row, p
 
 
 def describe_case(case: Case) -> Row:
-    names = ("length", "heads", "kv_heads", "head_dim", "batch", "dtype", "workload", "method", "backend", "seed")
+    names = ("length", "heads", "kv_heads", "head_dim", "batch", "dtype", "method", "backend", "seed")
     return {
         "case": case.name,
         "label": case.label,
         **{name: getattr(case, name) for name in names},
+        "workload": Path(case.workload).name,
         "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in case.settings.items()},
         "block_size": list(case.config.block_sizes),
         "kernel_options": dict(case.kernel_options),

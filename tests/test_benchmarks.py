@@ -4,12 +4,14 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import __main__ as program
-from benchmarks import dense, report, rivals, stages, task_report, together, tune
+from benchmarks import capture, dense, report, rivals, stages, task_report, together, tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
@@ -57,6 +59,30 @@ def test_captured_tensors_come_back(tmp_path, inputs):
     torch.save({"q": saved["q"]}, tmp_path / "short.pt")
     with pytest.raises(ValueError, match="must hold tensors q, k and v"):
         captured(tmp_path / "short.pt", "cpu", torch.float32)
+
+
+def test_layers_of_a_model_are_captured_as_its_attention_gets_them(tmp_path):
+    config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "vocab_size": 128}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    text = "a text of bytes " * 20
+
+    def tokens(text, **_):
+        return SimpleNamespace(input_ids=torch.tensor([list(text.encode())]))
+
+    capture.write(capture.capture(model, tokens, text, 96, [2, 0]), tmp_path / "layers.pt")
+    q, k, v = captured(tmp_path / "layers.pt", "cpu", torch.float32)
+    assert q.shape == (2, 4, 96, 16) and k.shape == v.shape == (2, 2, 96, 16)
+    first = model.model.layers[0]
+    states = first.input_layernorm(model.model.embed_tokens(tokens(text).input_ids[:, :96]))
+    # The first layer is row 1; values are not rotated, and the first token's keys neither.
+    expected = first.self_attn.v_proj(states).unflatten(-1, (2, 16)).transpose(1, 2)
+    torch.testing.assert_close(v[1], expected[0], atol=1e-3, rtol=1e-3)
+    expected = first.self_attn.k_proj(states[:, :1]).unflatten(-1, (2, 16)).transpose(1, 2)
+    torch.testing.assert_close(k[1, :, :1], expected[0], atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"layers must be layers with full attention, got \[3\]"):
+        capture.capture(model, tokens, text, 96, [0, 3])
 
 
 @pytest.mark.parametrize("block_size", [(128, 128), (128, 64)])
