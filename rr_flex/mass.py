@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from mask_mods import any_key_visible
 from mask_mods.spans import Index, MaskMod
 from rr_flex.geometry import ceil_div, sampled_index
+from rr_flex.sampling import stride_weights
 from rr_flex.score_mods import soft_cap
 
 STRIP_ELEMENTS = 1 << 25  # float32 scores held at once: 128 MiB
@@ -29,10 +30,12 @@ def block_mass(
     head_offset: int | Tensor = 0,
     phase: str = "head",
     softcap: Tensor | float | None = None,
+    valid_keys: Bool[Tensor, "#B #Hkv Lk"] | None = None,
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """Softmax of sampled queries over visible key strides, summed over each block's tile; float32.
 
-    A key stride is visible to a sampled query as `stride_visible` says. A row sums to the
+    A key stride is visible to a sampled query as `stride_visible` says, and its share is in proportion to its number of
+    `valid_keys` (None: all are valid), which a short last stride or padding makes fewer. A row sums to the
     number of its sampled queries that see something. Scores are held for a strip of block rows at a time.
     """
     B, Hq, nq, _ = sampled.shape
@@ -44,6 +47,10 @@ def block_mass(
     batch = torch.arange(B, device=sampled.device)[:, None, None, None]
     head = torch.arange(Hq, device=sampled.device)[:, None, None]
     first_key = torch.arange(nk, device=sampled.device) * strides[1]
+    weights = key_weights(valid_keys, Lk, strides[1], sampled.device)
+    if weights is not None:
+        group = 1 if weights.shape[1] == 1 else Hq // pooled.shape[1]
+        weights = weights.repeat_interleave(group, 1)[:, :, None]  # B Hq 1 nk, or 1 for B and for Hq
 
     strips = []
     # One strip is no loop: that keeps a graph open to other lengths.
@@ -62,13 +69,24 @@ def block_mass(
             head_offset=head_offset,
             phase=phase,
         )
-        scores = soft_cap(_scores(sampled[:, :, start:stop], pooled) * scale, softcap)  # B Hq strip nk
-        share = _masked_softmax(scores, visible)
+        scores = soft_cap(_scores(sampled[:, :, start:stop].float() * scale, pooled), softcap)  # B Hq strip nk
+        share = _masked_softmax(scores, visible, weights)
         height = ceil_div(stop - start, queries_per_block)
         share = F.pad(share, (0, nK * keys_per_block - nk, 0, height * queries_per_block - (stop - start)))
         tiles = share.unflatten(3, (nK, keys_per_block)).unflatten(2, (height, queries_per_block))
         strips.append(tiles.sum(dim=(3, 5)))
     return torch.cat(strips, dim=2)
+
+
+def key_weights(
+    valid_keys: Bool[Tensor, "#B #Hkv Lk"] | None, Lk: int, stride: int, device: torch.device
+) -> Float[Tensor, "#B #Hkv nk"] | None:
+    """`stride_weights` of the keys, all valid if `valid_keys` is None: then None, all alike, for strides of one key."""
+    if valid_keys is None:
+        if stride == 1:
+            return None
+        valid_keys = torch.ones(1, 1, Lk, dtype=torch.bool, device=device)
+    return stride_weights(valid_keys, stride)
 
 
 def stride_visible(
@@ -103,8 +121,12 @@ def _scores(sampled: Float[Tensor, "B Hq n E"], pooled: Float[Tensor, "B Hkv nk 
     return (grouped @ pooled.float().mT).unflatten(2, (Hq // Hkv, n)).flatten(1, 2)
 
 
-def _masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the visible last axis; a row with nothing visible is 0; NaN and inf scores stay visible as NaN."""
+def _masked_softmax(scores: Tensor, visible: Tensor, weights: Tensor | None) -> Tensor:
+    """Softmax over the visible last axis, each exponential times its weight (0 hides it).
+
+    A row with nothing visible is 0; NaN and inf scores stay visible as NaN.
+    """
+    scores = scores if weights is None else scores + weights.log()
     scores = torch.where(visible, scores, -torch.inf)
     highest = scores.amax(-1, keepdim=True)
     weight = torch.exp(scores - torch.where(highest == -torch.inf, 0, highest))

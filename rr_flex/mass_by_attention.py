@@ -1,11 +1,12 @@
-"""Block mass on an accelerator: softmax(QKᵀ)·V with one-hot block indicators for V, through FlexAttention.
+"""Block mass on an accelerator: softmax(QKᵀ)·V through FlexAttention, V's rows the one-hot indicators of blocks.
 
-Pooled keys are cut into segments of some key blocks, a batch axis, so that V is shared, a column a block. Each segment
-returns its log-sum-exp, and exp(lse − logsumexp(lse)) merges them: exact, one pass, and no score is stored.
+Pooled keys are cut into segments of some key blocks, a batch axis; V has a column a block. What a stride counts, its
+share of real keys, stands in V in place of 1. Each segment returns its log-sum-exp: the columns of exp(lse)·out over
+their sum across all segments are the weighted softmax's. Exact, one pass of the kernel, and no score is stored.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -15,7 +16,7 @@ from mask_mods.spans import MaskMod
 from rr_flex.block_mask import list_blocks
 from rr_flex.geometry import ceil_div
 from rr_flex.kernel import estimate_columns, estimate_options
-from rr_flex.mass import stride_visible
+from rr_flex.mass import key_weights, stride_visible
 from rr_flex.score_mods import score_mod_of
 
 TILE = 128  # sampled queries, or pooled keys, in a tile that the kernel visits or skips whole
@@ -40,6 +41,7 @@ def block_mass_by_attention(
     head_offset: int | Tensor = 0,
     phase: str = "head",
     softcap: Tensor | float | None = None,
+    valid_keys: Bool[Tensor, "#B #Hkv Lk"] | None = None,
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """What `block_mass` computes, to the rounding of q's dtype. Meant for torch.compile: eager stores all scores."""
     B, Hq, nq, _ = sampled.shape
@@ -56,8 +58,13 @@ def block_mass_by_attention(
     keys = keys.permute(2, 0, 1, 3, 4).flatten(0, 1)  # segments*B Hkv segment E
     queries = sampled.expand(segments, -1, -1, -1, -1).flatten(0, 1)
     block = torch.arange(segment, device=device) // keys_per_block
-    one_hot = (block[:, None] == torch.arange(columns, device=device)).to(sampled.dtype)
-    values = one_hot.expand(segments * B, Hkv, -1, -1)
+    values = (block[:, None] == torch.arange(columns, device=device)).to(sampled.dtype)  # segment columns
+    weights = key_weights(valid_keys, Lk, strides[1], device)
+    if weights is not None:
+        weights = F.pad(weights, (0, segments * segment - nk)).unflatten(2, (segments, segment))
+        weights = weights.permute(2, 0, 1, 3).expand(-1, B, -1, -1).flatten(0, 1)  # segments*B #Hkv segment
+        values = values * weights[..., None].to(values.dtype)
+    values = values.expand(segments * B, Hkv, -1, -1)
 
     block_mask = _tiles(
         mask_mod,
@@ -86,9 +93,10 @@ def block_mass_by_attention(
     lse = aux.lse.unflatten(0, (segments, B))  # segments B Hq nq
     highest = lse.amax(0)
     weight = torch.exp(lse - torch.where(highest == -torch.inf, 0, highest))
-    share = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
-    weighted = out.unflatten(0, (segments, B)) * share[..., None]  # segments B Hq nq columns
-    rows = F.pad(weighted, (0, 0, 0, nQ * queries_per_block - nq)).unflatten(3, (nQ, queries_per_block))
+    out = out.unflatten(0, (segments, B))  # segments B Hq nq columns
+    total = (out * weight[..., None]).sum((0, 4), dtype=torch.float32)
+    share = weight / total.clamp(min=torch.finfo(total.dtype).tiny)
+    rows = F.pad(out * share[..., None], (0, 0, 0, nQ * queries_per_block - nq)).unflatten(3, (nQ, queries_per_block))
     mass = rows.sum(4, dtype=torch.float32)  # segments B Hq nQ columns
     return mass.permute(1, 2, 3, 0, 4).flatten(3).index_select(3, torch.arange(nK, device=device))
 

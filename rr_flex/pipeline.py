@@ -284,13 +284,14 @@ def estimate_mass(
     if config.pool != "queries":
         q_stride, k_stride = config.strides
         queries = sample_queries(q, q_stride, head_offset, config.phase)
-        mean, variance = moments(k, k_stride, key_head_mask(valid_keys, q.shape[1], k.shape[1]))
+        valid_keys = key_head_mask(valid_keys, q.shape[1], k.shape[1])
+        mean, variance = moments(k, k_stride, valid_keys)
         keys = mean.to(k.dtype)
         if config.order == 2:
             queries, keys = second_order_features(queries, mean, variance, scale, config.variance_weight)
         mass = block_mass if plain or not kernel_can_estimate(queries) else block_mass_by_attention
         sampling = {"strides": config.strides, "head_offset": head_offset, "phase": config.phase}
-        estimates.append(mass(queries, keys, **sampling, **facts))
+        estimates.append(mass(queries, keys, valid_keys=valid_keys, **sampling, **facts))
     if config.pool != "keys":
         # Beside pooled keys, whose second order it would repeat, the mean query alone is as good (README, "Accuracy").
         order = config.order if config.pool == "queries" else 1

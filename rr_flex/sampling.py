@@ -37,13 +37,17 @@ def moments(
     n = ceil_div(L, stride)
     if valid is None:
         valid = torch.ones(1, 1, L, dtype=torch.bool, device=x.device)
-    padding = n * stride - L
-    runs = F.pad(x.float(), (0, 0, 0, padding)).unflatten(2, (n, stride))
-    live = F.pad(valid, (0, padding)).unflatten(2, (n, stride))[..., None]  # B H n stride 1
+    runs = F.pad(x.float(), (0, 0, 0, n * stride - L)).unflatten(2, (n, stride))
+    live = _runs(valid, stride)[..., None]  # B H n stride 1
     count = live.sum(3).clamp(min=1)
     mean = torch.where(live, runs, 0).sum(3) / count
     variance = torch.where(live, (runs - mean[:, :, :, None]).square(), 0).sum(3) / count
     return mean, variance
+
+
+def stride_weights(valid: Bool[Tensor, "b h L"], stride: int) -> Float[Tensor, "b h n"]:
+    """What each run of `stride` tokens counts in a softmax over runs: its number of `valid` ones over `stride`."""
+    return _runs(valid, stride).sum(3, dtype=torch.float32) / stride
 
 
 def second_order_features(
@@ -79,6 +83,11 @@ def pooled_query_features(
     if order == 1:
         return mean.to(q.dtype), k
     return _with_variance(mean, variance, q.dtype), _with_square(k, weight * scale)
+
+
+def _runs(valid: Bool[Tensor, "b h L"], stride: int) -> Bool[Tensor, "b h n stride"]:
+    n = ceil_div(valid.shape[2], stride)
+    return F.pad(valid, (0, n * stride - valid.shape[2])).unflatten(2, (n, stride))
 
 
 def _with_square(x: Tensor, factor: float) -> Tensor:

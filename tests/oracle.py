@@ -55,7 +55,10 @@ def pool(k, stride, key_valid=None):
 
 
 def block_mass(q, k, shown, *, scale, strides, block_size, order=1, head_offset=0, key_valid=None, variance_weight=0.5):
-    """Each tile's sum of the sampled queries' softmax over the key strides that they see: [B, Hq, nQ, nK]."""
+    """Each tile's sum of the sampled queries' softmax over the key strides that they see: [B, Hq, nQ, nK].
+
+    A stride's exponential counts in proportion to its number of valid keys.
+    """
     (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
     (sq, sk), (bq, bk) = strides, block_size
     sampled = sample(q, sq, head_offset).double()
@@ -72,7 +75,9 @@ def block_mass(q, k, shown, *, scale, strides, block_size, order=1, head_offset=
             seen = torch.stack([rows[:, run.start : run.stop].any(1) for run in key_runs], 1) & (count[b] > 0)
             some = seen.any(1)
             share = torch.zeros_like(score)
-            share[some] = torch.softmax(score[some].masked_fill(~seen[some], -math.inf), 1)
+            exponential = torch.exp(score - score.masked_fill(~seen, -math.inf).amax(1, keepdim=True))
+            counted = torch.where(seen, count[b] * exponential, 0)
+            share[some] = counted[some] / counted[some].sum(1, keepdim=True)
             for i, rows in enumerate(share.split(bq // sq)):
                 for j, tile in enumerate(rows.split(bk // sk, 1)):
                     mass[b, h, i, j] = tile.sum()

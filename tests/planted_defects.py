@@ -45,6 +45,7 @@ DENSE = "test_dense.py::test_a_long_context_is_sparse_and_counted"
 SOFTMAX = "test_attention.py::test_soft_caps_and_sinks_are_in_the_softmax"
 APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
+COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
 DEFECTS = [
     Defect("mask_mods/spans.py", "(kv_idx <= last)", "(kv_idx < last)", EACH),
@@ -94,6 +95,14 @@ DEFECTS = [
     ),
     Defect("rr_flex/sampling.py", "_with_square(sampled, weight * scale)", "_with_square(sampled, scale)", ORACLE),
     Defect("rr_flex/mass.py", "scores = torch.where(visible, scores, -torch.inf)", "pass", ORACLE),
+    Defect("rr_flex/mass.py", "else scores + weights.log()", "else scores", COUNTS),
+    Defect("rr_flex/pipeline.py", "mass(queries, keys, valid_keys=valid_keys, ", "mass(queries, keys, ", COUNTS),
+    Defect(
+        "rr_flex/mass_by_attention.py",
+        "values = values * weights[..., None].to(values.dtype)",
+        "pass",
+        "test_mass_by_attention.py::test_both_forms_agree_on_any_real_keys",
+    ),
     Defect(
         "rr_flex/mass.py", "start, stop = row * q", "start, stop = 0 * q", "test_mass_by_attention.py::test_the_size"
     ),
@@ -105,7 +114,7 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/mass_by_attention.py",
-        "share = weight / weight",
+        "share = weight / total",
         "share = weight / weight[:1]",
         "test_mass_by_attention.py::test_segments_are_merged_exactly",
     ),
@@ -171,7 +180,7 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/pipeline.py",
-        "moments(k, k_stride, key_head_mask(valid_keys, q.shape[1], k.shape[1]))",
+        "moments(k, k_stride, valid_keys)",
         "moments(k, k_stride)",
         "test_selection_symmetries.py::test_what_padding_holds_never_matters",
     ),

@@ -9,7 +9,7 @@ from cases import Shape, assert_attends, compiled_flex, eager_flex, tensors
 from torch._dynamo.utils import counters
 
 import rr_flex
-from mask_mods import both, causal, padding
+from mask_mods import both, causal, padding, visible_keys
 from rr_flex import attention, backends, create_rr_block_mask, head_strips, last_rows, rr_attention, select_blocks
 from rr_flex.compiling import compile_whole
 from rr_flex.mass import block_mass
@@ -56,6 +56,22 @@ def test_the_estimate_as_attention_equals_the_strips(dtype, error):
     sampled, pooled = sample_queries(q, 8), pool_keys(k, 8)
     attention = compile_whole(lambda sampled, pooled: block_mass_by_attention(sampled, pooled, **facts))
     torch.testing.assert_close(attention(sampled, pooled), block_mass(sampled, pooled, **facts), rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_strides_count_by_their_real_keys_in_both_forms(dtype, error, batches):
+    """Ragged lengths, and padding on the left that leaves few keys in a stride; lengths for each batch or for all."""
+    Lk = 128 * 130 + 3
+    q, k, _ = on_gpu(Shape(B=2, Lq=300, Lk=Lk, D=64), dtype=dtype)
+    real = torch.tensor([Lk - 15, 901], device="cuda")[:batches]
+    mask = both(causal(Lk - 300), padding(real, side="left", total=Lk, offset=Lk - 300))
+    valid = visible_keys(mask, 2, 1, Lk, "cuda")[:batches]
+    facts = {"mask_mod": mask, "Lq": 300, "Lk": Lk, "strides": (8, 8), "block_size": (128, 128), "scale": 0.125}
+    sampled, pooled = sample_queries(q, 8), pool_keys(k, 8, valid)
+    attention = compile_whole(lambda *args, valid: block_mass_by_attention(*args, valid_keys=valid, **facts))
+    expected = block_mass(sampled, pooled, valid_keys=valid, **facts)
+    torch.testing.assert_close(attention(sampled, pooled, valid=valid), expected, rtol=0, atol=error)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from cases import MASKS, Shape, mask_by_name, seeds, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mask_mods import causal
+from mask_mods import causal, visible_keys
 from rr_flex import mass
 from rr_flex.mass import block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
@@ -17,12 +17,12 @@ from rr_flex.sampling import pool_keys, sample_queries
 few = settings(max_examples=8)
 
 
-def both_forms(shape, mask_mod, strides, block_size, head_offset=0, seed=0):
+def both_forms(shape, mask_mod, strides, block_size, head_offset=0, seed=0, valid=None):
     """Eager on both sides: FlexAttention's own eager form, which does return the log-sum-exp on a CPU."""
     q, k, _ = tensors(shape, seed)
-    sampled, pooled = sample_queries(q, strides[0], head_offset), pool_keys(k, strides[1])
+    sampled, pooled = sample_queries(q, strides[0], head_offset), pool_keys(k, strides[1], valid)
     facts = {"mask_mod": mask_mod, "Lq": shape.Lq, "Lk": shape.Lk, "strides": strides, "block_size": block_size}
-    facts |= {"scale": 0.25, "head_offset": head_offset}
+    facts |= {"scale": 0.25, "head_offset": head_offset, "valid_keys": valid}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
         return block_mass(sampled, pooled, **facts), block_mass_by_attention(sampled, pooled, **facts)
@@ -36,8 +36,41 @@ def both_forms(shape, mask_mod, strides, block_size, head_offset=0, seed=0):
 def test_both_forms_agree(strides, block_size, name, head_offset, seed):
     shape = Shape(Lq=300, Lk=700)
     mask = causal(400) if name == "causal" else mask_by_name(name, shape, seed)[0]
-    strips, attention = both_forms(shape, mask, strides, block_size, head_offset, seed)
+    valid = visible_keys(mask, shape.B, 1, shape.Lk, "cpu")
+    strips, attention = both_forms(shape, mask, strides, block_size, head_offset, seed, valid)
     torch.testing.assert_close(attention, strips, rtol=0, atol=1e-5)
+
+
+@few
+@given(seed=seeds, share=st.floats(0, 1))
+@pytest.mark.parametrize(("batches", "heads"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_both_forms_agree_on_any_real_keys(batches, heads, share, seed):
+    """Strides with any number of real keys, none among them, that differ by batch and key head."""
+    shape = Shape(Lq=300, Lk=700)
+    valid = torch.rand(batches, heads, 700, generator=torch.Generator().manual_seed(seed)) < share
+    strips, attention = both_forms(shape, causal(400), (8, 8), (128, 64), seed=seed, valid=valid)
+    torch.testing.assert_close(attention, strips, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_a_row_s_sum_is_its_sampled_queries_whatever_its_strides_count(form):
+    shape = Shape(Lq=250, Lk=1001)
+    valid = torch.arange(1001) >= 15
+    found = both_forms(shape, causal(751), (8, 8), (128, 128), valid=valid[None, None])[form]
+    torch.testing.assert_close(found.sum(-1), torch.tensor([16.0, 16.0]).expand(2, 4, 2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_nan_stays_in_its_row_and_nothing_visible_is_0(form):
+    shape = Shape(Lq=256, Lk=256)
+    q, k, _ = tensors(shape)
+    q[0, 0, 200] = torch.nan
+    facts = {"mask_mod": causal(-100), "Lq": 256, "Lk": 256, "strides": (8, 8), "block_size": (64, 64), "scale": 0.25}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = (block_mass, block_mass_by_attention)[form](sample_queries(q, 8), pool_keys(k, 8), **facts)
+    assert (found[:, :, 0] == 0).all()
+    assert found[0, 0, 3].isnan().all() and found.isnan().sum() == 4
 
 
 @pytest.mark.parametrize("Lk", [128 * 128, 128 * 128 + 1, 300 * 128])

@@ -70,6 +70,18 @@ def test_zero_queries_spread_their_mass_evenly():
     torch.testing.assert_close(oracle.block_mass(q, k, causal, **settings).flatten(), expected)
 
 
+def test_a_stride_counts_by_its_real_keys():
+    """Zero queries, 13 keys of which the first 3 are padding: strides of 4 with 1, 4, 4 and 1 real keys."""
+    q, k = torch.zeros(1, 1, 4, 2), randn(1, 1, 13, 2)
+    key_valid = torch.arange(13)[None] >= 3
+    shown = key_valid[:, None, None].expand(1, 1, 4, 13)
+    settings = {"scale": 1.0, "strides": (4, 4), "block_size": (4, 8), "key_valid": key_valid}
+    torch.testing.assert_close(oracle.block_mass(q, k, shown, **settings).flatten(), torch.tensor([0.5, 0.5]).double())
+    settings |= {"block_size": (4, 4)}
+    expected = torch.tensor([0.1, 0.4, 0.4, 0.1]).double()
+    torch.testing.assert_close(oracle.block_mass(q, k, shown, **settings).flatten(), expected)
+
+
 def test_stride_1_is_the_true_mass():
     q, k = randn(1, 2, 96, 8), randn(1, 1, 96, 8, seed=1)
     shown = oracle.pairs(oracle.causal_element(0), 1, 2, 96, 96)

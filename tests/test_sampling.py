@@ -7,7 +7,7 @@ from cases import Shape, seeds, shapes, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rr_flex.sampling import pool_keys, sample_queries
+from rr_flex.sampling import pool_keys, sample_queries, stride_weights
 
 strides = st.sampled_from([1, 2, 4, 8, 16, 32, 64])
 
@@ -32,6 +32,13 @@ def test_padding_keys_are_left_out_of_the_mean(shape, stride, seed):
     torch.testing.assert_close(pooled.double(), oracle.pool(k, stride, valid)[0], rtol=0, atol=1e-5)
     changed = torch.where(valid[:, None, :, None], k, torch.full_like(k, 1e4))
     assert torch.equal(pool_keys(changed, stride, valid=valid[:, None]), pooled)
+
+
+@given(shape=shapes(), stride=strides, seed=seeds)
+def test_a_stride_counts_by_its_real_keys(shape, stride, seed):
+    _, k, _ = tensors(shape, seed)
+    valid = torch.rand(shape.B, shape.Lk, generator=torch.Generator().manual_seed(seed)) < 0.3
+    assert torch.equal(stride_weights(valid[:, None], stride)[:, 0] * stride, oracle.pool(k, stride, valid)[2].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

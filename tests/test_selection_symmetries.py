@@ -100,6 +100,27 @@ def test_what_padding_holds_never_matters(data, side, L, tau, seed, order):
 
 
 @few
+@given(data=st.data(), L=st.integers(1, 500), seed=seeds, layout=st.sampled_from(LAYOUTS))
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_equal_keys_have_equal_mass_wherever_padding_cuts_their_strides(data, side, order, L, layout, seed):
+    """A block's share of a row is its share of the real keys, if these are equal; whole numbers, so that means are."""
+    (sq, sk), block_size = layout
+    lengths = torch.tensor(data.draw(st.lists(st.integers(0, L), min_size=2, max_size=2)))
+    real = real_keys(lengths, L, side)
+    q, k = (x.round() for x in tensors(Shape(Lq=L, Lk=L), seed)[:2])
+    k = torch.where(real[:, None, :, None], k[:, :, :1], k)
+    chosen = {"query_stride": sq, "key_stride": sk, "block_size": block_size, "order": order, "causal": False}
+    mass = select_blocks(q, k, mask_mod=padding(lengths, side=side, total=L), **chosen).mass
+    count = torch.stack([block.sum(1) for block in real.split(block_size[1], 1)], 1)  # B nK
+    share = count / count.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(mass, mass.sum(-1, keepdim=True) * share[:, None, None], rtol=0, atol=1e-4)
+    for h in range(4):
+        see = real[:, oracle.sampled_indices(L, sq, h)].sum(1)
+        torch.testing.assert_close(mass[:, h].sum((1, 2)), see.float(), rtol=0, atol=1e-3)
+
+
+@few
 @given(data=st.data(), L=st.integers(2, 400), tau=taus, seed=seeds)
 def test_right_padding_selects_what_the_sequence_alone_selects(data, L, tau, seed):
     length = data.draw(st.integers(1, L))
