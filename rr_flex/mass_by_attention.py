@@ -94,11 +94,34 @@ def block_mass_by_attention(
     highest = lse.amax(0)
     weight = torch.exp(lse - torch.where(highest == -torch.inf, 0, highest))
     out = out.unflatten(0, (segments, B))  # segments B Hq nq columns
-    total = (out * weight[..., None]).sum((0, 4), dtype=torch.float32)
-    share = weight / total.clamp(min=torch.finfo(total.dtype).tiny)
+    share = weight / _total(out, weight, cut=weights is not None, last=(nk - 1) // segment, anywhere=valid_keys)
     rows = F.pad(out * share[..., None], (0, 0, 0, nQ * queries_per_block - nq)).unflatten(3, (nQ, queries_per_block))
     mass = rows.sum(4, dtype=torch.float32)  # segments B Hq nQ columns
     return mass.permute(1, 2, 3, 0, 4).flatten(3).index_select(3, torch.arange(nK, device=device))
+
+
+def _total(
+    out: Float[Tensor, "segments B Hq nq columns"],
+    weight: Float[Tensor, "segments B Hq nq"],
+    *,
+    cut: bool,
+    last: int,
+    anywhere: Tensor | None,
+) -> Float[Tensor, "B Hq nq"]:
+    """The sum over all columns of weight·out, at least a tiny number.
+
+    A segment without cut strides has columns that sum to 1. That saves reading `out` once more, unless strides may be
+    cut `anywhere` and not in the `last` segment alone.
+    """
+    if anywhere is not None and cut:
+        total = (out * weight[..., None]).sum((0, 4), dtype=torch.float32)
+    else:
+        total = weight.sum(0)
+    if anywhere is None and cut:
+        index = torch.full((1,), last, dtype=torch.int64, device=out.device)
+        columns = out.index_select(0, index)[0].sum(-1, dtype=torch.float32)
+        total = total - (1 - columns) * weight.index_select(0, index)[0]
+    return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def _tiles(

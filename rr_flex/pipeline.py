@@ -247,7 +247,9 @@ def select(
 
     valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "softcap": softcap, "head_offset": head_offset}
-    mass = estimate_mass(q, k, valid_keys, config, plain=plain, **facts)
+    # None where the mask hides no key from all queries: the estimate is cheaper for knowing it.
+    hidden = valid_keys if isinstance(mask_mod, SpanMask) and mask_mod.keys is not None else None
+    mass = estimate_mass(q, k, hidden, config, plain=plain, **facts)
 
     mandatory = mandatory_blocks(visible, config, Lq=Lq, q_offset=q_offset, valid_keys=valid_keys)
     if config.budget == "top_tau":
@@ -263,7 +265,7 @@ def select(
 def estimate_mass(
     q: Float[Tensor, "B Hq Lq D"],
     k: Float[Tensor, "B Hkv Lk D"],
-    valid_keys: Bool[Tensor, "b h Lk"],
+    valid_keys: Bool[Tensor, "b h Lk"] | None,
     config: RRConfig,
     *,
     mask_mod: MaskMod,
@@ -276,6 +278,7 @@ def estimate_mass(
 ) -> Float[Tensor, "B Hq nQ nK"]:
     """Block mass from pooled keys, from pooled queries, or the mean of both estimates' shares of a row.
 
+    `valid_keys`: False for keys that no query may see, None where there are none such.
     `softcap` bounds what stands for a stride's logits, with order 2 their mean and variance together.
     """
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "block_size": config.block_sizes}
@@ -284,7 +287,8 @@ def estimate_mass(
     if config.pool != "queries":
         q_stride, k_stride = config.strides
         queries = sample_queries(q, q_stride, head_offset, config.phase)
-        valid_keys = key_head_mask(valid_keys, q.shape[1], k.shape[1])
+        if valid_keys is not None:
+            valid_keys = key_head_mask(valid_keys, q.shape[1], k.shape[1])
         mean, variance = moments(k, k_stride, valid_keys)
         keys = mean.to(k.dtype)
         if config.order == 2:
