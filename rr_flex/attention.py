@@ -11,7 +11,7 @@ from mask_mods.spans import MaskMod
 from rr_flex.backends import Backend, check_backend, choose_kernel
 from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_sinks, check_values
 from rr_flex.config import RRConfig
-from rr_flex.dense import dense_attention, dense_kernel_serves
+from rr_flex.dense import SHORTEST_FLASH, dense_attention, dense_kernel_serves
 from rr_flex.graphs import Wanted, attend_with_flash, attend_with_flex
 from rr_flex.kernel import break_even
 from rr_flex.last_rows import rows_apart
@@ -69,7 +69,8 @@ def rr_attention(
     dense = is_short(k, shortest_sparse(q, config, plain_softmax=plain_softmax))
     if dense and plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")
-        flash = choose_kernel(backend, q, v, (128, 128), plain_mask=True, for_backward=for_backward) == "flash"
+        kernel = choose_kernel(backend, q, v, (128, 128), plain_mask=True, for_backward=for_backward)
+        flash = kernel == "flash" and (backend == "flash" or q.shape[2] >= SHORTEST_FLASH)
         out = dense_attention(q, k, v, causal=causal is not False, scale=scale, flash=flash)
         return (out, q.new_ones((), dtype=torch.float32)) if return_density else out
 
