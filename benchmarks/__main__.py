@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--in-turns", action="store_true", help="time the whole call and the fastest dense kernel in turns"
     )
+    running.add_argument(
+        "--rest", type=float, default=0.0, help="with --in-turns, seconds of an idle card before each: at full clock"
+    )
     running.add_argument("--seed", type=int, default=0)
     running.add_argument("--profile", action="store_true", help="add the kernels of one call and their times")
     running.add_argument("--list", action="store_true", help="only print the names of the cases")
@@ -99,7 +102,8 @@ def run_suites(options: argparse.Namespace) -> int:
     about = describe(device, options.commit)
     if options.jobs > 1:
         return run_jobs(cases, options, about)
-    bench = Bench(device, Progress(len(cases), options.budget_seconds), options.seconds, options.in_turns)
+    progress = Progress(len(cases), options.budget_seconds)
+    bench = Bench(device, progress, options.seconds, options.in_turns, rest=options.rest)
     rows = []
     try:
         for suite in options.suite:
@@ -116,7 +120,7 @@ def run_suites(options: argparse.Namespace) -> int:
 
 def run_jobs(cases: list[tuple[str, Case]], options: argparse.Namespace, about: dict[str, object]) -> int:
     start = time.time()
-    chosen = {name: getattr(options, name) for name in ("device", "in_turns", "seconds", "profile", "out")}
+    chosen = {name: getattr(options, name) for name in ("device", "in_turns", "rest", "seconds", "profile", "out")}
     chosen |= {"about": about, "deadline": options.budget_seconds and start + options.budget_seconds}
     together.run_together(cases, options.jobs, chosen)
     names = {case.name for _, case in cases}

@@ -36,9 +36,15 @@ class Bench:
     """Inputs, exact rows and dense baselines of one shape; they stay until a case asks for another."""
 
     def __init__(
-        self, device: torch.device, progress: Progress, seconds: float = 1.0, in_turns: bool = False, sets: int = SETS
+        self,
+        device: torch.device,
+        progress: Progress,
+        seconds: float = 1.0,
+        in_turns: bool = False,
+        sets: int = SETS,
+        rest: float = 0.0,
     ) -> None:
-        self.device, self.progress, self.in_turns = device, progress, in_turns
+        self.device, self.progress, self.in_turns, self.rest = device, progress, in_turns, rest
         self.seconds, self.most_sets = seconds, sets
         self.shape: tuple | None = None
         self.compiled_for: tuple | None = None
@@ -129,7 +135,8 @@ class Bench:
             with kernel.context():
                 return kernel.attend(*self.sets[index])
 
-        timings = measure_in_turns([call, attend], sets=len(self.sets), device=self.device, seconds=self.seconds)
+        settings = {"sets": len(self.sets), "device": self.device, "seconds": self.seconds, "rest": self.rest}
+        timings = measure_in_turns([call, attend], **settings)
         return dict(zip(("total", "dense"), (timing.as_dict() for timing in timings), strict=True))
 
     def time_dense(self, name: str) -> Row:
@@ -196,7 +203,7 @@ def run_case(case: Case, bench: Bench, profile: bool = False) -> Row:
     row |= {"dense": bench.dense, "fastest_dense": bench.fastest_dense()}
     beside = row["timings"].get("dense")
     row["fastest_dense_ms"] = None if beside is None else beside["median"]
-    row["in_turns"] = bench.in_turns
+    row["in_turns"], row["rest_s"] = bench.in_turns, bench.rest
     row["error_rows"] = len(bench.rows)
     row["sets"] = len(bench.sets)
     flops = dense.attention_flops(bench.sets[0].q) * row["density"]

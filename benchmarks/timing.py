@@ -44,10 +44,12 @@ def measure_in_turns(
     device: torch.device,
     seconds: float = 1.0,
     repeats: tuple = (5, 50),
+    rest: float = 0.0,
 ) -> list[Timing]:
     """`measure` of several calls, one after the other in each turn.
 
     A card at its power limit lends the clock of one to the next: what follows a hungry kernel is slower than alone.
+    `rest`: seconds that a CUDA device idles before each call, so that all run at the full clock.
     """
     lasts = []
     for call in calls:
@@ -59,7 +61,7 @@ def measure_in_turns(
         lasts.append(last)
     least, most = (2, 2) if max(lasts) > LONG else repeats
     count = min(most, max(least, int(1000 * seconds * len(calls) / max(sum(lasts), 1e-3))))
-    return [_timing(times) for times in many_turns(calls, count, sets, device)]
+    return [_timing(times) for times in many_turns(calls, count, sets, device, rest)]
 
 
 def _timing(times: list[float]) -> Timing:
@@ -81,14 +83,19 @@ def many_calls(call: Callable[[int], object], count: int, sets: int, device: tor
     return many_turns([call], count, sets, device)[0]
 
 
-def many_turns(calls: list[Callable[[int], object]], count: int, sets: int, device: torch.device) -> list[list[float]]:
-    """`many_calls` of each of `calls`, in turns."""
+def many_turns(
+    calls: list[Callable[[int], object]], count: int, sets: int, device: torch.device, rest: float = 0.0
+) -> list[list[float]]:
+    """`many_calls` of each of `calls`, in turns; `rest` seconds of an idle device before each."""
     if device.type != "cuda":
         turns = [[one_call(call, repeat % sets, device) for call in calls] for repeat in range(count)]
         return [list(times) for times in zip(*turns, strict=True)]
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls] for _ in range(count)]
     for repeat, turn in enumerate(events):
         for call, (start, stop) in zip(calls, turn, strict=True):
+            if rest:
+                synchronize(device)
+                time.sleep(rest)
             start.record()
             call(repeat % sets)
             stop.record()

@@ -56,7 +56,8 @@ def run_together(cases: list[Named], jobs: int, options: dict[str, Any]) -> None
 def work(named: list[Named], ready: Event, go: Event, options: dict[str, Any]) -> None:
     """One process: compiles by running its first case, says that it is ready, waits for its turn, times all cases."""
     device = torch.device(options["device"])
-    bench = Bench(device, Progress(len(named) + 1), WARM_SECONDS, options["in_turns"], sets=1)
+    in_turns = {"in_turns": options["in_turns"], "rest": options["rest"]}
+    bench = Bench(device, Progress(len(named) + 1), WARM_SECONDS, sets=1, **in_turns)
     try:
         with tempfile.TemporaryDirectory() as folder:
             warm = Path(folder) / "warm.jsonl"

@@ -312,7 +312,15 @@ def test_cases_that_share_code_share_a_process_which_waits_for_its_turn(tmp_path
         return iter(())
 
     monkeypatch.setattr(together, "run", run)
-    options = {"device": "cpu", "in_turns": False, "seconds": 2.0, "deadline": None, "about": {}, "profile": False}
+    options = {
+        "device": "cpu",
+        "in_turns": False,
+        "rest": 0.0,
+        "seconds": 2.0,
+        "deadline": None,
+        "about": {},
+        "profile": False,
+    }
     named = grouped[0]
     worker = threading.Thread(target=together.work, args=(named, ready, go, options | {"out": tmp_path}))
     worker.start()
