@@ -4,6 +4,7 @@ import importlib.util
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -89,6 +90,7 @@ def why_not_flash(
     return check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).refused
 
 
+@cache  # a search for what is absent takes tens of microseconds
 def flash_is_installed() -> bool:
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
