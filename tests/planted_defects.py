@@ -115,8 +115,8 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/mass_by_attention.py",
-        "share = weight / total",
-        "share = weight / weight[:1]",
+        "share = weight / _total(",
+        "share = weight / weight[:1]\n    _total(",
         "test_mass_by_attention.py::test_segments_are_merged_exactly",
     ),
     Defect(
