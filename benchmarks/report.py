@@ -1,7 +1,7 @@
 """Result rows to text: a table for the terminal, one for the README, and a picture of time against length."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,13 @@ def is_chief(row: Row) -> bool:
 
 
 def table(columns: dict[str, Callable[[Row], str]], rows: list[Row], title: str) -> list[str]:
-    lines = [title, "", "| " + " | ".join(columns) + " |", "|" + " --- |" + " ---: |" * (len(columns) - 1)]
-    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
-    return [*lines, ""]
+    return [title, "", *markdown_table(columns, ([cell(row) for cell in columns.values()] for row in rows)), ""]
+
+
+def markdown_table(heads: Collection[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Its lines; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    return [lines[0], "| --- |" + " ---: |" * (len(heads) - 1), *lines[1:]]
 
 
 def order_of(row: Row) -> tuple:

@@ -17,7 +17,7 @@ from rr_flex.backends import check_flash
 from rr_flex.block_mask import block_mask_of_lists, build_block_mask, list_partial_and_full
 from rr_flex.compiling import RECOMPILE_LIMIT
 from rr_flex.head_strips import head_strips
-from rr_flex.last_rows import first_query, merge_runs, rows_apart, run_queries, take_apart
+from rr_flex.last_rows import first_query, merge_runs, rows_apart, run_queries, take_apart, write_last_rows
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select
 from rr_flex.selection import select_density, select_threshold, select_top_tau
@@ -149,13 +149,12 @@ def attend_apart(q: Tensor, k: Tensor, v: Tensor, masks: Masks, options: dict[st
     settings = {"enable_gqa": True, "kernel_options": options}
     out = attend(q, k, v, block_mask=masks.all_rows, **settings)
     if masks.runs is not None:
-        L, q_block = q.shape[2], masks.runs.BLOCK_SIZE[0]
-        first = first_query(L, masks.apart, q_block)
+        q_block = masks.runs.BLOCK_SIZE[0]
         queries = run_queries(q, masks.apart, q_block)
         runs, aux = attend(queries, k, v, block_mask=masks.runs, return_aux=AuxRequest(lse=True), **settings)
         flash = options.get("BACKEND") == "FLASH"
         in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor if flash else 1.0
-        out[:, :, first:] = merge_runs(runs, aux.lse * in_nats)[0][:, :, : L - first]
+        write_last_rows(out, merge_runs(runs, aux.lse * in_nats)[0], masks.apart, q_block)
     return out
 
 

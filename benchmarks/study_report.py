@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import replace_between
+from benchmarks.report import markdown_table, replace_between
 from rr_flex.evaluation.estimators import multiplications
 from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at, value_at
 from rr_flex.evaluation.rules import BEST, FAST, RULES
@@ -62,11 +62,6 @@ AGREEMENT, PERPLEXITY = 0.99, 1.005  # what the predictions should reach
 RUN = ("device", "torch", "transformers", "python", "commit", "date")  # of `about`: what made the figures
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def groups_of(records: Sequence[Record]) -> list[str]:
     """What there is of the groups that tables show, in their order."""
     found = {group_of(record.text) for record in records}
@@ -86,7 +81,7 @@ def error_table(records: Sequence[Record]) -> str:
         rows.append([label, cost, *cells])
     heads = [f"{NAMES[name]}: {DENSITIES[0]}".replace("0.", ".") for name in named]
     columns = [head for first in heads for head in (first, *(f"{density:.2f}"[1:] for density in DENSITIES[1:]))]
-    return markdown(["", "multiplications", *columns], rows)
+    return "\n".join(markdown_table(["", "multiplications", *columns], rows))
 
 
 def gain_table(records: Sequence[Record]) -> str:
@@ -111,7 +106,7 @@ def gain_table(records: Sequence[Record]) -> str:
             row.append(percent(gain_over(records, BEST, "rr", density, **to_oracle)) if BEST in measured else "–")
         rows.append(row)
     heads = [f"{rule} {density:.2f}".replace("0.", ".") for rule in ("fast", "best") for density in DENSITIES]
-    return markdown(["", *heads, "of the gap, .30", ".50"], rows)
+    return "\n".join(markdown_table(["", *heads, "of the gap, .30", ".50"], rows))
 
 
 def percent(interval) -> str:
@@ -140,7 +135,7 @@ def prediction_table(predictions: Sequence[Prediction]) -> str:
     heads += [
         f"{what} at {x:.2f}".replace("0.", ".") for what in ("agreement", "perplexity") for x in PREDICTED_AT[::2]
     ]
-    return markdown(["", *heads, "agreement ≥ 99 % from", "perplexity within .5 % from"], rows)
+    return "\n".join(markdown_table(["", *heads, "agreement ≥ 99 % from", "perplexity within .5 % from"], rows))
 
 
 def mean_density(predictions: Sequence[Prediction], rule: str, texts: Sequence[str], measure: str, least: float) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 from rr_flex.attention import rr_attention
 from rr_flex.config import RRConfig
-from rr_flex.pipeline import Selection, create_rr_block_mask, select_blocks
+from rr_flex.pipeline import create_rr_block_mask, select_blocks
+from rr_flex.result import Selection
 
 __all__ = ["RRConfig", "Selection", "create_rr_block_mask", "enable", "rr_attention", "select_blocks"]
 

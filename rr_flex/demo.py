@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.prefill import PrefillReport, compare_prefill
-from rr_flex.models.loading import embedded_gguf, load_causal_lm, tokenize
+from rr_flex.models.loading import device_name, embedded_gguf, load_causal_lm, tokenize
 from rr_flex.plots import HeadMap, block_map_figure
 from rr_flex.report.maps import maps_as_json
 
@@ -129,9 +129,7 @@ def table(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> st
         "{:>5}  {:>8.3f}  {:>13.4f}  {:>12.4f}".format("mean", means["density"], means["recall"], means["error"])
     )
     lm = report.language_model
-    where = (
-        f"{prepared.ids.shape[1]:,} tokens, {device_name(options.device)}, {str(options.dtype).removeprefix('torch.')}"
-    )
+    where = f"{prepared.ids.shape[1]:,} tokens, {hardware(options.device)}, {str(options.dtype).removeprefix('torch.')}"
     return "\n".join(
         [
             f"{prepared.name}, {where}, {settings(options.config)}",
@@ -170,7 +168,7 @@ def as_json(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> 
         "model": prepared.name,
         "tokens": prepared.ids.shape[1],
         "config": dataclasses.asdict(options.config),
-        "device": device_name(options.device),
+        "device": hardware(options.device),
         "dtype": str(options.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -188,7 +186,7 @@ def as_json(options: DemoOptions, prepared: Prepared, report: PrefillReport) -> 
     return json.dumps(document, indent=2) + "\n"
 
 
-def device_name(device: str) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    )
+def hardware(device: str) -> str:
+    """The device's name, and on a CPU its threads, which the times depend on."""
+    name = device_name(device)
+    return f"{name}, {torch.get_num_threads()} threads" if name == "CPU" else name

@@ -9,7 +9,7 @@ from rr_flex.backends import check_flash, offset_per_batch
 from rr_flex.block_mask import block_mask_of_lists, list_partial_and_full
 from rr_flex.compiling import compile_whole
 from rr_flex.kernel import attention_options
-from rr_flex.last_rows import first_query, merge_runs, run_mask, run_queries, take_apart
+from rr_flex.last_rows import first_query, merge_runs, run_mask, run_queries, take_apart, write_last_rows
 from rr_flex.pipeline import resolve_mask, select
 from rr_flex.score_mods import score_mod_of, with_sink_block
 
@@ -29,7 +29,7 @@ def attend_with_flex(q, k, v, level, q_offset, head_offset, config, mask_mod, ca
     graph = _attend if torch.compiler.is_compiling() else _attend_compiled
     arguments = (config, mask_mod, causal, scale, softcap, sinks, wanted)
     *whole, last_rows = graph(q, k, v, level, q_offset, head_offset, *arguments)
-    return _with_last_rows(*whole, last_rows, q, config, wanted)
+    return _with_last_rows(*whole, last_rows, config, wanted)
 
 
 def _attend(q, k, v, level, q_offset, head_offset, config, mask_mod, causal, scale, softcap, sinks, wanted):
@@ -89,16 +89,15 @@ def attend_with_flash(q, k, v, level, q_offset, head_offset, config, mask_mod, c
     queries = run_queries(q, rows, q_block)
     flex = _flex_apart_for_any_length if plain else _flex_apart_for_one_length
     out, lse, last_rows = flex(q, queries, k, v, *masks, scale, options, in_nats)
-    return _with_last_rows(out, lse if wanted.lse else None, density, last_rows, q, config, wanted)
+    return _with_last_rows(out, lse if wanted.lse else None, density, last_rows, config, wanted)
 
 
-def _with_last_rows(out, lse, density, last_rows, q, config, wanted):
+def _with_last_rows(out, lse, density, last_rows, config, wanted):
     """The three with the block rows that attended by themselves written into them."""
     if last_rows is not None:
-        first = first_query(q.shape[2], wanted.rows_apart, config.block_sizes[0])
         for whole, last in zip((out, lse), last_rows, strict=True):
             if whole is not None:
-                whole[:, :, first:] = last[:, :, : whole.shape[2] - first]
+                write_last_rows(whole, last, wanted.rows_apart, config.block_sizes[0])
     return out, lse, density
 
 

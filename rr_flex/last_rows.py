@@ -91,3 +91,11 @@ def merge_runs(
     # A run that sees nothing adds 0, whatever the kernel left there.
     parts = torch.where((lse == -torch.inf)[..., None], 0, out.unflatten(1, (-1, RUNS)) * share)
     return parts.sum(2).to(out.dtype), total
+
+
+def write_last_rows(
+    whole: Float[Tensor, "B H Lq ..."], last: Float[Tensor, "B H n ..."], rows: int, q_block: int
+) -> None:
+    """The last `rows` block rows of `whole`, in place, from what their runs were merged to."""
+    first = first_query(whole.shape[2], rows, q_block)
+    whole[:, :, first:] = last[:, :, : whole.shape[2] - first]

@@ -16,6 +16,14 @@ settings.register_profile("planted", settings.get_profile("ci"), phases=[Phase.e
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "local"))
 
 
+LONGEST = "test_models_families.py"  # a third of all tests' time
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file begins first, so that the others run beside it and a short one ends last."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_compiled_before():
     """A second shape makes torch compile for any shape, which takes far longer: a module has its own shapes."""
@@ -24,7 +32,7 @@ def nothing_compiled_before():
 
 @pytest.fixture(scope="module")
 def one_graph_a_shape(nothing_compiled_before):
-    """For modules of several shapes: a graph for any shape takes as long as seven for one. test_lengths.py has such a
-    graph, test_mask_mods.py and test_models.py have others."""
+    """For modules of several shapes: a graph for any shape takes as long as seven for one. test_models.py has such a
+    graph, test_mask_mods.py has another."""
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         yield

@@ -84,10 +84,12 @@ def packed(model):
     return logits.argmax(-1, keepdim=True), logits
 
 
-def assisted(model):
-    """The assistant adds its first guess to the prompt, which so has the length of the others."""
+def assisted(model, **options):
+    """The assistant adds one guess to the prompt, which so has the length of the others. One new token more, and a call
+    of two would verify the next guess."""
     assistant = make("llama", num_hidden_layers=1)
-    return generate(model, IDS[:1, :-1], assistant_model=assistant)
+    assistant.generation_config.num_assistant_tokens = 1
+    return generate(model, IDS[:1, :-1], **{"assistant_model": assistant, "max_new_tokens": 2} | options)
 
 
 MODES = {

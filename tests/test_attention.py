@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from cases import (
+    EVERY_EXTENSION,
     FREE,
     MASKS,
     SQUARE,
@@ -66,10 +67,9 @@ def test_something_is_skipped():
 @given(seed=seeds)
 def test_every_extension_at_once(seed):
     q, k, v = tensors(SQUARE, seed)
-    chosen = {"query_stride": 16, "key_stride": 8, "block_size": (128, 64), "order": 2, "local_blocks": 2}
-    chosen |= {"budget": "threshold", "threshold": 0.2, **FREE}
-    assert_attends(rr_attention(q, k, v, **chosen), q, k, v, allowed_pairs(q, k, **chosen))
-    assert torch.equal(rr_attention(q, k, v, config=RRConfig(**chosen)), rr_attention(q, k, v, **chosen))
+    out = rr_attention(q, k, v, **EVERY_EXTENSION)
+    assert_attends(out, q, k, v, allowed_pairs(q, k, **EVERY_EXTENSION))
+    assert torch.equal(rr_attention(q, k, v, config=RRConfig(**EVERY_EXTENSION)), out)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -85,9 +85,9 @@ def test_any_mask_attends_as_float64(name):
 
 
 def test_a_new_window_compiles_anew_and_attends_right():
-    for window in (40, 200):
+    drawn = mask_by_name("sliding_window", SQUARE)[0]  # compiled above
+    for mask in (drawn, both(causal(), sliding_window(40))):
         q, k, v = tensors(SQUARE)
-        mask = both(causal(), sliding_window(window))
         out = rr_attention(q, k, v, mask_mod=mask, tau=0.5, **FREE)
         assert_attends(out, q, k, v, allowed_pairs(q, k, mask, tau=0.5, **FREE))
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +143,18 @@ def test_measure_rotates_the_inputs():
     assert timing.first_quartile <= timing.median <= timing.third_quartile
 
 
-def test_a_cpu_case_gives_a_whole_row(tmp_path):
+@pytest.fixture
+def stages_only_traced(monkeypatch):
+    """The stages before attention as one graph each, which isn't compiled further: only their times depend on that."""
+    traced = partial(torch.compile, fullgraph=True, dynamic=False, backend="eager")
+    of_config = stages.estimate_of.__wrapped__
+    monkeypatch.setattr(stages, "estimate_of", cache(lambda config: traced(of_config(config).__wrapped__)))
+    monkeypatch.setattr(stages, "choose_compiled", traced(stages.choose))
+    for name in ("lists", "_selection"):
+        monkeypatch.setattr(stages, name, traced(getattr(stages, name).__wrapped__))
+
+
+def test_a_cpu_case_gives_a_whole_row(tmp_path, stages_only_traced):
     bench = Bench(CPU, Progress(2), seconds=0.1, in_turns=True)
     cases = [replace(SUITES["cpu"][1], every_stage=True), SUITES["cpu"][2]]
     about = {

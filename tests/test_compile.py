@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from cases import FREE, SQUARE, compiled_flex, mask_by_name, no_compile, seeds, tensors
+from cases import EVERY_EXTENSION, FREE, SQUARE, compiled_flex, mask_by_name, no_compile, seeds, tensors
 from hypothesis import Phase, given, settings
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -54,10 +54,10 @@ def test_new_per_head_taus_compile_nothing():
 
 def test_new_thresholds_compile_nothing():
     q, k, v = tensors(SQUARE)
-    rr_attention(q, k, v, budget="threshold", threshold=0.1, **FREE)
+    rr_attention(q, k, v, **EVERY_EXTENSION)
     with no_compile():
-        for threshold in (0.05, 0.2, 0.3):
-            rr_attention(q, k, v, budget="threshold", threshold=threshold, **FREE)
+        for threshold in (0.05, 0.1, 0.3):
+            rr_attention(q, k, v, **EVERY_EXTENSION | {"threshold": threshold})
 
 
 def test_new_offsets_compile_nothing():
@@ -89,14 +89,12 @@ def test_both_calls_work_inside_the_caller_s_graph():
     """A model that is compiled as a whole: selection and attention are part of its graph, and not eager, not dense."""
     q, k, v = tensors(SQUARE)
 
-    def two_calls(q, k, v):
+    @torch.compile(fullgraph=True)
+    def two_calls_and_one(q, k, v):
         block_mask = create_rr_block_mask(q, k, tau=0.3, **FREE)
-        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+        two = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+        return two, rr_attention(q, k, v, tau=0.3, **FREE)
 
-    def one_call(q, k, v):
-        return rr_attention(q, k, v, tau=0.3, **FREE)
-
-    expected = one_call(q, k, v)
-    for call in (two_calls, one_call):
-        out = torch.compile(call, fullgraph=True)(q, k, v)
+    expected = rr_attention(q, k, v, tau=0.3, **FREE)
+    for out in two_calls_and_one(q, k, v):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)

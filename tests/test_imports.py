@@ -30,6 +30,7 @@ LINES = [
     ["rr_flex.mandatory", "rr_flex.selection"],
     ["rr_flex.cells", "rr_flex.writing"],
     ["rr_flex.drawing"],
+    ["rr_flex.result"],
     ["rr_flex.mass_by_attention"],
     ["rr_flex.pipeline", "rr_flex.backends"],
     ["rr_flex.graphs"],

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from model_families import FAMILIES, MODES, make
+from model_families import FAMILIES, MODES, STEPS, assisted, make
 
 from rr_flex.models import enable
 
@@ -46,6 +46,16 @@ def test_family_in_mode(family, mode):
     assert not report.sparse or on.report().density < 0.95
     print(f"{family} {mode} kl {kl:.2e} density {report.density} {report.sparse} {dict(report.dense)}")
     cells[family, mode] = cell(report)
+
+
+def test_an_assistant_s_later_guesses_are_verified():
+    """Each in a call of two tokens, which is sparse as any prefill."""
+    model = make("llama")
+    tokens, logits = assisted(model, max_new_tokens=STEPS)
+    with enable(model, tau=1.0, block_size=64, dense_last_rows=0) as on:
+        whole_tokens, whole_logits = assisted(model, max_new_tokens=STEPS)
+    assert torch.equal(whole_tokens, tokens) and on.report().sparse == 4
+    torch.testing.assert_close(whole_logits, logits, atol=2e-3, rtol=1e-3)
 
 
 def cell(report):

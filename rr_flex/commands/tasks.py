@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             raise ValueError(f"--batch-size must be 1, or more for --suite ruler, got {arguments.batch_size}")
         progress("importing torch and transformers")
         score, tasks = import_suite(arguments)
-        from rr_flex.models.loading import load_causal_lm
+        from rr_flex.models.loading import device_name, load_causal_lm
         from rr_flex.tasks import results
         from rr_flex.tasks.run import run as run_suite
 
@@ -131,13 +131,6 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         write_atomically(Path(arguments.json), lambda stream: stream.write(document.encode()))
     print(document if arguments.json == "-" else results.table(cells))
     return 0
-
-
-def device_name(device: str) -> str:
-    """The card's own name, or CPU."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device.upper()
 
 
 def bar(done: int, of: int, width: int = 20) -> str:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mask_mods.spans import MaskMod
 from rr_flex.config import RRConfig
-from rr_flex.pipeline import Selection, device_arguments, is_short, select
+from rr_flex.pipeline import device_arguments, is_short, select
+from rr_flex.result import Selection
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from rr_flex.evaluation.measures import density, output_error, recalled_mass
 from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.kernel import attention_options
 from rr_flex.models.attention import attention_by
-from rr_flex.pipeline import Selection, select_blocks
+from rr_flex.pipeline import select_blocks
+from rr_flex.result import Selection
 
 
 @dataclass(frozen=True, kw_only=True)

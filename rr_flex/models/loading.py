@@ -52,3 +52,9 @@ def tokenize(tokenizer, text: str, length: int) -> torch.Tensor:
     if ids.shape[1] < length:
         raise ValueError(f"text must hold at least length = {length} tokens, got {ids.shape[1]}")
     return ids
+
+
+def device_name(device: str | torch.device) -> str:
+    """The card's own name, or CPU."""
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind.upper()
