@@ -24,7 +24,7 @@ def load(folder: Path, suites: list[str] | None = None) -> list[Row]:
             row = json.loads(line)
             if "case" not in row or row["failed"] or (suites and row["suite"] not in suites):
                 continue
-            key = (row["card"], row["case"], row["seed"], row.get("in_turns", False))
+            key = (row["card"], row["case"], row["seed"], timed(row))
             if key not in latest or latest[key]["date"] <= row["date"]:
                 latest.pop(key, None)
                 latest[key] = row
@@ -38,13 +38,20 @@ def load_prefills(folder: Path) -> list[Row]:
     return [row for row in map(json.loads, lines) if "absent" not in row]
 
 
+def timed(row: Row) -> str:
+    """How the whole call was timed: alone, in turns with the fastest dense kernel, or so after the card has rested."""
+    if not row.get("in_turns"):
+        return "alone"
+    return "rested" if row.get("rest_s") else "in turns"
+
+
 def number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value, form)
 
 
 COLUMNS = {
     "method": lambda row: row["label"],
-    "timed": lambda row: "in turns" if row.get("in_turns") else "alone",
+    "timed": timed,
     "density": lambda row: number(row["density"], ".3f"),
     "output error": lambda row: number(row["error"], ".4f"),
     "estimate": lambda row: number(row["estimate_ms"]),
@@ -108,7 +115,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def is_chief(row: Row) -> bool:
-    return row["label"].removesuffix(f" {row.get('backend')}") == CHIEF and not row.get("in_turns")
+    return row["label"].removesuffix(f" {row.get('backend')}") == CHIEF and timed(row) != "in turns"
 
 
 def table(columns: dict[str, Callable[[Row], str]], rows: list[Row], title: str) -> list[str]:
@@ -122,7 +129,7 @@ def markdown_table(heads: Collection[str], rows: Iterable[Iterable[str]]) -> lis
 
 
 def order_of(row: Row) -> tuple:
-    return row.get("backend") or "", row["label"], row["density"], row.get("in_turns", False)
+    return row.get("backend") or "", row["label"], row["density"], timed(row)
 
 
 def tokens(shape: str) -> int:
@@ -185,20 +192,24 @@ def replace_between(text: str, begin: str, end: str, content: str, source: Path)
 def draw(rows: list[Row], path: Path) -> None:
     """Time against length, both logarithmic: dense kernels and settings of rr_attention with two lengths or more.
 
-    Needs matplotlib.
+    Cards without any are left out. Needs matplotlib.
     """
     from matplotlib.figure import Figure
 
-    cards = list(dict.fromkeys(row["card"] for row in rows))
-    figure = Figure(figsize=(8, 5.5 * len(cards)), layout="constrained")
-    for axis, card in zip(figure.subplots(len(cards), squeeze=False)[:, 0], cards, strict=True):
+    pictures = []
+    for card in dict.fromkeys(row["card"] for row in rows):
         of_card = [row for row in rows if row["card"] == card]
         shape = max(
             {like(row) for row in of_card}, key=lambda shape: len({r["length"] for r in of_card if like(r) == shape})
         )
-        for label, points in sorted(lines_of([row for row in of_card if like(row) == shape]).items()):
-            if len(points) < 2:
-                continue
+        lines = lines_of([row for row in of_card if like(row) == shape])
+        lines = {label: points for label, points in sorted(lines.items()) if len(points) > 1}
+        if lines:
+            pictures.append((card, shape, lines))
+    figure = Figure(figsize=(8, 5.5 * max(len(pictures), 1)), layout="constrained")
+    axes = figure.subplots(max(len(pictures), 1), squeeze=False)[:, 0]
+    for axis, (card, shape, lines) in zip(axes, pictures, strict=bool(pictures)):
+        for label, points in lines.items():
             dense = label.startswith("dense")
             lengths, times = zip(*sorted(points.items()), strict=True)
             axis.plot(lengths, times, "--" if dense else "-", marker="o", markersize=4, label=label)
@@ -222,14 +233,16 @@ def like(row: Row) -> tuple:
 
 
 def lines_of(rows: list[Row]) -> dict[str, dict[int, float]]:
+    """Milliseconds by label and length, timed alone where there is such a row, else in turns."""
     lines: dict[str, dict[int, float]] = {}
-    for row in rows:
+    for row in sorted(rows, key=timed, reverse=True):
         for name, result in row["dense"].items():
             if "ms" in result:
                 lines.setdefault(f"dense, {name}", {})[row["length"]] = result["ms"]
-        if row["total_ms"] is not None and row["wanted_error"] is None and not row.get("in_turns"):
-            budget = "" if row["wanted_density"] is None else f", density {row['wanted_density']:.2f}"
-            dense = row.get("ran") == ["dense"]
-            label = "rr_attention, dense below min_length" if dense else f"{row['label']}{budget}"
+        if row["total_ms"] is not None and row["wanted_error"] is None and timed(row) != "rested":
+            wanted = row["wanted_density"]
+            label = (
+                "rr_attention, dense below min_length" if wanted is None else f"{row['label']}, density {wanted:.2f}"
+            )
             lines.setdefault(label, {})[row["length"]] = row["total_ms"]
     return lines

@@ -110,7 +110,7 @@ def main() -> None:
         study = Study(where, model, tokenizer, arguments.kinds, lengths[0], range(2, 30, 3), every=arguments.every)
         workload = (16384, 32)
     tasks = tasks_of(study, lengths, workload, parts)
-    about = environment(study, arguments.commit) | {"structured": workload}
+    about = environment(study, arguments.model, arguments.commit) | {"structured": workload}
     about["loading"] = round(time.perf_counter() - start, 1)
     try:
         run_tasks(tasks, study, about, arguments.out, start, arguments.budget_seconds)
@@ -143,12 +143,12 @@ def run_tasks(tasks: Sequence[Task], study: Study, about: dict, out: Path, start
             written = time.perf_counter()
 
 
-def environment(study: Study, commit: str | None) -> dict:
+def environment(study: Study, model: str | None, commit: str | None) -> dict:
     import transformers
 
     where = describe(study.device, commit)
     return {
-        "model": getattr(study.model.config, "name_or_path", "").rsplit("/", 1)[-1],
+        "model": "SmolLM2-135M-Instruct" if model is None else model.rstrip("/").rsplit("/", 1)[-1],
         "tokens": study.length,
         "layers": list(study.judged),
         "device": where["card"],
