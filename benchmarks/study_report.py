@@ -41,6 +41,9 @@ SHOWN = {
     "oracle mass 128×64": "oracle: true mass, 128×64",
 }
 BY_LAYER = ("prose1", "code1")  # texts of which the file has every layer, of the rules above
+# Rules of which it has, on held-out texts, both definitions of equal density: every layer's, and all layers' together.
+BOTH_SCOPES = ("rr", "order 2", "order 2 128×64", "order 2 128×64, threshold")
+BOTH_SCOPES += (BEST, "oracle mass", "oracle mass 128×64")
 PREDICTED = {
     "rr": "published RR, τ",
     FAST: '`preset="fast"`',
@@ -157,17 +160,21 @@ def mean_density(predictions: Sequence[Prediction], rule: str, texts: Sequence[s
 
 
 def condense(folder: Path) -> StudyFile:
-    """The raw results with every layer at the density; but for the tables' rules on BY_LAYER, means over layers."""
+    """The raw results as means over layers, but for the tables' rules on BY_LAYER; every layer at the density, and for
+    BOTH_SCOPES also all layers together."""
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     predictions: dict[int, list[Prediction]] = {}
     for row in json.loads((folder / "predictions.json").read_text(encoding="utf-8")):
         length = row.pop("length")
-        row = {name: round(x, 6) if isinstance(x, float) and name != "level" else x for name, x in row.items()}
+        row |= {name: round(row[name], 6) for name in ("density", "agreement", "perplexity_ratio")}
+        row["kl"] = float(f"{row['kl']:.6g}")  # some are below a millionth, and are read log-linearly
         predictions.setdefault(length, []).append(Prediction(**row))
     shown, others = [], []
     for record in read_records(folder / "records.json"):
         if record.scope == "layer":
             (shown if record.rule in SHOWN and record.text in BY_LAYER else others).append(record)
+        elif record.rule in BOTH_SCOPES and group_of(record.text) == "held out":
+            others.append(record)
     about["predictions"] = {str(length): {name: about[name] for name in RUN} for length in predictions}
     return StudyFile(about, shown + over_layers(others), predictions)
 
