@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from rr_flex.evaluation.predictions import Prediction
+from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
 from rr_flex.evaluation.study import Record
 from rr_flex.evaluation.summaries import summarise
 
@@ -31,17 +31,23 @@ def error_figure(records: Sequence[Record], rules: Sequence[str] | None = None, 
 
 
 def prediction_figure(predictions: Sequence[Prediction], title: str = "") -> Figure:
-    """KL divergence from the dense model, and positions with another next token, against density; a dot a text."""
+    """KL divergence from the dense model, and positions with another next token, against density.
+
+    A thin line a text; a thick one their mean, where every text was run on both sides of the density.
+    """
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
-    rules = list(dict.fromkeys(each.rule for each in predictions))
-    for axis, measure in zip(figure.subplots(1, 2), ("kl", "agreement"), strict=True):
+    rules, texts = (list(dict.fromkeys(getattr(each, name) for each in predictions)) for name in ("rule", "text"))
+    for axis, measure, read in zip(figure.subplots(1, 2), ("kl", "agreement"), (kl_at, value_at), strict=True):
         for number, rule in enumerate(rules):
-            for text in dict.fromkeys(each.text for each in predictions):
-                own = sorted((x.density, getattr(x, measure)) for x in predictions if (x.rule, x.text) == (rule, text))
-                density, value = zip(*own, strict=True)
-                value = [max(1 - x if measure == "agreement" else x, LEAST) for x in value]
-                axis.plot(density, value, color=f"C{number % 10}", marker="o", markersize=3, alpha=0.6, linewidth=0.8)
-            axis.plot([], [], color=f"C{number % 10}", marker="o", markersize=3, label=rule)
+            curves = []
+            for text in texts:
+                own = curve(predictions, rule, text, measure)
+                curves.append([(x, max(1 - y if measure == "agreement" else y, LEAST)) for x, y in own])
+                style = {"marker": "o", "markersize": 2, "linewidth": 0.6, "alpha": 0.3 if len(texts) > 1 else 1}
+                axis.plot(*zip(*curves[-1], strict=True), color=f"C{number % 10}", **style)
+            found = [(x / 100, [read(points, x / 100) for points in curves]) for x in range(101)]
+            mean = [(x, sum(values) / len(values)) for x, values in found if None not in values]
+            axis.plot([x for x, _ in mean], [y for _, y in mean], color=f"C{number % 10}", linewidth=2, label=rule)
     ylabels = "KL(dense, sparse), nats a token", "share of positions with another next token"
     _label(figure, title, "density: kept blocks / visible blocks, mean over layers", ylabels)
     return figure
