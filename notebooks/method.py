@@ -358,16 +358,16 @@ for rule in dict.fromkeys(r.rule for r in records if group_of(r.text) == "held o
 # * **Two query clusters a block**: better than one, at twice the scores, and behind both sides together.
 # * **Every key, one query in 8**, at eight times the cost: level with `best`.
 # * **Finer pooling beside `best`** for half as many multiplications again: queries pooled by 64 are 1 % lower on text and 10 %
-#   on the structured workload; finer strides with half of the variance are worse on text, 16 to 31 % lower on the
+#   on the structured workload; finer strides with half of the variance are worse on text, 19 to 31 % lower on the
 #   structured workload. *Blocks of 64×64* are 12 to 15 % lower on text, and slow to attend over.
 # * **Value-aware weights**, by block means or by the sampled queries' own outputs: 2 to 6 % worse than none. The oracle's
 #   displacement is worse than its mass at .30 and 9 % better at .50 (128×64). What helps an oracle is mean squared
 #   probabilities, 6 to 9 %.
 # * **Hedges**: the geometric mean is 10 to 18 % worse on text and far worse on the structured workload: a block that one side
-#   does not see is lost. The larger of the two is level; unequal weights are level (a quarter for keys) or worse.
-# * **Mean of squares**, and **a weight by how much the sampled queries disagree**: 2 to 10 % worse on text, 14 to 29 % better on
+#   does not see is lost. The larger of the two is level; other weights than halves are 0 to 9 % worse.
+# * **Mean of squares**, and **a weight by how much the sampled queries disagree**: 2 to 11 % worse on text, 14 to 29 % better on
 #   the structured workload; half of the variance trades one for the other as well.
-# * **Priors**: the layer before (mean over its heads) is 1 % lower at .30 and higher at .50; the block row before is level.
+# * **Priors**: the layer before (mean over its heads) is 1 % lower at .30 and higher at .50; the block row before is no better.
 #   The first would make a layer's selection depend on another's, the second a row's on the row before, which ends query
 #   independence and with it exact chunked prefill.
 # * **Coarse to fine**: a query in 32 deciding the clear cases and one in 8 the rest closes most of what separates the two,

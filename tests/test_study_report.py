@@ -1,11 +1,14 @@
 """The study's file, its predictions read off at a density, and the README's tables, which come from that file."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from benchmarks import study_report
 from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at, value_at
 from rr_flex.evaluation.study import Record
-from rr_flex.evaluation.summaries import StudyFile, group_of, kl_gain
+from rr_flex.evaluation.summaries import StudyFile, group_of, kl_gain, write_records
 
 
 def run(rule, text, density, kl):
@@ -18,6 +21,7 @@ def test_divergences_are_read_log_linearly_between_levels():
     assert kl_at(points, 0.2) == pytest.approx(0.1) and kl_at(points, 0.4) == pytest.approx(0.01)
     assert kl_at(points, 0.3) == pytest.approx(0.1**1.5)
     assert kl_at(points, 0.41) is None and kl_at(points, 0.19) is None
+    assert kl_at([(0.8, 0.01), (1.0, 0.0)], 1.0) == kl_at([(0.8, 0.01), (1.0, 0.0)], 0.9) == 0
 
 
 def test_the_density_from_which_a_measure_holds():
@@ -102,3 +106,25 @@ def test_lengths_are_told_of_measured_or_not():
     cells = study_report.prediction_table(study.predictions[8192]).splitlines()[2].split(" | ")
     assert cells[1:4] == ["0.1000", "0.0316", "0.0100"] and cells[5:7] == ["90.0 %", "99.0 %"]
     assert cells[7:9] == ["+10.0 %", "+1.0 %"]
+
+
+def test_a_raw_folder_is_condensed(tmp_path):
+    """Both definitions of equal density of a few rules, and divergences below a millionth, which are no zeros."""
+    records = [
+        Record(rule, scope, 0.3, text, layer, 0.3, 0.1 * layer, 0.1, 0.9)
+        for rule in ("rr", "random")
+        for scope in ("layer", "model")
+        for text in ("prose2", "prose0")
+        for layer in (1, 3)
+    ]
+    write_records(tmp_path / "records.json", records)
+    row = {"length": 2048} | asdict(run("rr", "prose2", 0.3, 4.0886328e-07))
+    (tmp_path / "predictions.json").write_text(json.dumps([row]))
+    about = dict.fromkeys(study_report.RUN, "x")
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    study = study_report.condense(tmp_path)
+    found = {(record.rule, record.scope, record.text): record.error for record in study.records}
+    assert set(found.values()) == {0.2} and len(found) == len(study.records)
+    assert {label for label in found if label[1] == "model"} == {("rr", "model", "prose2")} and len(found) == 5
+    assert study.predictions[2048][0].kl == pytest.approx(4.0886328e-07, rel=1e-5)
+    assert study.about["predictions"] == {"2048": about}

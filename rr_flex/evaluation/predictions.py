@@ -1,7 +1,6 @@
 """What a model predicts under a budget, read off at a density: between the levels that were run."""
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ def kl_at(points: Sequence[tuple[float, float]], density: float) -> float | None
     if found is None:
         return None
     below, above, share = found
-    return math.exp((1 - share) * math.log(below) + share * math.log(above))
+    return below ** (1 - share) * above**share
 
 
 def value_at(points: Sequence[tuple[float, float]], density: float) -> float | None:
