@@ -249,18 +249,20 @@ def test_report_puts_table_and_picture(tmp_path):
         program.main(arguments)
 
 
-def test_each_way_of_timing_has_its_row_and_of_many_rows_most_fold_up(tmp_path):
+def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(tmp_path):
     chief = FIXTURE | {"label": f"{report.CHIEF} triton", "backend": "triton"}
     ways = [chief, chief | {"in_turns": True}, chief | {"in_turns": True, "rest_s": 0.25, "total_ms": 77.7}]
     others = [FIXTURE | {"case": f"64K {i}", "length": 65536, "density": i / 10} for i in range(9)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*others, *ways)))
     rows = report.load(tmp_path)
     assert [report.timed(row) for row in rows[-3:]] == ["alone", "in turns", "rested"]
-    shown, folded = report.markdown(rows).split("<details><summary>Some Card: 10 other rows</summary>")
+    shown = report.markdown(rows)
     assert shown.count("| alone |") == shown.count("| rested |") == 1 and "in turns" not in shown
-    assert folded.count("| alone |") == 9 and folded.count("| in turns |") == 1 and "rested" not in folded
+    assert f"10 other rows of this card: [all rows]({report.ALL_ROWS})" in shown
+    every = report.every_row(rows)
+    assert [every.count(f"| {way} |") for way in ("alone", "in turns", "rested")] == [10, 1, 1]
     few = report.markdown(rows[-9:])
-    assert "details" not in few and few.count(" | 0.") > 9
+    assert few.count("| alone |") == 7 and few.count("| in turns |") == 1 and "other rows" not in few
     # A picture's line has no rested time, which others could not be compared with.
     lines = report.lines_of(rows)
     assert 77.7 not in lines[f"{report.CHIEF} triton, density 0.30"].values()
@@ -273,6 +275,7 @@ def test_the_readme_is_what_the_files_say(tmp_path):
     folder = program.RESULTS
     report.write_readme(copy, report.load(folder), report.load_prefills(folder), task_report.load(folder))
     assert copy.read_text() == program.README.read_text()
+    assert (folder / "rows.md").read_text() == report.every_row(report.load(folder))
 
 
 def test_task_cells_tell_what_was_not_run():
