@@ -99,7 +99,7 @@ def text_table(rows: list[Row]) -> str:
 def markdown(rows: list[Row]) -> str:
     """For the README: the tables of each card, those of the last measured first.
 
-    Of a card with more than LONG_TABLE rows only CHIEF's at the shape that has most of them, and how many others it has.
+    Of a card with more than LONG_TABLE rows only CHIEF's at the shape that has most of them, and the others' number.
     """
     lines = []
     for setting, of_setting in by_setting(rows):
