@@ -94,6 +94,8 @@ def common(parser: argparse.ArgumentParser) -> None:
 
 
 def run_suites(options: argparse.Namespace) -> int:
+    if options.rest and not options.in_turns:
+        raise SystemExit(f"--rest needs --in-turns, got {options.rest:g} without it")
     cases = [(suite, case) for suite in options.suite for case in chosen_cases(suite, options)]
     if options.list:
         print("\n".join(f"{suite}: {case.name}" for suite, case in cases))
@@ -180,7 +182,9 @@ def write_report(options: argparse.Namespace) -> int:
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
     report.write_readme(options.readme, rows, report.load_prefills(options.results), task_report.load(options.results))
+    (options.results / report.ALL_ROWS.rsplit("/", 1)[-1]).write_text(report.every_row(rows))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
+    task_report.draw(options.results)
     return 0
 
 

@@ -11,8 +11,9 @@ from rr_flex.tasks.results import Cell
 Row = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-CHIEF = "rr query_stride=16 key_stride=8 order=2 budget=threshold"  # the setting that a long table shows first
-LONG_TABLE = 10  # rows; a longer table folds up all but CHIEF's, timed alone
+CHIEF = "rr query_stride=16 key_stride=8 order=2 budget=threshold"  # the setting that is shown of many
+LONG_TABLE = 10  # rows of a card; where there are more, the README has CHIEF's at one shape
+ALL_ROWS = "benchmarks/results/rows.md"  # from the README
 PREFILL_BEGIN, PREFILL_END = "<!-- prefill: begin -->", "<!-- prefill: end -->"
 
 
@@ -96,22 +97,50 @@ def text_table(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For the README: a table a shape, under the card, versions, commits and dates that they were measured with."""
+    """For the README: the tables of each card, those of the last measured first.
+
+    Of a card with more than LONG_TABLE rows only CHIEF's at the shape that has most of them, and the others' number.
+    """
     lines = []
-    for setting in dict.fromkeys(setting_of(row) for row in rows):
-        of_setting = [row for row in rows if setting_of(row) == setting]
-        commits = dict.fromkeys(f"{row['commit']} ({row['date'][:10]})" for row in of_setting)
-        lines += [f"**{setting}**; commits {', '.join(commits)}", ""]
-        for shape in sorted(dict.fromkeys(shape_of(row) for row in of_setting), key=lambda shape: -tokens(shape)):
-            of_shape = sorted((row for row in of_setting if shape_of(row) == shape), key=order_of)
-            chief = [row for row in of_shape if is_chief(row)]
-            if len(of_shape) <= LONG_TABLE or not chief:
-                lines += table(COLUMNS, of_shape, shape)
-                continue
-            others = [row for row in of_shape if not is_chief(row)]
-            summary = f"<details><summary>{shape}: {len(others)} other rows</summary>"
-            lines += [*table(COLUMNS, chief, shape), *table(COLUMNS, others, summary), "</details>", ""]
+    for setting, of_setting in by_setting(rows):
+        shown = chief_rows(of_setting) if len(of_setting) > LONG_TABLE else of_setting
+        lines += [*heading(setting, shown), *tables(shown)]
+        if len(shown) < len(of_setting):
+            lines += [f"{len(of_setting) - len(shown)} other rows of this card: [all rows]({ALL_ROWS}).", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def every_row(rows: list[Row]) -> str:
+    """A page of all tables."""
+    lines = ["# Every row of `python -m benchmarks run`", "", "Columns and terms: the README of the project.", ""]
+    for setting, of_setting in by_setting(rows):
+        lines += [*heading(setting, of_setting), *tables(of_setting)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def by_setting(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each card and versions, those of the last measured first."""
+    settings = dict.fromkeys(setting_of(row) for row in sorted(rows, key=lambda row: row["date"], reverse=True))
+    return [(setting, [row for row in rows if setting_of(row) == setting]) for setting in settings]
+
+
+def heading(setting: str, rows: list[Row]) -> list[str]:
+    commits = dict.fromkeys(f"{row['commit']} ({row['date'][:10]})" for row in rows)
+    return [f"**{setting}**; commits {', '.join(commits)}", ""]
+
+
+def chief_rows(rows: list[Row]) -> list[Row]:
+    """CHIEF's rows at the shape that has most of them."""
+    chief = [row for row in rows if is_chief(row)]
+    shapes = [shape_of(row) for row in chief]
+    return [row for row in chief if shape_of(row) == max(shapes, key=shapes.count)]
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """One a shape, the longest context first."""
+    shapes = sorted(dict.fromkeys(map(shape_of, rows)), key=lambda shape: -tokens(shape))
+    ordered = sorted(rows, key=order_of)
+    return [line for shape in shapes for line in table(COLUMNS, [r for r in ordered if shape_of(r) == shape], shape)]
 
 
 def is_chief(row: Row) -> bool:

@@ -1,5 +1,6 @@
 """Cells of `rr-flex tasks` as the README's tables: scores and densities, what was not run, no times."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rr_flex import RRConfig
@@ -22,6 +23,20 @@ COLUMNS = {
 def load(folder: Path) -> list[Cell]:
     """RULER's cells in the folder of results, none if there is no such file."""
     return results.read(folder / FILE)
+
+
+def draw(folder: Path) -> None:
+    """ruler.png beside the cells: a heat map a column of the table, of the model and device that has most cells."""
+    cells = load(folder)
+    headings = {attention: heading.strip("`") for heading, attention in COLUMNS.items()}
+    settings = [setting_of(cell) for cell in cells]
+    shown = [
+        replace(cell, attention=headings[cell.attention])
+        for cell in cells
+        if cell.attention in headings and setting_of(cell) == max(settings, key=settings.count)
+    ]
+    if shown:
+        results.heat_map(shown, folder / "ruler.png")
 
 
 def markdown(cells: list[Cell]) -> str:

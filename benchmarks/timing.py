@@ -49,7 +49,7 @@ def measure_in_turns(
     """`measure` of several calls, one after the other in each turn.
 
     A card at its power limit lends the clock of one to the next: what follows a hungry kernel is slower than alone.
-    `rest`: seconds that a CUDA device idles before each call, so that all run at the full clock.
+    `rest`: seconds that the device idles before each call, so that all run at the full clock.
     """
     lasts = []
     for call in calls:
@@ -69,9 +69,10 @@ def _timing(times: list[float]) -> Timing:
     return Timing(statistics.median(times), low, high, len(times))
 
 
-def one_call(call: Callable[[int], object], index: int, device: torch.device) -> float:
-    """Milliseconds on the host clock, from idle to idle."""
+def one_call(call: Callable[[int], object], index: int, device: torch.device, rest: float = 0.0) -> float:
+    """Milliseconds on the host clock, from idle to idle, after `rest` seconds."""
     synchronize(device)
+    time.sleep(rest)
     start = time.perf_counter()
     call(index)
     synchronize(device)
@@ -88,7 +89,7 @@ def many_turns(
 ) -> list[list[float]]:
     """`many_calls` of each of `calls`, in turns; `rest` seconds of an idle device before each."""
     if device.type != "cuda":
-        turns = [[one_call(call, repeat % sets, device) for call in calls] for repeat in range(count)]
+        turns = [[one_call(call, repeat % sets, device, rest) for call in calls] for repeat in range(count)]
         return [list(times) for times in zip(*turns, strict=True)]
     events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls] for _ in range(count)]
     for repeat, turn in enumerate(events):

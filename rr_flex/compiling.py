@@ -1,6 +1,7 @@
 """How this library compiles: one graph or an error, never the silent return to eager, which is dense."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TypeVar
 
@@ -23,12 +24,29 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
     """
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
 
+    settings = (
+        (torch._dynamo.config, "recompile_limit", RECOMPILE_LIMIT),
+        (torch._dynamo.config, "specialize_int", specialize_int),
+        (torch.fx.experimental._config, "use_duck_shape", not dynamic),
+    )
+
     @wraps(function)
     def call(*args, **kwargs):
-        with (
-            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_int=specialize_int),
-            torch.fx.experimental._config.patch(use_duck_shape=not dynamic),
-        ):
+        with _holding(settings):
             return compiled(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def _holding(settings: tuple[tuple[object, str, object], ...]) -> Iterator[None]:
+    """The compiler's settings at these values for a while, as its own `patch` would; that takes a tenth of a
+    millisecond of each call."""
+    changed = [(*setting, before) for setting in settings if (before := getattr(*setting[:2])) != setting[2]]
+    for where, name, value, _ in changed:
+        setattr(where, name, value)
+    try:
+        yield
+    finally:
+        for where, name, _, before in changed:
+            setattr(where, name, before)

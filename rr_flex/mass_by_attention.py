@@ -5,6 +5,8 @@ share of real keys, stands in V in place of 1. Each segment returns its log-sum-
 their sum across all segments are the weighted softmax's. Exact, one pass of the kernel, and no score is stored.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -94,7 +96,8 @@ def block_mass_by_attention(
     highest = lse.amax(0)
     weight = torch.exp(lse - torch.where(highest == -torch.inf, 0, highest))
     out = out.unflatten(0, (segments, B))  # segments B Hq nq columns
-    share = weight / _total(out, weight, cut=weights is not None, last=(nk - 1) // segment, anywhere=valid_keys)
+    cut = "nowhere" if weights is None else "at the end" if valid_keys is None else "anywhere"
+    share = weight / _total(out, weight, cut, last=(nk - 1) // segment)
     rows = F.pad(out * share[..., None], (0, 0, 0, nQ * queries_per_block - nq)).unflatten(3, (nQ, queries_per_block))
     mass = rows.sum(4, dtype=torch.float32)  # segments B Hq nQ columns
     return mass.permute(1, 2, 3, 0, 4).flatten(3).index_select(3, torch.arange(nK, device=device))
@@ -103,25 +106,23 @@ def block_mass_by_attention(
 def _total(
     out: Float[Tensor, "segments B Hq nq columns"],
     weight: Float[Tensor, "segments B Hq nq"],
-    *,
-    cut: bool,
+    cut: Literal["nowhere", "at the end", "anywhere"],
     last: int,
-    anywhere: Tensor | None,
 ) -> Float[Tensor, "B Hq nq"]:
     """The sum over all columns of weight·out, at least a tiny number.
 
-    A segment without cut strides has columns that sum to 1. That saves reading `out` once more, unless strides may be
-    cut `anywhere` and not in the `last` segment alone.
+    `cut`: where there may be strides that count for less. A segment without such has columns that sum to 1, which saves
+    reading `out` once more; `last` is the segment that holds the end.
     """
-    if anywhere is not None and cut:
-        total = (out * weight[..., None]).sum((0, 4), dtype=torch.float32)
-    else:
-        total = weight.sum(0)
-    if anywhere is None and cut:
+    tiny = torch.finfo(torch.float32).tiny
+    if cut == "anywhere":
+        return (out * weight[..., None]).sum((0, 4), dtype=torch.float32).clamp(min=tiny)
+    total = weight.sum(0)
+    if cut == "at the end":
         index = torch.full((1,), last, dtype=torch.int64, device=out.device)
         columns = out.index_select(0, index)[0].sum(-1, dtype=torch.float32)
         total = total - (1 - columns) * weight.index_select(0, index)[0]
-    return total.clamp(min=torch.finfo(total.dtype).tiny)
+    return total.clamp(min=tiny)
 
 
 def _tiles(

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_tuning_ranks_what_runs_and_logs_what_does_not():
     def make(options):
         if options["BLOCK_N"] == 64:
             raise RuntimeError("out of shared memory\nmore")
-        return lambda index: torch.ones(options["num_warps"] << 18).sum()
+        return lambda index: time.sleep(options["num_warps"] / 200)
 
     tried = [{"BLOCK_N": n, "num_warps": w} for n, w in ((128, 8), (64, 4), (128, 1))]
     bench = Bench(CPU, Progress(1), seconds=0.05)
@@ -248,6 +249,25 @@ def test_report_puts_table_and_picture(tmp_path):
         program.main(arguments)
 
 
+def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(tmp_path):
+    chief = FIXTURE | {"label": f"{report.CHIEF} triton", "backend": "triton"}
+    ways = [chief, chief | {"in_turns": True}, chief | {"in_turns": True, "rest_s": 0.25, "total_ms": 77.7}]
+    others = [FIXTURE | {"case": f"64K {i}", "length": 65536, "density": i / 10} for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*others, *ways)))
+    rows = report.load(tmp_path)
+    assert [report.timed(row) for row in rows[-3:]] == ["alone", "in turns", "rested"]
+    shown = report.markdown(rows)
+    assert shown.count("| alone |") == shown.count("| rested |") == 1 and "in turns" not in shown
+    assert f"10 other rows of this card: [all rows]({report.ALL_ROWS})" in shown
+    every = report.every_row(rows)
+    assert [every.count(f"| {way} |") for way in ("alone", "in turns", "rested")] == [10, 1, 1]
+    few = report.markdown(rows[-9:])
+    assert few.count("| alone |") == 7 and few.count("| in turns |") == 1 and "other rows" not in few
+    # A picture's line has no rested time, which others could not be compared with.
+    lines = report.lines_of(rows)
+    assert 77.7 not in lines[f"{report.CHIEF} triton, density 0.30"].values()
+
+
 def test_the_readme_is_what_the_files_say(tmp_path):
     """`python -m benchmarks report` writes it; the study's part has a test of its own."""
     copy = tmp_path / "README.md"
@@ -255,6 +275,7 @@ def test_the_readme_is_what_the_files_say(tmp_path):
     folder = program.RESULTS
     report.write_readme(copy, report.load(folder), report.load_prefills(folder), task_report.load(folder))
     assert copy.read_text() == program.README.read_text()
+    assert (folder / "rows.md").read_text() == report.every_row(report.load(folder))
 
 
 def test_task_cells_tell_what_was_not_run():
@@ -304,6 +325,11 @@ def test_a_level_is_found_for_a_density(budget):
 def test_turns_alternate_and_a_case_without_dense_kernels_keeps_to_it():
     used = []
     calls = [lambda index, name=name: used.append((name, index)) for name in "ab"]
+    start = time.perf_counter()
+    measure_in_turns(calls, sets=2, device=CPU, seconds=0, repeats=(4, 4), rest=0.02)
+    assert time.perf_counter() - start > 2 * 4 * 0.02
+    with pytest.raises(SystemExit, match="--rest needs --in-turns"):
+        program.main(["run", "--suite", "cpu", "--rest", "0.1", "--device", "cpu"])
     first, second = measure_in_turns(calls, sets=2, device=CPU, seconds=0, repeats=(4, 4))
     assert used[-8:] == [(name, index) for index in (0, 1, 0, 1) for name in "ab"]
     assert first.repeats == second.repeats == 4

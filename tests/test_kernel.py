@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rr_flex import compiling
-from rr_flex.compiling import compile_whole
+from rr_flex.compiling import RECOMPILE_LIMIT, compile_whole
 from rr_flex.kernel import TUNED, attention_options, estimate_options
 
 
@@ -46,3 +46,30 @@ def test_past_the_limit_a_call_raises(monkeypatch):
     assert scaled(x, [1]).sum() == 3 and scaled(x, [1, 2]).sum() == 6
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         scaled(x, [1, 2, 3])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_compiler_s_settings_are_as_they_were_after_a_call(fails):
+    config = torch._dynamo.config
+    before = config.recompile_limit, config.specialize_int
+    during = []
+
+    def plain(x):
+        if fails:
+            raise ValueError("x")
+        return x + 1
+
+    def backend(graph, example):
+        during.append((config.recompile_limit, config.specialize_int))
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        compiler = torch.compile
+        patch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **kwargs, backend=backend))
+        call = compile_whole(plain)
+    try:
+        call(torch.ones(3))
+    except torch._dynamo.exc.Unsupported:
+        assert fails
+    assert (config.recompile_limit, config.specialize_int) == before
+    assert during == ([] if fails else [(RECOMPILE_LIMIT, True)])

@@ -39,11 +39,16 @@ def between(points: Sequence[tuple[float, float]], density: float) -> tuple[floa
 
 
 def kl_at(points: Sequence[tuple[float, float]], density: float) -> float | None:
-    """The divergence at a density, log-linear between neighbours at most WIDEST_GAP apart; None elsewhere."""
+    """The divergence at a density, log-linear between neighbours at most WIDEST_GAP apart; None elsewhere.
+
+    Linear where one of them is rounded to 0 or below.
+    """
     found = between(points, density)
     if found is None:
         return None
     below, above, share = found
+    if min(below, above) <= 0:
+        return below + (above - below) * share
     return below ** (1 - share) * above**share
 
 
