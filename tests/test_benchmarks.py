@@ -278,6 +278,14 @@ def test_the_readme_is_what_the_files_say(tmp_path):
     assert (folder / "rows.md").read_text() == report.every_row(report.load(folder))
 
 
+def test_a_length_is_not_measured_only_if_no_run_of_it_has_rr_flex():
+    about = {"dtype": "bfloat16", "ms": 2.0, "attention_total_ms": 1.0, "rest_ms": 1.0, "date": "2026-01-01"}
+    about |= {"card": "card", "torch": "2", "triton": None, "flash_attn_4": None, "model": "model", "length": 8192}
+    rows = [about | {"attention": "sdpa", "commit": "a"}, about | {"attention": "rr_flex", "commit": "b"}]
+    assert "not measured" not in report.prefill_markdown(rows)
+    assert "not measured" in report.prefill_markdown(rows[:1])
+
+
 def test_task_cells_tell_what_was_not_run():
     usual = {"suite": "ruler", "task": "vt", "length": 2048, "attention": "dense", "model": "m", "samples": 4}
     usual |= {"score": 0.5, "seconds": 8.0, "density": None, "dense_reasons": {}, "tokens": 9}
