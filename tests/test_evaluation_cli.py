@@ -40,7 +40,7 @@ def test_full_density_is_the_dense_model(source, tmp_path, capsys):
     assert all(0 < each["density"] <= 1 and each["kl"] >= -1e-6 for each in report["predictions"])
 
 
-def test_quantization_stands_beside_sparsity(source, capsys):
+def test_torchao_s_quantization_stands_beside_sparsity(source, capsys):
     pytest.importorskip("torchao")
     assert main(evaluate(source, "--quantize", "int8-weight-only", "--json", "--quiet")) == 0
     report = json.loads(capsys.readouterr().out)

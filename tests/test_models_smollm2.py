@@ -57,7 +57,7 @@ CONFIGS = ["Int8DynamicActivationInt8WeightConfig", "Int8WeightOnlyConfig", "Flo
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_quantised_weights(loaded, name):
+def test_weights_quantised_by_torchao(loaded, name):
     quantization = pytest.importorskip("torchao.quantization")
     float_loss = loss(logits(loaded[0], loaded[2]), loaded[2])
     model, tokenizer, ids = copy.deepcopy(loaded[0]), *loaded[1:]

@@ -25,8 +25,8 @@ def round_rows(x: Float[Tensor, "... E"], precision: Precision) -> Float[Tensor,
     # Symmetric int8 in torchao divides by half the range of -128..127.
     largest = torch.finfo(dtype).max if precision == "fp8" else 127.5
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps) / largest
-    rows = x.float() / scale
-    whole = rows.to(dtype) if precision == "fp8" else rows.round().clamp(-128, 127)
+    # torchao divides by the one and multiplies with the inverse of the other.
+    whole = (x.float() / scale).to(dtype) if precision == "fp8" else (x.float() * (1 / scale)).round().clamp(-128, 127)
     return (whole.float() * scale).to(x.dtype)
 
 
