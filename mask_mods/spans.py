@@ -20,6 +20,7 @@ class SpanMask:
 
     The spans alone decide. `keys` only summarises them for whoever pools or counts keys: it is False for keys that
     no query may see (padding).
+    The query heads that share a key head should agree on it: pooled keys are one and the same for all of them.
     """
 
     spans: Callable[[Tensor, Tensor, Tensor], tuple[Span, ...]]  # of b, h, q_idx; one or more, broadcast against these
