@@ -182,7 +182,7 @@ def write_report(options: argparse.Namespace) -> int:
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
     report.write_readme(options.readme, rows, report.load_prefills(options.results), task_report.load(options.results))
-    (options.results / report.ALL_ROWS.rsplit("/", 1)[-1]).write_text(report.every_row(rows))
+    (options.results / report.ALL_ROWS).write_text(report.every_row(rows))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
     task_report.draw(options.results)
     return 0

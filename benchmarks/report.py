@@ -13,7 +13,7 @@ Row = dict[str, Any]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 CHIEF = "rr query_stride=16 key_stride=8 order=2 budget=threshold"  # the setting that is shown of many
 LONG_TABLE = 10  # rows of a card; where there are more, the README has CHIEF's at one shape
-ALL_ROWS = "benchmarks/results/rows.md"  # from the README
+ALL_ROWS = "rows.md"  # in the folder of results
 PREFILL_BEGIN, PREFILL_END = "<!-- prefill: begin -->", "<!-- prefill: end -->"
 
 
@@ -105,8 +105,9 @@ def markdown(rows: list[Row]) -> str:
     for setting, of_setting in by_setting(rows):
         shown = chief_rows(of_setting) if len(of_setting) > LONG_TABLE else of_setting
         lines += [*heading(setting, shown), *tables(shown)]
-        if len(shown) < len(of_setting):
-            lines += [f"{len(of_setting) - len(shown)} other rows of this card: [all rows]({ALL_ROWS}).", ""]
+        others = len(of_setting) - len(shown)
+        if others:
+            lines += [f"{others} other rows of this card: [all rows](benchmarks/results/{ALL_ROWS}).", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -186,18 +187,22 @@ PREFILL_COLUMNS = {
 def prefill_markdown(rows: list[Row]) -> str:
     """For the README: a table a model and length."""
     lines = []
-    sparse = {(row["model"], row["length"], row["dtype"]) for row in rows if row["attention"] == "rr_flex"}
+    sparse = {prefilled(row) for row in rows if row["attention"] == "rr_flex"}
     for title in dict.fromkeys(prefill_title(row) for row in rows):
         of_title = [row for row in rows if prefill_title(row) == title]
         lines += table(PREFILL_COLUMNS, of_title, title)
-        if not {(row["model"], row["length"], row["dtype"]) for row in of_title} & sparse:
+        if prefilled(of_title[0]) not in sparse:
             lines += ["rr_flex at this length: not measured.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def prefilled(row: Row) -> str:
+    return f"{row['model']}, {row['length']:,} tokens, {row['dtype']}"
+
+
 def prefill_title(row: Row) -> str:
     about = f"commit {row['commit']}, {row['date'][:10]}"
-    return f"{row['model']}, {row['length']:,} tokens, {row['dtype']} ({setting_of(row)}, {about})"
+    return f"{prefilled(row)} ({setting_of(row)}, {about})"
 
 
 def write_readme(readme: Path, rows: list[Row], prefills: list[Row], cells: list[Cell]) -> None:

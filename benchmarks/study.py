@@ -23,7 +23,7 @@ from benchmarks.study_tasks import HELD_OUT_PARTS, SHORT_RULES, TABLED, TUNING_P
 from rr_flex.evaluation.rules import RULES
 from rr_flex.evaluation.summaries import write_records
 from rr_flex.evaluation.texts import KINDS
-from rr_flex.models.loading import load_causal_lm
+from rr_flex.models.loading import EMBEDDED_MODEL, load_causal_lm
 
 LENGTHS = (8192, 2048, 4096)
 PARTS = ("predictions", "tables", "errors")  # "tables": errors of the few rules that tables show
@@ -148,7 +148,7 @@ def environment(study: Study, model: str | None, commit: str | None) -> dict:
 
     where = describe(study.device, commit)
     return {
-        "model": "SmolLM2-135M-Instruct" if model is None else model.rstrip("/").rsplit("/", 1)[-1],
+        "model": EMBEDDED_MODEL if model is None else model.rstrip("/").rsplit("/", 1)[-1],
         "tokens": study.length,
         "layers": list(study.judged),
         "device": where["card"],

@@ -1,7 +1,7 @@
 """Attention masks for `flex_attention`: element rule and closed-form block rule in one object."""
 
 from mask_mods.bidirectional import bidirectional
-from mask_mods.blocks import any_key_visible, block_visibility, visible_keys
+from mask_mods.blocks import any_key_visible, block_visibility, hides_keys, visible_keys
 from mask_mods.causal import causal
 from mask_mods.compose import both, either
 from mask_mods.document import document, documents_from_lengths
@@ -25,6 +25,7 @@ __all__ = [
     "either",
     "frames",
     "from_head",
+    "hides_keys",
     "padding",
     "prefix",
     "sink",

@@ -28,9 +28,14 @@ def any_key_visible(
     return reduce(or_, visible) & (k_first < Lk)
 
 
+def hides_keys(mask_mod: MaskMod) -> bool:
+    """Whether there may be keys that no query may see, as far as the mask says (`SpanMask.keys`)."""
+    return isinstance(mask_mod, SpanMask) and mask_mod.keys is not None
+
+
 def visible_keys(mask_mod: MaskMod, B: int, H: int, Lk: int, device: torch.device | str) -> Bool[Tensor, "b h Lk"]:
     """False for keys that no query may see, as far as the mask says (`SpanMask.keys`); b is B or 1, h is H or 1."""
-    if not isinstance(mask_mod, SpanMask) or mask_mod.keys is None:
+    if not hides_keys(mask_mod):
         return torch.ones(1, 1, Lk, dtype=torch.bool, device=device)
     b = torch.arange(B, device=device).view(B, 1, 1)
     h = torch.arange(H, device=device).view(1, H, 1)

@@ -8,7 +8,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from mask_mods import SpanMask, any_key_visible, bidirectional, block_visibility, both, from_head, visible_keys
+from mask_mods import (
+    SpanMask,
+    any_key_visible,
+    bidirectional,
+    block_visibility,
+    both,
+    from_head,
+    hides_keys,
+    visible_keys,
+)
 from mask_mods import causal as causal_mask
 from mask_mods.spans import Index, MaskMod
 from rr_flex.checks import check_call, check_queries_and_keys
@@ -164,11 +173,9 @@ def select(
         mass = torch.zeros_like(kept, dtype=torch.float32)
         return Selection(kept, mass, visible, whole, config.block_sizes, (Lq, Lk), mask_mod, dense=True)
 
-    valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device)
+    valid_keys = visible_keys(mask_mod, B, Hq, Lk, q.device) if hides_keys(mask_mod) else None
     facts = {"mask_mod": mask_mod, "Lq": Lq, "Lk": Lk, "scale": scale, "softcap": softcap, "head_offset": head_offset}
-    # None where the mask hides no key from all queries: the estimate is cheaper for knowing it.
-    hidden = valid_keys if isinstance(mask_mod, SpanMask) and mask_mod.keys is not None else None
-    mass = estimate_mass(q, k, hidden, config, plain=plain, **facts)
+    mass = estimate_mass(q, k, valid_keys, config, plain=plain, **facts)
 
     mandatory = mandatory_blocks(visible, config, Lq=Lq, q_offset=q_offset, valid_keys=valid_keys)
     if config.budget == "top_tau":

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import __main__ as program
-from benchmarks import capture, dense, report, rivals, stages, task_report, together, tune
+from benchmarks import dense, report, rivals, stages, task_report, together, tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
@@ -64,10 +63,13 @@ def test_captured_tensors_come_back(tmp_path, inputs):
 
 
 def test_layers_of_a_model_are_captured_as_its_attention_gets_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from benchmarks import capture
+
     config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config |= {"num_key_value_heads": 2, "vocab_size": 128}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
     text = "a text of bytes " * 20
 
     def tokens(text, **_):
@@ -258,7 +260,7 @@ def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(t
     assert [report.timed(row) for row in rows[-3:]] == ["alone", "in turns", "rested"]
     shown = report.markdown(rows)
     assert shown.count("| alone |") == shown.count("| rested |") == 1 and "in turns" not in shown
-    assert f"10 other rows of this card: [all rows]({report.ALL_ROWS})" in shown
+    assert f"10 other rows of this card: [all rows](benchmarks/results/{report.ALL_ROWS})" in shown
     every = report.every_row(rows)
     assert [every.count(f"| {way} |") for way in ("alone", "in turns", "rested")] == [10, 1, 1]
     few = report.markdown(rows[-9:])

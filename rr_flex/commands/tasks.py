@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             raise ValueError(f"--batch-size must be 1, or more for --suite ruler, got {arguments.batch_size}")
         progress("importing torch and transformers")
         score, tasks = import_suite(arguments)
-        from rr_flex.models.loading import device_name, load_causal_lm
+        from rr_flex.models.loading import EMBEDDED_MODEL, device_name, load_causal_lm
         from rr_flex.tasks import results
         from rr_flex.tasks.run import run as run_suite
 
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         lengths=arguments.lengths,
         samples=arguments.samples,
         configs=configs,
-        name=arguments.model or "SmolLM2-135M-Instruct",
+        name=arguments.model or EMBEDDED_MODEL,
         path=arguments.results,
         chat=arguments.chat_template,
         batch_size=arguments.batch_size,

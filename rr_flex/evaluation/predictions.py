@@ -48,7 +48,7 @@ def kl_at(points: Sequence[tuple[float, float]], density: float) -> float | None
         return None
     below, above, share = found
     if min(below, above) <= 0:
-        return below + (above - below) * share
+        return value_at(points, density)
     return below ** (1 - share) * above**share
 
 
