@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.environment import describe
 from benchmarks.timing import measure
 from benchmarks.workloads import structured
 from mask_mods import causal
@@ -97,13 +98,14 @@ def main() -> None:
     parser.add_argument("lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", help="named in the file where there is no git history")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         rows = [row for L in arguments.lengths for row in time_length(L, device, arguments.seconds)]
     if arguments.json:
-        card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        arguments.json.write_text(json.dumps({"device": card, "torch": torch.__version__, "rows": rows}, indent=1))
+        about = describe(device, arguments.commit)
+        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
