@@ -25,7 +25,7 @@ REFERENCE = {
     "mask_mods": ("mask_mods",),
     "evaluation": ("rr_flex.evaluation",),
     "models": ("rr_flex.models",),
-    "plots": ("rr_flex.plots", "rr_flex.notebook"),
+    "plots": ("rr_flex.view.plots", "rr_flex.view.notebook"),
 }
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, task_report, together, tune
+from benchmarks import tables as report
+from benchmarks import task_tables as task_report
+from benchmarks import together
+from benchmarks import tuning as tune
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
 from benchmarks.runner import Bench, run, with_length

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.workloads import Inputs
-from rr_flex.evaluation.report import keeping
+from rr_flex.evaluation.rules_on_texts import keeping
 from rr_flex.evaluation.sparse_model import hidden_states
 from rr_flex.models.loading import tokenize
 

@@ -20,7 +20,7 @@ from benchmarks.timing import measure_in_turns
 from benchmarks.workloads import structured
 from mask_mods import causal
 from rr_flex.block_mask import Lists, block_mask_of_lists, list_partial_and_full
-from rr_flex.kernel import attention_options
+from rr_flex.kernels.options import attention_options
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,10 +27,10 @@ from benchmarks.first_token import time_first_token
 from benchmarks.model_shapes import MODELS, SHAPES, load, prompt
 from benchmarks.timing import many_calls
 from rr_flex import RRConfig, attention, enable, select_blocks
-from rr_flex.backends import Backend
 from rr_flex.config import LEVELS
-from rr_flex.dense import dense_attention
-from rr_flex.models.attention import attention_by
+from rr_flex.kernels.choose import Backend
+from rr_flex.kernels.dense import dense_attention
+from rr_flex.models.attention_by import attention_by
 
 Row = dict[str, Any]
 

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import dense, rivals, stages
+from benchmarks import dense_kernels as dense
+from benchmarks import rivals, stages
 from benchmarks.cases import Case
 from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, measure_in_turns, peak_bytes
 from benchmarks.workloads import Inputs, captured, structured
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.attention import calls
-from rr_flex.backends import choose_kernel
 from rr_flex.config import LEVELS
-from rr_flex.head_strips import head_strips
-from rr_flex.kernel import attention_options
+from rr_flex.kernels.choose import choose_kernel
+from rr_flex.kernels.options import attention_options
+from rr_flex.runtime.head_slices import head_slices
 
 Row = dict[str, Any]
 
@@ -281,7 +282,7 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
 
 def strips_of(case: Case) -> list:
     L = case.length
-    return head_strips(case.batch, case.heads, case.kv_heads, L, L, case.config)
+    return head_slices(case.batch, case.heads, case.kv_heads, L, L, case.config)
 
 
 def density_in_strips(inputs: Inputs, config: RRConfig) -> float:

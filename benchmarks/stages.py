@@ -13,13 +13,13 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from benchmarks.cases import Case
 from mask_mods import block_visibility, causal
 from rr_flex import RRConfig, select_blocks
-from rr_flex.backends import check_flash
 from rr_flex.block_mask import block_mask_of_lists, build_block_mask, list_partial_and_full
-from rr_flex.compiling import RECOMPILE_LIMIT
-from rr_flex.head_strips import head_strips
-from rr_flex.last_rows import first_query, merge_runs, rows_apart, run_queries, take_apart, write_last_rows
+from rr_flex.kernels.choose import check_flash
+from rr_flex.kernels.last_rows import first_query, merge_runs, rows_apart, run_queries, take_apart, write_last_rows
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select
+from rr_flex.runtime.compiling import RECOMPILE_LIMIT
+from rr_flex.runtime.head_slices import head_slices
 from rr_flex.selection import select_density, select_threshold, select_top_tau
 
 BISECTIONS = 16
@@ -52,7 +52,7 @@ def estimate_of(config: RRConfig) -> Callable[[Tensor, Tensor], Float[Tensor, "B
 
 
 def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Float[Tensor, "B Hq nQ nK"]:
-    if len(head_strips(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], config)) > 1:
+    if len(head_slices(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], config)) > 1:
         return select_blocks(q, k, config=without_level(config)).mass  # one graph for all strips
     return estimate_of(without_level(config))(q, k)
 
@@ -132,7 +132,7 @@ class Masks(NamedTuple):
 
 
 def masks_apart(kept: Tensor, whole: Tensor, config: RRConfig, L: int, kernel: str) -> Masks:
-    """As rr_attention attends on CUDA, by hand in step with rr_flex/graphs.py: the last rows of long contexts apart."""
+    """As rr_attention attends on CUDA, in step with rr_flex/kernels/graphs.py: long contexts' last rows apart."""
     apart, (q_block, _) = rows_apart(L, L, config, kernel), config.block_sizes
     if not apart:
         return Masks(block_mask(kept, whole, config, L))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from benchmarks import report, stages
+from benchmarks import stages
+from benchmarks import tables as report
 from benchmarks.cases import Case
 from benchmarks.runner import Bench, run
 from benchmarks.timing import OutOfTime, Progress

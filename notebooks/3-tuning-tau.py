@@ -18,19 +18,19 @@
 # which sparse attention is faster on this machine.
 
 # %%
-# %load_ext rr_flex.notebook
+# %load_ext rr_flex.view.notebook
 from time import perf_counter
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from rr_flex import RRConfig, select_blocks
-from rr_flex.demo import default_text
+from rr_flex.cli.demonstration import default_text
 from rr_flex.evaluation import density, output_error, recalled_mass, true_block_mass
-from rr_flex.kernel import attention_options
-from rr_flex.models.attention import attention_by
+from rr_flex.kernels.options import attention_options
+from rr_flex.models.attention_by import attention_by
 from rr_flex.models.loading import load_causal_lm, tokenize
-from rr_flex.plots import density_figure, model_figure
+from rr_flex.view.plots import density_figure, model_figure
 
 LAYERS, LENGTH = (4, 14, 22), 1536
 model, tokenizer = load_causal_lm()

@@ -18,7 +18,7 @@
 # and then where the time goes.
 
 # %%
-# %load_ext rr_flex.notebook
+# %load_ext rr_flex.view.notebook
 import re
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +30,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import list_blocks
-from rr_flex.kernel import attention_options
+from rr_flex.kernels.options import attention_options
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
 from rr_flex.sampling import pool_keys, sample_queries

@@ -26,16 +26,16 @@
 # \sqrt D$, probabilities $p_{ij}$, output $o_i = \sum_j p_{ij} v_j$. A block is $I \times J$.
 
 # %%
-# %load_ext rr_flex.notebook
+# %load_ext rr_flex.view.notebook
 import math
 from pathlib import Path
 
 import torch
 
+from benchmarks.study.rules import BEST, FAST, RULES
 from rr_flex.evaluation.curves import error_figure, prediction_figure
-from rr_flex.evaluation.estimators import multiplications
 from rr_flex.evaluation.predictions import curve, density_from, kl_at, value_at
-from rr_flex.evaluation.rules import BEST, FAST, RULES
+from rr_flex.evaluation.rules import multiplications
 from rr_flex.evaluation.summaries import StudyFile, gain_over, group_of, kind_of, kl_gain, of_group, summarise
 from rr_flex.sampling import moments, pooled_query_features, second_order_features
 
@@ -121,7 +121,7 @@ for order in (1, 2):
 # deviations are unrelated, the squared error is a sum over dropped blocks, and the least total error for a number of
 # blocks is had by keeping the blocks of largest weight wherever they are: **one threshold for all rows and heads**. Top-τ
 # instead covers the same share of every row, spending many blocks on rows whose mass is spread thin, where each saves
-# little. Calibration (`rr_flex.calibration`) goes one step further: for a price $\lambda$ of density, each head takes
+# little. Calibration (`rr_flex.calibration.thresholds`) goes one step further: for a price $\lambda$ of density, each head takes
 # the threshold that minimises (its measured error) + $\lambda$ · density, so that the marginal gain is equal everywhere.
 #
 # ## 4. The study
@@ -397,7 +397,7 @@ for scope in ("layer", "model"):
 #
 # ```bash
 # python -m benchmarks.study --out raw             # on a GPU; --smoke for a trial
-# python -m benchmarks.study_report raw            # writes study.json and the README's tables
+# python -m benchmarks.study.study_tables raw            # writes study.json and the README's tables
 # ```
 #
 # Predictions come first, then errors; with `--budget-seconds` what does not fit is left out. The report takes several

@@ -8,15 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mask_mods.spans import MaskMod
-from rr_flex.backends import Backend, check_backend, choose_kernel
 from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_sinks, check_values
 from rr_flex.config import RRConfig
-from rr_flex.dense import SHORTEST_FLASH, dense_attention, dense_kernel_serves
-from rr_flex.graphs import Wanted, attend_with_flash, attend_with_flex
-from rr_flex.kernel import break_even
-from rr_flex.last_rows import rows_apart
-from rr_flex.pipeline import DEFAULT, device_arguments, in_strips, is_short
-from rr_flex.score_mods import beside_sinks, cap_as_tensor
+from rr_flex.kernels.choose import Backend, check_backend, choose_kernel
+from rr_flex.kernels.dense import SHORTEST_FLASH, dense_attention, dense_kernel_serves
+from rr_flex.kernels.graphs import Wanted, attend_with_flash, attend_with_flex
+from rr_flex.kernels.last_rows import rows_apart
+from rr_flex.kernels.options import break_even
+from rr_flex.kernels.score_mods import beside_sinks, cap_as_tensor
+from rr_flex.pipeline import DEFAULT, device_arguments, in_head_slices, is_short
 
 # How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
 # torch.compile is not counted.
@@ -89,7 +89,7 @@ def rr_attention(
     attend = attend_with_flash if kernel == "flash" else attend_with_flex
     parts = [
         attend(*strip, config, mask, causal, scale, cap, None if sink_keys is None else sink_keys[heads], wanted)
-        for heads, *strip, mask in in_strips(q, (k, v), level, q_offset, head_offset, config, mask_mod)
+        for heads, *strip, mask in in_head_slices(q, (k, v), level, q_offset, head_offset, config, mask_mod)
     ]
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from rr_flex.profiles import Profile, load_profile
+
 Budget = Literal["top_tau", "threshold", "density"]
 LEVELS = {"top_tau": "tau", "threshold": "threshold", "density": "target_density"}  # field of a budget's number
 Mandatory = Literal["count", "add"]
@@ -40,7 +42,7 @@ class RRConfig:
     # threshold: a block is kept when its share of its row's mass exceeds this, in [0, 1)
     threshold: float | Sequence[float] | Tensor = 0.01
     # density: kept / visible blocks of a sequence, mean over heads, in (0, 1]. Where heads are taken in strips (long
-    # contexts, see head_strips.py) each strip has it: heads of two strips do not trade blocks.
+    # contexts, see head_slices.py) each strip has it: heads of two strips do not trade blocks.
     target_density: float = 0.4
     mandatory: Mandatory = "count"  # "count": mandatory mass counts towards tau; "add": joined after plain top-p
     sink_blocks: int = 1  # key blocks kept at the start of the keys
@@ -139,14 +141,14 @@ class RRConfig:
         return cls(**(PRESETS[preset] | settings))
 
     @classmethod
-    def from_profile(cls, source: str | Path, model: Any = None) -> dict[int, "RRConfig"]:
-        """Layer -> RRConfig of a calibrated profile: a .json file, or a shipped one's name.
+    def from_profile(cls, source: str | Path | Profile, model: Any = None) -> dict[int, "RRConfig"]:
+        """Layer -> RRConfig of a calibrated profile: one in memory, a .json file, or a shipped one's name.
 
         With a transformers `model`, ValueError if the profile is another model's.
         """
-        from rr_flex.profiles import load_profile
-
-        return load_profile(source).configs(model)
+        profile = source if isinstance(source, Profile) else load_profile(source)
+        layers = profile.settings_by_layer(model)
+        return {layer: cls(**settings) for layer, settings in layers.items()}
 
     def with_settings(self, settings: dict[str, Any]) -> "RRConfig":
         """This configuration with some settings replaced; an unknown name raises TypeError.

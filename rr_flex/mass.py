@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from mask_mods import any_key_visible
 from mask_mods.spans import Index, MaskMod
 from rr_flex.geometry import ceil_div, sampled_index
+from rr_flex.kernels.score_mods import soft_cap
 from rr_flex.sampling import stride_weights
-from rr_flex.score_mods import soft_cap
 
 STRIP_ELEMENTS = 1 << 25  # float32 scores held at once: 128 MiB
 

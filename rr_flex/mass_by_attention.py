@@ -17,9 +17,9 @@ from mask_mods import block_visibility
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import list_blocks
 from rr_flex.geometry import ceil_div
-from rr_flex.kernel import estimate_columns, estimate_options
+from rr_flex.kernels.options import estimate_columns, estimate_options
+from rr_flex.kernels.score_mods import score_mod_of
 from rr_flex.mass import key_weights, stride_visible
-from rr_flex.score_mods import score_mod_of
 
 TILE = 128  # sampled queries, or pooled keys, in a tile that the kernel visits or skips whole
 FEATURES = (16, 256)  # least and greatest width of q and k that the kernel takes

@@ -21,15 +21,15 @@ from mask_mods import (
 from mask_mods import causal as causal_mask
 from mask_mods.spans import Index, MaskMod
 from rr_flex.checks import check_call, check_queries_and_keys
-from rr_flex.compiling import compile_whole
 from rr_flex.config import RRConfig
-from rr_flex.head_strips import head_strips
+from rr_flex.kernels.score_mods import cap_as_tensor
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention, kernel_can_estimate
 from rr_flex.result import Selection
+from rr_flex.runtime.compiling import compile_whole
+from rr_flex.runtime.head_slices import head_slices
 from rr_flex.sampling import moments, pooled_query_features, sample_queries, second_order_features
-from rr_flex.score_mods import cap_as_tensor
 from rr_flex.selection import select_density, select_threshold, select_top_tau
 
 DEFAULT = RRConfig()
@@ -79,7 +79,7 @@ def select_blocks(
     with torch.no_grad():
         parts = [
             choose(*strip, config, mask, causal, scale, cap, dense)
-            for _, *strip, mask in in_strips(q, (k,), level, q_offset, head_offset, config, mask_mod)
+            for _, *strip, mask in in_head_slices(q, (k,), level, q_offset, head_offset, config, mask_mod)
         ]
     return parts[0] if len(parts) == 1 else join(parts, resolve_mask(mask_mod, causal, q_offset))
 
@@ -89,7 +89,7 @@ def is_short(k: Tensor, min_length: int | None) -> bool:
     return min_length is not None and k.shape[2] < min_length
 
 
-def in_strips(
+def in_head_slices(
     q: Tensor,
     keys: tuple[Tensor, ...],
     level: Tensor,
@@ -98,10 +98,10 @@ def in_strips(
     config: RRConfig,
     mask_mod: MaskMod | None,
 ) -> Iterator[tuple]:
-    """For each of `head_strips` the slice of query heads, then the same arguments of it, `keys` spread out."""
+    """For each of `head_slices` the slice of query heads, then the same arguments of it, `keys` spread out."""
     B, Hq, Lq = q.shape[:3]
     Hkv, Lk = keys[0].shape[1:3]
-    strips = head_strips(B, Hq, Hkv, Lq, Lk, config)
+    strips = head_slices(B, Hq, Hkv, Lq, Lk, config)
     if len(strips) == 1:
         yield slice(None), q, *keys, level, q_offset, head_offset, mask_mod
         return

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import build_block_mask
-from rr_flex.drawing import selection_html
+from rr_flex.view.drawing import selection_html
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import torch
 
 from rr_flex.evaluation.prefill import LayerMaps
-from rr_flex.report.maps import maps_as_json
+from rr_flex.view.page.block_maps_json import maps_as_json
 
 HEADS, BLOCK = 4, 128
 

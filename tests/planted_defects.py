@@ -41,7 +41,7 @@ ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
 MASKED = "test_selection.py::test_any_mask_selects_as_the_oracle"
 ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
 SEARCHES = "test_searches.py::test_both_searches_agree"
-STRIPS = "test_head_strips.py::test_a_selection_in_strips_is_the_selection"
+STRIPS = "test_head_slices.py::test_a_selection_in_strips_is_the_selection"
 DENSE = "test_dense.py::test_a_long_context_is_sparse_and_counted"
 SOFTMAX = "test_attention.py::test_soft_caps_and_sinks_are_in_the_softmax"
 APART = "test_last_rows.py::test_rows_apart_change_nothing"
@@ -76,12 +76,16 @@ DEFECTS = [
     ),
     Defect("rr_flex/geometry.py", "head % stride", "0 * head", ORACLE),
     Defect("rr_flex/geometry.py", "(column <= last)", "(column < last)", ORACLE),
-    Defect("rr_flex/last_rows.py", "h // RUNS", "h % 2", APART),
-    Defect("rr_flex/last_rows.py", "smaller(q_idx + first_query, last_query)", "q_idx", APART),
-    Defect("rr_flex/last_rows.py", "(run + 1) // RUNS", "run // RUNS + 1", "test_last_rows.py::test_runs_share"),
-    Defect("rr_flex/last_rows.py", "(lse == -torch.inf)", "(lse == torch.inf)", "test_last_rows.py::test_merged"),
+    Defect("rr_flex/kernels/last_rows.py", "h // RUNS", "h % 2", APART),
+    Defect("rr_flex/kernels/last_rows.py", "smaller(q_idx + first_query, last_query)", "q_idx", APART),
     Defect(
-        "rr_flex/last_rows.py",
+        "rr_flex/kernels/last_rows.py", "(run + 1) // RUNS", "run // RUNS + 1", "test_last_rows.py::test_runs_share"
+    ),
+    Defect(
+        "rr_flex/kernels/last_rows.py", "(lse == -torch.inf)", "(lse == torch.inf)", "test_last_rows.py::test_merged"
+    ),
+    Defect(
+        "rr_flex/kernels/last_rows.py",
         "smaller(q_idx + first_query, last_query)",
         "q_idx + first_query",
         "test_last_rows.py::test_rows_apart_ask_for_no_query_past_the_last",
@@ -152,10 +156,10 @@ DEFECTS = [
     Defect("rr_flex/pipeline.py", "head_offset + heads.start, mask", "head_offset, mask", STRIPS),
     Defect("rr_flex/pipeline.py", "level[heads], q_offset", "level[: len(level[heads])], q_offset", STRIPS),
     Defect(
-        "rr_flex/head_strips.py",
+        "rr_flex/runtime/head_slices.py",
         "slice(first // group, ",
         "slice(0, ",
-        "test_head_strips.py::test_strips_cover_the_heads_and_share_keys_rightly",
+        "test_head_slices.py::test_strips_cover_the_heads_and_share_keys_rightly",
     ),
     Defect("rr_flex/pipeline.py", "k.shape[2] < min_length", "k.shape[2] <= min_length", DENSE),
     Defect(
@@ -164,7 +168,7 @@ DEFECTS = [
         "if not plain_softmax else 0",
         "test_dense.py::test_the_break_even_is_only_known_for_a_plain_softmax",
     ),
-    Defect("rr_flex/score_mods.py", "(kv_idx >= k_block) & seen", "seen", SOFTMAX),
+    Defect("rr_flex/kernels/score_mods.py", "(kv_idx >= k_block) & seen", "seen", SOFTMAX),
     Defect("rr_flex/block_mask.py", "list_blocks(kept & ~whole)", "list_blocks(kept)", LISTS),
     Defect("rr_flex/block_mask.py", "place - 1, nK", "place - 1 + (place > 1).int(), nK", LISTS),
     Defect(
@@ -191,15 +195,15 @@ DEFECTS = [
         "sample_queries(q, q_stride, 0, config.phase)",
         "test_selection_symmetries.py::test_a_shard_of_heads_selects_its_slice",
     ),
-    Defect("rr_flex/kernel.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
+    Defect("rr_flex/kernels/options.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
     Defect(
-        "rr_flex/compiling.py",
+        "rr_flex/runtime/compiling.py",
         ", fullgraph=True, dynamic",
         ", dynamic",
         "test_kernel.py::test_past_the_limit_a_call_raises",
     ),
     Defect(
-        "rr_flex/graphs.py",
+        "rr_flex/kernels/graphs.py",
         '{"scale": scale, "enable_gqa"',
         '{"scale": None, "enable_gqa"',
         "test_attention.py::test_a_scale_is_used_by_the_estimate_and_by_attention",
@@ -235,7 +239,7 @@ DEFECTS = [
         "test_evaluation_study.py::test_output_errors_are_those_of_attention_over_the_kept_blocks",
     ),
     Defect(
-        "rr_flex/calibration.py",
+        "rr_flex/calibration/thresholds.py",
         "curves.error * weights[:, None, None]",
         "curves.error",
         "test_calibration.py::test_no_other_choice_of_that_density_has_less_error",

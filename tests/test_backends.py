@@ -4,8 +4,9 @@ import pytest
 import torch
 from cases import SQUARE, tensors
 
-from rr_flex import backends, rr_attention
-from rr_flex.backends import FlashCheck, choose_kernel
+from rr_flex import rr_attention
+from rr_flex.kernels import choose as backends
+from rr_flex.kernels.choose import FlashCheck, choose_kernel
 
 
 class Cuda:

@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import dense, report, rivals, stages, task_report, together, tune
+from benchmarks import dense_kernels as dense
+from benchmarks import rivals, stages, together
+from benchmarks import tables as report
+from benchmarks import task_tables as task_report
+from benchmarks import tuning as tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns

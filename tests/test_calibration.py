@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rr_flex import RRConfig
-from rr_flex.calibration import THRESHOLDS, Curves, at_price, calibrate, measure_curves, meet
+from rr_flex.calibration.thresholds import THRESHOLDS, Curves, at_price, calibrate, measure_curves, meet
 from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, compare_selections, hidden_states
 from rr_flex.models import enable
 from rr_flex.profiles import Profile, load_profile, model_name
@@ -116,13 +116,13 @@ def profile(model, texts):
 def test_a_calibrated_profile_meets_its_target(model, texts, profile):
     assert profile.measured["density"] <= 0.85
     assert profile.texts == ["one", "two"] and profile.target == {"density": 0.85}
-    ((density, _),) = compare_selections(model, texts[0], [profile.configs(model)])
+    ((density, _),) = compare_selections(model, texts[0], [RRConfig.from_profile(profile, model)])
     assert density == pytest.approx(profile.measured["density"], abs=0.05)
 
 
 def test_a_divergence_is_met_on_the_texts(model, texts):
     found = calibrate(model, texts, target_kl=1e-3)
-    runs = [compare_selections(model, ids, [found.configs(model)])[0][1].kl for ids in texts]
+    runs = [compare_selections(model, ids, [RRConfig.from_profile(found, model)])[0][1].kl for ids in texts]
     assert sum(runs) / 2 <= 1e-3
 
 

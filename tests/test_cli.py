@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rr_flex import demo
+from rr_flex.cli import demonstration as demo
 from rr_flex.models import loading
-from rr_flex.writing import write_atomically
+from rr_flex.runtime.writing import write_atomically
 
 LENGTH = 300
 WORDS = [f"word{number}" for number in range(50)]

@@ -7,10 +7,7 @@ from cases import Shape, seeds, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rr_flex import RRConfig, select_blocks
-from rr_flex.evaluation import sparse_model
-from rr_flex.evaluation.block_outputs import true_blocks
-from rr_flex.evaluation.combinations import (
+from benchmarks.study.combinations import (
     by_sampled_output,
     calibrated,
     coarse_to_fine,
@@ -20,9 +17,12 @@ from rr_flex.evaluation.combinations import (
     with_layer_before,
     with_row_before,
 )
+from rr_flex import RRConfig, select_blocks
+from rr_flex.evaluation import sparse_model
+from rr_flex.evaluation.block_outputs import true_blocks
 from rr_flex.evaluation.equal_density import kept_at_densities, kept_coarse_to_fine, visible_and_mandatory
-from rr_flex.evaluation.estimators import Case
-from rr_flex.evaluation.study import judge_text
+from rr_flex.evaluation.judging import judge_text
+from rr_flex.evaluation.rules import Case
 from rr_flex.selection import select_top_tau
 
 SMALL = Shape(B=1, Lq=512, Lk=512)

@@ -9,7 +9,9 @@ from cases import FREE, SQUARE, tensors
 from torch.nn import functional as F
 
 from mask_mods import both, causal, sliding_window
-from rr_flex import RRConfig, attention, create_rr_block_mask, dense, kernel, rr_attention, select_blocks
+from rr_flex import RRConfig, attention, create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.kernels import dense
+from rr_flex.kernels import options as kernel
 
 pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 DENSE = {"tau": 0.1, "min_length": 301, **FREE}

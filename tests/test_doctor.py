@@ -12,10 +12,9 @@ from typing import get_args
 import pytest
 import torch
 
-from rr_flex import doctor
-from rr_flex.cli import COMMANDS, main, make_parser
-from rr_flex.commands import tune
-from rr_flex.commands.completion import SCRIPTS, subcommands
+from rr_flex.cli import COMMANDS, main, make_parser, tune
+from rr_flex.cli import diagnosis as doctor
+from rr_flex.cli.completion import SCRIPTS, subcommands
 from rr_flex.config import Budget
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from rr_flex.evaluation.prefill import dense_attention, mask_of
-from rr_flex.models.attention import attention_by, refuse_all_but_plain_prefill
+from rr_flex.models.attention_by import attention_by, refuse_all_but_plain_prefill
 
 SHAPE = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -11,13 +11,14 @@ from cases import Shape, seeds, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.study.estimators import antidiagonal, exact_keys
+from benchmarks.study.low_precision import LOW_PRECISION, in_low_precision, round_rows
+from benchmarks.study.rules import RULES
 from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors, true_blocks
 from rr_flex.evaluation.equal_density import kept_at_density, visible_and_mandatory
-from rr_flex.evaluation.estimators import Case, Rule, antidiagonal, cost_of, exact_keys, multiplications
-from rr_flex.evaluation.low_precision import LOW_PRECISION, in_low_precision, round_rows
-from rr_flex.evaluation.rules import RULES
-from rr_flex.evaluation.study import Record, judge_text
+from rr_flex.evaluation.judging import Record, judge_text
+from rr_flex.evaluation.rules import Case, Rule, cost_of, multiplications
 from rr_flex.evaluation.summaries import (
     gain_over,
     over_layers,
@@ -301,7 +302,7 @@ def test_a_rounded_estimate_is_near_the_whole_one(name):
 
 
 def test_unrounded_it_is_the_library_s_estimate(monkeypatch):
-    monkeypatch.setattr("rr_flex.evaluation.low_precision.round_rows", lambda x, precision: x)
+    monkeypatch.setattr("benchmarks.study.low_precision.round_rows", lambda x, precision: x)
     given_case = case()
     for preset in ("fast", "best"):
         exact = select_blocks(given_case.q, given_case.k, preset=preset).mass

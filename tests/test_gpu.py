@@ -10,11 +10,14 @@ from torch._dynamo.utils import counters
 
 import rr_flex
 from mask_mods import both, causal, padding, visible_keys
-from rr_flex import attention, backends, create_rr_block_mask, head_strips, last_rows, rr_attention, select_blocks
-from rr_flex.compiling import compile_whole
+from rr_flex import attention, create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.kernels import choose as backends
+from rr_flex.kernels import last_rows
 from rr_flex.mass import block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
 from rr_flex.pipeline import resolve_mask
+from rr_flex.runtime import head_slices
+from rr_flex.runtime.compiling import compile_whole
 from rr_flex.sampling import pool_keys, sample_queries
 
 pytestmark = [
@@ -246,7 +249,7 @@ def test_strips_of_heads(monkeypatch):
     q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
     chosen = {"tau": [0.3, 0.6, 0.2, 0.9], "head_offset": 3, "backend": "triton"}
     whole = rr_attention(q, k, v, return_lse=True, **chosen)
-    monkeypatch.setattr(head_strips, "STRIP_BYTES", 1)
+    monkeypatch.setattr(head_slices, "SLICE_BYTES", 1)
     for strips, exact in zip(rr_attention(q, k, v, return_lse=True, **chosen), whole, strict=True):
         torch.testing.assert_close(strips, exact)
 

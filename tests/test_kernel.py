@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rr_flex import compiling
-from rr_flex.compiling import RECOMPILE_LIMIT, compile_whole
-from rr_flex.kernel import TUNED, attention_options, estimate_options
+from rr_flex.kernels.options import TUNED, attention_options, estimate_options
+from rr_flex.runtime import compiling
+from rr_flex.runtime.compiling import RECOMPILE_LIMIT, compile_whole
 
 
 def elsewhere(head_dim):

@@ -8,9 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_block_mask import listed
 
-from rr_flex import RRConfig, attention, graphs, last_rows, rr_attention, select_blocks
+from rr_flex import RRConfig, attention, rr_attention, select_blocks
 from rr_flex.block_mask import list_partial_and_full
-from rr_flex.last_rows import RUNS, merge_runs, rows_apart, take_apart
+from rr_flex.kernels import graphs, last_rows
+from rr_flex.kernels.last_rows import RUNS, merge_runs, rows_apart, take_apart
 
 
 @settings(max_examples=20)

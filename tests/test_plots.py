@@ -15,8 +15,8 @@ from matplotlib.colors import to_hex
 
 from mask_mods import both, causal, document, documents_from_lengths, sliding_window
 from rr_flex import create_rr_block_mask, select_blocks
-from rr_flex.drawing import CUT, DROPPED, HIDDEN, KEPT, block_mask_html, blocks_of, png
-from rr_flex.plots import (
+from rr_flex.view.drawing import CUT, DROPPED, HIDDEN, KEPT, block_mask_html, blocks_of, png
+from rr_flex.view.plots import (
     HeadMap,
     block_map_figure,
     density_figure,
@@ -27,7 +27,7 @@ from rr_flex.plots import (
     time_figure,
     top_tau_figure,
 )
-from rr_flex.plots.style import LINES, short
+from rr_flex.view.plots.style import LINES, short
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_png_is_a_png(tmp_path):
 
 def test_a_notebook_shows_masks_and_figures():
     shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell
-    from rr_flex import notebook
+    from rr_flex.view import notebook
 
     ipython = shell()
     notebook.load_ipython_extension(ipython)
@@ -206,7 +206,7 @@ def test_explore_redraws_what_a_widget_chooses(monkeypatch):
     pytest.importorskip("ipywidgets")
     import IPython.display
 
-    from rr_flex.notebook import explore
+    from rr_flex.view.notebook import explore
 
     shown, updates = [], []
 

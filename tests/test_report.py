@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 
 from demo_document import demo_document, layer_maps
 
-from rr_flex.cells import cell_size, kept_of_cells, row_share, shares_of_cells
 from rr_flex.cli import main
-from rr_flex.report import read_runs, report_page
-from rr_flex.report.chart import number_text
+from rr_flex.view.cells import cell_size, kept_of_cells, row_share, shares_of_cells
+from rr_flex.view.page import read_runs, report_page
+from rr_flex.view.page.chart import number_text
 
 ROW = {
     **{"suite": "lengths", "case": "8K rr", "label": "rr", "length": 8192, "heads": 32, "kv_heads": 8, "head_dim": 128},

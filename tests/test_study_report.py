@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import study_report
+from benchmarks.study import study_tables as study_report
+from rr_flex.evaluation.judging import Record
 from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at, value_at
-from rr_flex.evaluation.study import Record
 from rr_flex.evaluation.summaries import StudyFile, group_of, kl_gain, write_records
 
 

@@ -12,7 +12,7 @@ import transformers as hf
 from model_families import make
 
 from rr_flex import RRConfig
-from rr_flex.commands.tasks import bar, import_suite
+from rr_flex.cli.tasks import bar, import_suite
 from rr_flex.tasks import answers, helmet, recall, results, video_mme
 from rr_flex.tasks.results import DENSE, Cell, describe
 from rr_flex.tasks.run import run

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from rr_flex.evaluation.judging import Record
 from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
-from rr_flex.evaluation.study import Record
 from rr_flex.evaluation.summaries import summarise
 
 LEAST = 1e-6  # shown: a logarithmic axis has no place for nothing

@@ -19,8 +19,8 @@ from rr_flex.config import RRConfig
 from rr_flex.evaluation.language_model import LanguageModelComparison, compare_logits
 from rr_flex.evaluation.measures import density, output_error, recalled_mass
 from rr_flex.evaluation.true_mass import true_block_mass
-from rr_flex.kernel import attention_options
-from rr_flex.models.attention import attention_by
+from rr_flex.kernels.options import attention_options
+from rr_flex.models.attention_by import attention_by
 from rr_flex.pipeline import select_blocks
 from rr_flex.result import Selection
 

@@ -1,149 +1,91 @@
-"""Every rule of the study by name."""
+"""What a rule is that `judging` compares: the library's own settings, and the oracle that knows the true mass."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
 
 from rr_flex.config import RRConfig
-from rr_flex.evaluation.combinations import (
-    by_sampled_output,
-    coarse_to_fine,
-    hedged,
-    mean_of_squares,
-    weighed_by_disagreement,
-    with_layer_before,
-    with_row_before,
-)
-from rr_flex.evaluation.estimators import (
-    Rule,
-    antidiagonal,
-    around_mean_query,
-    at_random,
-    block_means,
-    by_value,
-    clustered,
-    configured,
-    corrected,
-    exact_keys,
-    second_order,
-    spent,
-    true_displacement,
-    true_mass,
-    true_mass_squared,
-)
-from rr_flex.evaluation.low_precision import LOW_PRECISION
+from rr_flex.evaluation.block_outputs import TrueBlocks
+from rr_flex.evaluation.equal_density import Spending
+from rr_flex.evaluation.plain import plain_selection
+
+Weigh = Callable[["Case"], Float[Tensor, "B Hq nQ nK"]]
+BAND = 4.0  # about a threshold: from a quarter of it to four times it
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prefill, causal, with equally long q and k, of one or more layers: they are the batch."""
+
+    q: Float[Tensor, "B Hq L D"]
+    k: Float[Tensor, "B Hkv L D"]
+    v: Float[Tensor, "B Hkv L D"]
+    true: dict[tuple[int, int], TrueBlocks]  # by block size
+    layers: Sequence[int] = (0,)
+    before: tuple[Tensor, Tensor] | None = None  # q and k of the layer before each
+
+
+@dataclass(frozen=True)
+class Rule:
+    weigh: Weigh
+    block_size: tuple[int, int]
+    spending: Spending
+    cost: float | None = None  # of the estimate, in units of published RR's: see `cost_of`; None: not a candidate
+    config: RRConfig | None = None  # the settings, where the rule is the library's own
+    refine: Weigh | None = None  # the finer estimate, for blocks whose share is within BAND of the threshold
+    correction: int | None = None  # pruned blocks come back as pooled keys and values, as in `output_errors`
+    needs_before: bool = False  # looks at the layer before
+
+
+def configured(**settings) -> Rule:
+    """The library's own mass for these settings of RRConfig; its budget says how to spend, its level is not used."""
+    config = RRConfig().with_settings(settings)
+
+    def weigh(case: Case) -> Tensor:
+        return plain_selection(case.q, case.k, config=config).mass
+
+    return Rule(weigh, config.block_sizes, config.budget, cost_of(config), config)
+
+
+def cost_of(config: RRConfig, D: int = 128, columns: int = 128) -> float:
+    """Multiplications of the estimate as attention over those of published RR: a pair of a query and a key that are
+    scored costs its features (D, at order 2 twice that) and a column of V for each of the key blocks in a segment."""
+    published = (D + columns) / 8**2
+    cost = 0.0
+    if config.pool != "queries":
+        cost += (config.order * D + columns) / (config.strides[0] * config.strides[1])
+    if config.pool != "keys":
+        order = config.order if config.pool == "queries" else 1
+        cost += (order * D + columns) / config.tokens_per_pooled_query
+    return cost / published
+
+
+def multiplications(config: RRConfig) -> float:
+    """The same without V: the features of scored pairs alone, as they would count in a kernel that sums blocks."""
+    return cost_of(config, D=1, columns=0)
+
+
+def true_mass(size: tuple[int, int], spending: Spending = "threshold") -> Rule:
+    """Oracle: the exact mass of every query and key."""
+    return Rule(lambda case: case.true[size].mass, size, spending)
+
 
 PUBLISHED, WIDE = (128, 128), (128, 64)
 BEST = "both, order 2, 8/32 (best)"
 FAST = "both, order 1, 8/32 (fast)"
 
-PRESET_BEST = RRConfig.from_preset("best")
-
-
-def _order_2(query_stride: int) -> RRConfig:
-    return RRConfig(order=2, block_size=WIDE, budget="threshold", query_stride=query_stride)
-
-
-def _gaussian(**strides: int) -> Rule:
-    """`best` with the whole second-order term, as if logits were Gaussian."""
-    return configured(preset="best", variance_weight=0.5, **strides)
-
-
+# What `rr-flex evaluate` offers.
 RULES: dict[str, Rule] = {
     "rr": configured(),
     "rr, threshold": configured(budget="threshold"),
-    "rr, threshold a head": spent(configured(), "per_head"),
-    "rr, always the last query": configured(phase="last"),
-    "rr, first": configured(phase="first"),
-    "rr, middle": configured(phase="middle"),
-    "rr, h + 5i": configured(phase="skew"),
-    "rr 128×64": configured(block_size=WIDE),
-    "rr 128×64, threshold": configured(block_size=WIDE, budget="threshold"),
-    "order 2": configured(order=2),
     "order 2, threshold": configured(order=2, budget="threshold"),
-    "order 2 128×64": configured(order=2, block_size=WIDE),
     "order 2 128×64, threshold": configured(order=2, block_size=WIDE, budget="threshold"),
-    "order 2 64×64, threshold": configured(order=2, block_size=64, budget="threshold"),
-    "order 2 128×64, threshold, strides 16/8": configured(
-        order=2, block_size=WIDE, budget="threshold", query_stride=16
-    ),
-    "order 2 128×64, threshold, strides 32/8": configured(
-        order=2, block_size=WIDE, budget="threshold", query_stride=32
-    ),
-    "order 2 128×64, threshold, strides 16/16": configured(order=2, block_size=WIDE, budget="threshold", stride=16),
-    "order 2 128×64, threshold, strides 16/4": configured(
-        order=2, block_size=WIDE, budget="threshold", query_stride=16, key_stride=4
-    ),
-    "antidiagonal": antidiagonal(PUBLISHED),
-    "antidiagonal 128×64, threshold": antidiagonal(WIDE, spending="threshold"),
-    "block means, share of the highest": block_means(PUBLISHED),
-    "block means 128×64, share of the highest": block_means(WIDE),
-    "random": at_random(PUBLISHED),
-    "order 2, rotary pairs": second_order(WIDE, "pairs"),
-    "order 2, bounded": second_order(WIDE, "bounded"),
-    "order 2, capped": second_order(WIDE, "capped"),
-    "order 2, full covariance": second_order(WIDE, "full"),
-    "order 2, full covariance, bounded": second_order(WIDE, "full, bounded"),
-    "order 1 around the mean query": around_mean_query(WIDE, 1),
-    "order 2 around the mean query": around_mean_query(WIDE, 2),
-    "order 2, keys clustered": clustered(WIDE, "keys", 3),
-    "every key, 1 query in 8": exact_keys(WIDE, 8),
-    "every key, 1 query in 32": exact_keys(WIDE, 32),
-    "every key, 1 query in 64": exact_keys(WIDE, 64),
-    "pooled queries": configured(pool="queries", block_size=WIDE, budget="threshold"),
-    "pooled queries, order 2": configured(pool="queries", order=2, block_size=WIDE, budget="threshold"),
-    "pooled queries (64), order 2": configured(
-        pool="queries", order=2, query_pool=64, block_size=WIDE, budget="threshold"
-    ),
-    "pooled queries, order 2, two clusters": clustered(WIDE, "queries", 1),
     FAST: configured(preset="fast"),
     BEST: configured(preset="best"),
-    "both, order 1, 16/16": configured(preset="fast", stride=16, key_stride=16),
-    "both, order 1, 8/16": configured(preset="fast", key_stride=16),
-    "both, order 1, 8/8": configured(preset="fast", key_stride=8),
-    "both, order 2, 8/32": _gaussian(),
-    "best, variance by a quarter": configured(preset="best", variance_weight=0.25),
-    "both, order 2, 16/32": _gaussian(stride=16),
-    "both, order 2, 16/16": _gaussian(stride=16, key_stride=16),
-    "both, order 2, 16/8": _gaussian(stride=16, key_stride=8),
-    "both, order 2, 8/64": _gaussian(key_stride=64),
-    "both, order 2, 8/16": _gaussian(key_stride=16),
-    "both, order 2, 8/8": _gaussian(key_stride=8),
-    "both, order 2, 4/32": _gaussian(stride=4),
-    "both, order 2, 4/64": _gaussian(stride=4, key_stride=64),
-    "both, order 2, 16/16, queries by 64": _gaussian(stride=16, key_stride=16, query_pool=64),
-    "best, queries by 64": configured(preset="best", query_pool=64),
-    "best, top-τ": spent(configured(preset="best"), "top_tau"),
-    "best, threshold a head": spent(configured(preset="best"), "per_head"),
-    "best 128×128": configured(preset="best", block_size=128),
     "fast 128×128": configured(preset="fast", block_size=128),
-    "best 64×64": configured(preset="best", block_size=64),
-    "best by value": by_value(configured(preset="best")),
-    "best by sampled outputs": by_sampled_output(PRESET_BEST),
-    "best, mean of squares": mean_of_squares(PRESET_BEST),
-    "best, mean of squares, share of a row": mean_of_squares(PRESET_BEST, "threshold"),
-    "best, mean of squares, queries by 64": mean_of_squares(PRESET_BEST.with_settings({"query_pool": 64})),
-    "both, order 2, 8/16, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"key_stride": 16})),
-    "both, order 2, 8/8, mean of squares": mean_of_squares(PRESET_BEST.with_settings({"key_stride": 8})),
-    "best, geometric mean": hedged("geometric", PRESET_BEST),
-    "best, larger of the two": hedged("larger", PRESET_BEST),
-    "best, a quarter keys": hedged("mean", PRESET_BEST, 0.25),
-    "best, three quarters keys": hedged("mean", PRESET_BEST, 0.75),
-    "best, weighed by disagreement": weighed_by_disagreement(PRESET_BEST),
-    "best, weighed by disagreement, root": weighed_by_disagreement(PRESET_BEST, 0.5),
-    "best, layer before as prior, a tenth": with_layer_before(PRESET_BEST, 0.1),
-    "best, layer before as prior, a quarter": with_layer_before(PRESET_BEST, 0.25),
-    "best, row before as prior, a tenth": with_row_before(PRESET_BEST, 0.1),
-    "best, row before as prior, a quarter": with_row_before(PRESET_BEST, 0.25),
-    "coarse to fine: order 2, 32/8 then 8/8": coarse_to_fine(_order_2(32), _order_2(8)),
-    "coarse to fine: pooled queries then best": coarse_to_fine(
-        PRESET_BEST.with_settings({"pool": "queries", "order": 1}), PRESET_BEST
-    ),
-    "coarse to fine: best then strides 8/8": coarse_to_fine(PRESET_BEST, PRESET_BEST.with_settings({"key_stride": 8})),
-    "best + mean correction": corrected(configured(preset="best"), 1),
-    "best + mean correction, order 2": corrected(configured(preset="best"), 2),
-    "oracle mass, top-τ": true_mass(PUBLISHED, "top_tau"),
+    "best 128×128": configured(preset="best", block_size=128),
     "oracle mass": true_mass(PUBLISHED),
-    "oracle mass 128×64, top-τ": true_mass(WIDE, "top_tau"),
     "oracle mass 128×64": true_mass(WIDE),
-    "oracle mass 64×64": true_mass((64, 64)),
-    "oracle mass² 128×64": true_mass_squared(WIDE),
-    "oracle displacement": true_displacement(PUBLISHED),
-    "oracle displacement 128×64": true_displacement(WIDE),
-} | LOW_PRECISION
+}

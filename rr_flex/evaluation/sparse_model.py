@@ -19,7 +19,7 @@ from rr_flex.evaluation.language_model import LanguageModelComparison, compare_l
 from rr_flex.evaluation.measures import density as density_of
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.true_mass import true_block_mass
-from rr_flex.models.attention import attention_by
+from rr_flex.models.attention_by import attention_by
 from rr_flex.selection import select_threshold
 
 STRIP_ELEMENTS = 1 << 26  # scores held at once: 256 MiB in float32

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rr_flex.evaluation.judging import Record
 from rr_flex.evaluation.predictions import Prediction, curve, kl_at
-from rr_flex.evaluation.study import Record
 
 
 class Interval(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from rr_flex.backends import Backend
 from rr_flex.config import RRConfig
+from rr_flex.kernels.choose import Backend
 from rr_flex.models.forward import rr_flex_attention
 from rr_flex.models.plan import (
     ATTRIBUTE,

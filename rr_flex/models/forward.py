@@ -11,7 +11,7 @@ from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.models import records
-from rr_flex.models.dense import dense_attention
+from rr_flex.models.own_attention import dense_attention
 from rr_flex.models.plan import Plan, plan_of
 from rr_flex.models.prefill_mask import PrefillMask
 from rr_flex.models.shards import head_offset_of

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from rr_flex.backends import Backend
 from rr_flex.config import LEVELS, RRConfig
 from rr_flex.geometry import ceil_div
+from rr_flex.kernels.choose import Backend
 from rr_flex.models.records import LayerRecord
 
 SlidingLayers = Literal["select", "dense"]

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rr_flex.config import RRConfig
+from rr_flex.runtime.writing import write_atomically
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent
@@ -26,15 +26,16 @@ class Profile:
     format: int = FORMAT
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        document = json.dumps(asdict(self), indent=1) + "\n"
+        write_atomically(Path(path), lambda stream: stream.write(document.encode()))
 
-    def configs(self, model: Any = None) -> dict[int, RRConfig]:
-        """Layer -> RRConfig. With a transformers model or config, ValueError where the profile is another's."""
+    def settings_by_layer(self, model: Any = None) -> dict[int, dict[str, Any]]:
+        """Layer -> fields of RRConfig. With a transformers model or config, ValueError where the profile is another's."""
         if model is not None:
             self.check(model)
         settings = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}
         settings["budget"] = "threshold"
-        return {layer: RRConfig(**settings | {"threshold": levels}) for layer, levels in self.layers.items()}
+        return {layer: settings | {"threshold": levels} for layer, levels in self.layers.items()}
 
     def check(self, model: Any) -> None:
         """ValueError naming what differs between the profile's model and this one."""

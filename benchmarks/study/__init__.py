@@ -1,0 +1,1 @@
+"""Research: every rule that was tried, judged on texts. Nothing that a user imports."""

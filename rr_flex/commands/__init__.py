@@ -1,1 +1,0 @@
-"""The subcommands of `rr-flex`, a module each with `add_to(commands)`; listed in rr_flex.cli."""

@@ -1,0 +1,1 @@
+"""Selections, masks and measurements as pictures: in a notebook, as figures, as one HTML page."""

@@ -1,0 +1,97 @@
+"""Block maps of a few heads: the true mass, the estimated mass, their difference and the kept blocks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from rr_flex.view.cells import cell_size, kept_of_cells, row_share, shares_of_cells
+from rr_flex.view.plots.style import DIFFERENCE, DROPPED, KEPT, MASS, SIDE, share_norm, token_axes
+
+Column = Literal["true", "estimate", "difference", "kept"]
+TITLES = {"true": "true mass", "estimate": "estimated mass", "difference": "estimate − truth"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadMap:
+    """One head of one layer, batch 0."""
+
+    title: str
+    true_mass: Float[Tensor, "nQ nK"]
+    estimated_mass: Float[Tensor, "nQ nK"]
+    kept: Bool[Tensor, "nQ nK"]
+    visible: Bool[Tensor, "nQ nK"]
+
+
+def block_map_figure(
+    heads: list[HeadMap],
+    *,
+    Lq: int,
+    Lk: int,
+    block_size: tuple[int, int],
+    title: str = "",
+    columns: tuple[Column, ...] = ("true", "estimate", "kept"),
+) -> Figure:
+    """One row of maps a head; both axes in tokens, colours tell a block's share of its row's mass (log scale).
+
+    Maps of more than 512 blocks a side are drawn as cells: shares add up along a row, kept blocks to a shade.
+    """
+    figure = Figure(figsize=(0.2 + 3.4 * len(columns), 0.9 + 3.2 * len(heads)), layout="constrained")
+    axes = figure.subplots(len(heads), len(columns), squeeze=False, sharex=True, sharey=True)
+    size = cell_size(*heads[0].kept.shape, SIDE)
+    edges = [
+        np.minimum(np.arange(-(-blocks // size) + 1) * (size * tokens), length)
+        for blocks, tokens, length in zip(heads[0].kept.shape, block_size, (Lq, Lk), strict=True)
+    ]
+    images = {}
+    for row, head in zip(axes, heads, strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            images[column] = draw_column(axis, column, head, size, edges)
+        row[0].set_ylabel(f"{head.title}\n\nquery (token)")
+    token_axes(axes.flat, Lq, Lk)
+    for axis in axes[-1]:
+        axis.set_xlabel("key (token)")
+    add_keys(figure, axes, columns, images)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_column(axis: Axes, column: Column, head: HeadMap, size: int, edges: list[np.ndarray]):
+    """One map; returns the image that its colour bar explains."""
+    y, x = edges
+    visible = head.visible.cpu()
+    seen = kept_of_cells(visible, visible, size).numpy()
+    if column == "kept":
+        share = np.ma.masked_less(kept_of_cells(head.kept.cpu(), visible, size).numpy(), 0)
+        axis.set_title(f"kept: {head.kept.sum() / head.visible.sum():.0%} of the visible blocks", fontsize=10)
+        return axis.pcolormesh(x, y, share, cmap=LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT]))
+    truth, estimate = (shares_of_cells(row_share(mass.cpu()), size) for mass in (head.true_mass, head.estimated_mass))
+    values = {"true": truth, "estimate": estimate, "difference": estimate - truth}[column]
+    values = np.ma.masked_where(seen < 0, values.numpy())
+    axis.set_title(TITLES[column], fontsize=10)
+    if column == "difference":
+        return axis.pcolormesh(x, y, values, cmap=DIFFERENCE, norm=Normalize(-0.1, 0.1, clip=True))
+    return axis.pcolormesh(x, y, values, cmap=MASS, norm=share_norm())
+
+
+def add_keys(figure: Figure, axes: np.ndarray, columns: tuple[Column, ...], images: dict) -> None:
+    """Below the maps what their colours mean."""
+    bar = {"location": "bottom", "shrink": 0.8, "aspect": 30}
+    masses = [number for number, column in enumerate(columns) if column in ("true", "estimate")]
+    if masses:
+        label = "share of the block row's mass"
+        bar_axes = axes[:, masses[0] : masses[-1] + 1]
+        figure.colorbar(images[columns[masses[0]]], ax=bar_axes, label=label, extend="min", **bar)
+    for number, column in enumerate(columns):
+        if column == "difference":
+            label = "difference of the shares"
+            figure.colorbar(images[column], ax=axes[:, number], label=label, extend="both", **bar)
+        if column == "kept":
+            states = [Patch(facecolor=KEPT, label="kept"), Patch(facecolor=DROPPED, label="dropped")]
+            axes[0, number].legend(handles=states, loc="upper right", fontsize=9)
