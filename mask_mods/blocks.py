@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mask_mods.spans import Index, MaskMod, SpanMask, buffered, check_count, larger, smaller
+from mask_mods.checks import check_count
+from mask_mods.spans import Index, MaskMod, SpanMask, buffered, larger, smaller
 
 STRIP_PAIRS = 2**26  # pairs of a plain mask_mod that are evaluated at once in eager mode
 
@@ -30,7 +31,7 @@ def any_key_visible(
 
 def hides_keys(mask_mod: MaskMod) -> bool:
     """Whether there may be keys that no query may see, as far as the mask says (`SpanMask.keys`)."""
-    return isinstance(mask_mod, SpanMask) and mask_mod.keys is not None
+    return getattr(mask_mod, "keys", None) is not None
 
 
 def visible_keys(mask_mod: MaskMod, B: int, H: int, Lk: int, device: torch.device | str) -> Bool[Tensor, "b h Lk"]:
@@ -42,6 +43,33 @@ def visible_keys(mask_mod: MaskMod, B: int, H: int, Lk: int, device: torch.devic
     kv_idx = torch.arange(Lk, device=device).view(1, 1, Lk)
     visible = mask_mod.keys(b, h, kv_idx)
     return visible.expand(torch.broadcast_shapes(visible.shape, kv_idx.shape))
+
+
+def seeing_queries(
+    mask_mod: MaskMod, B: int, H: int, Lq: int, Lk: int, device: torch.device | str
+) -> Bool[Tensor, "b h Lq"]:
+    """False for queries that see no key, such as padded ones; b is B or 1, h is H or 1.
+
+    Closed form for a SpanMask; a plain function is evaluated on all Lq·Lk pairs, as in `block_visibility`.
+    """
+    if not isinstance(mask_mod, SpanMask):
+        sizes = {"B": B, "H": H, "Lq": Lq, "Lk": Lk, "block_size": (1, Lk), "device": device}
+        return block_visibility(mask_mod, **sizes)[0].squeeze(-1)
+    b, h = torch.arange(B, device=device).view(B, 1, 1), torch.arange(H, device=device).view(1, H, 1)
+    first_key = torch.zeros((), dtype=torch.int64, device=device)
+    sees = any_key_visible(mask_mod, b, h, torch.arange(Lq, device=device), first_key, Lk, Lk)
+    return sees.expand(torch.broadcast_shapes(sees.shape, (1, 1, Lq)))
+
+
+def last_queries(mask_mod: MaskMod, B: int, H: int, Lq: int, Lk: int, device: torch.device | str) -> Int[Tensor, "b h"]:
+    """The last query of each sequence that is no padding: Lq − 1 unless the mask hides keys; −1 where none is left.
+
+    b is B or 1, h is H or 1.
+    """
+    if not hides_keys(mask_mod):
+        return torch.full((1, 1), Lq - 1, dtype=torch.int64, device=device)
+    query = torch.arange(Lq, device=device)
+    return torch.where(seeing_queries(mask_mod, B, H, Lq, Lk, device), query, -1).amax(-1)
 
 
 def block_visibility(

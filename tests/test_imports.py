@@ -13,6 +13,7 @@ PACKAGES = ("mask_mods", "rr_flex")
 # A module imports from its own line or one above. A package's name stands for all its modules.
 LINES = [
     ["mask_mods"],
+    ["rr_flex.runtime.flex_names"],
     ["rr_flex.geometry", "rr_flex.runtime.writing", "rr_flex.runtime.compiling"],
     ["rr_flex.profiles"],
     ["rr_flex.config"],

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 import torch.fx.experimental._config
 
+from rr_flex.runtime.flex_names import mend_flex_names
+
 # Every combination of settings, dtypes and mask code is a graph of its own; past the limit fullgraph raises.
 RECOMPILE_LIMIT = 256
 
@@ -32,6 +34,7 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
 
     @wraps(function)
     def call(*args, **kwargs):
+        mend_flex_names()
         with _holding(settings):
             return compiled(*args, **kwargs)
 
