@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mask_mods.checks import check_count
+from mask_mods.checks import LARGEST, check_count
 from mask_mods.spans import Index, MaskMod, SpanMask, buffered, larger, smaller
 
+FEW_SPANS = 4  # a query, up to which merging them in pairs is less work than sorting them
 STRIP_PAIRS = 2**26  # pairs of a plain mask_mod that are evaluated at once in eager mode
 
 
@@ -118,6 +119,8 @@ def _blocks_of_spans(spans, q_idx: Int[Tensor, " queries"], Lk: int, block_size:
 
 def _merge(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """The same keys as disjoint spans with gaps between them; those that others swallowed come back empty."""
+    if len(spans) > FEW_SPANS:
+        return _merge_sorted(spans)
     merged = []
     for first, last in spans:
         # Each pass extends the span by at least one of those that overlap or touch it, so m − 1 passes reach the end.
@@ -135,6 +138,19 @@ def _merge(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
                 swallowed = swallowed | (starts_before & (other_last == last))
         kept.append((first, torch.where(swallowed, -1, last)))
     return kept
+
+
+def _merge_sorted(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """`_merge` in the order of the spans' first keys, whose work does not grow with the cube of their number."""
+    first, last = (torch.stack(bounds) for bounds in zip(*spans, strict=True))
+    first, last = torch.where(first <= last, first, 2 * LARGEST), torch.where(first <= last, last, -1)
+    first, order = first.sort(0)
+    reached = last.gather(0, order).cummax(0).values
+    starts = torch.cat([torch.ones_like(first[:1], dtype=torch.bool), first[1:] > reached[:-1] + 1])
+    # A stretch reaches as far as the last of its spans, the one before the next start.
+    ends_here = torch.cat([starts[1:], torch.ones_like(starts[:1])])
+    end = torch.where(ends_here, reached, 2 * LARGEST).flip(0).cummin(0).values.flip(0)
+    return list(zip(first.unbind(), torch.where(starts, end, -1).unbind(), strict=True))
 
 
 def _count_queries(ranges: list[tuple[Tensor, Tensor]], q_block: int, nK: int) -> Int[Tensor, "b h nQ nK"]:

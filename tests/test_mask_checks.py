@@ -1,15 +1,19 @@
 """A mask against a call that it does not fit: an error that names the argument, the rule and the value."""
 
 import copy
+import inspect
 import io
 import pickle
+import re
 from functools import partial
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+import mask_mods
 from mask_mods import (
     PositionMask,
     SpanMask,
@@ -215,3 +219,26 @@ def test_queries_that_see_and_the_last_of_each_sequence():
     assert last_queries(both(causal(), right), *sizes).tolist() == [[2], [4]]
     assert last_queries(left.placed(3), *sizes).tolist() == [[4], [-1]]
     assert last_queries(causal(), *sizes).tolist() == [[4]]
+
+
+PAGE = (Path(mask_mods.__file__).parent / "README.md").read_text()
+
+
+def test_the_page_runs():
+    names = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(block, "mask_mods/README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("name", sorted(set(mask_mods.__all__) & set(re.findall(r"`(\w+)\(", PAGE))))
+def test_the_page_shows_the_real_signature(name):
+    signature = inspect.signature(getattr(mask_mods, name))
+    bare = [x.replace(annotation=inspect.Parameter.empty) for x in signature.parameters.values()]
+    shown = str(inspect.Signature(bare))
+    assert f"`{name}{shown}`" in PAGE
+
+
+def test_the_page_names_every_mask():
+    makers = {name for name in mask_mods.__all__ if name[0].islower()}
+    helpers = {"any_key_visible", "block_visibility", "check_mask_mod", "hides_keys", "last_queries", "place"}
+    assert makers - helpers - {"seeing_queries", "visible_keys"} == set(re.findall(r"`(\w+)\(", PAGE)) & makers

@@ -325,6 +325,16 @@ def test_block_rule_of_compositions_equals_brute_force(problem, q_block, k_block
     check_block_rule(problem, q_block, k_block)
 
 
+def test_unions_of_many_spans_are_whole_where_together_they_are():
+    """All of 12³ choices of a span: by pairs they would take hours to merge."""
+    many = [either(*[sliding_window(3, offset=step + 9 * part) for step in range(0, 36, 3)]) for part in range(3)]
+    mask = both(*many)
+    dense = element_rule(mask, 1, 1, 40, 60)
+    found = block_visibility(mask, B=1, H=1, Lq=40, Lk=60, block_size=(4, 8), device="cpu")
+    for block_rule, brute_force in zip(found, brute_force_blocks(dense, 4, 8), strict=True):
+        assert torch.equal(block_rule, brute_force) and block_rule.any()
+
+
 @laws()
 @given(problem=problems(partial(composed_cases, plain=True)), q_block=block_sizes, k_block=block_sizes)
 def test_block_rule_of_plain_functions_equals_brute_force(problem, q_block, k_block):
@@ -349,6 +359,14 @@ def test_all_sees_a_block_that_only_a_chain_of_spans_covers():
 
     _, covered = block_visibility(SpanMask(spans), B=1, H=1, Lq=2, Lk=14, block_size=(2, 4), device="cpu")
     assert covered.flatten().tolist() == [True, True, True, False]
+
+
+@laws()
+@given(problem=problems(composed_cases), q_block=block_sizes, k_block=block_sizes)
+def test_block_rule_by_sorted_spans_equals_brute_force(problem, q_block, k_block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mask_mods.blocks.FEW_SPANS", 1)
+        check_block_rule(problem, q_block, k_block)
 
 
 @laws(max_examples=200)
