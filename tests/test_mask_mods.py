@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mask_mods import (
@@ -566,7 +567,7 @@ def test_block_rules_compile_in_one_graph_for_all_lengths():
         keys = visible_keys(spans, ids.shape[0], 2, Lk, ids.device)
         return *block_visibility(spans, **size), keys, *block_visibility(plain, **size)
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(visibilities, fullgraph=True, dynamic=True, backend=counter)
     for Lq, Lk, offset in ((100, 140, 40), (64, 64, 0), (33, 90, 12)):
         ids = documents_from_lengths(torch.tensor([[30, 3, 40], [1, 50, 9]]), Lk, rest=True)
@@ -574,3 +575,42 @@ def test_block_rules_compile_in_one_graph_for_all_lengths():
         for found, expected in zip(compiled(*arguments), visibilities(*arguments), strict=True):
             assert torch.equal(found, expected)
     assert counter.frame_count == 1
+
+
+def unlike(b, h, q_idx, kv_idx):
+    return q_idx != kv_idx
+
+
+# Of a length B and a new number each time: what new masks of one kind may differ in without another graph.
+KINDS = {
+    "causal": lambda step: causal(),
+    "its own offset": lambda step: causal(torch.tensor(step)),
+    "window": lambda step: sliding_window(3, symmetric=True),
+    "document": lambda step: document(torch.arange(9) // step),
+    "documents": lambda step: document(torch.arange(18).view(2, 9) // step),
+    "prefix": lambda step: prefix(torch.tensor([step, 3])),
+    "padding": lambda step: padding(torch.tensor([step, 9]), "left", total=9),
+    "frames": lambda step: frames(2, past=1),
+    "both": lambda step: both(causal(), either(sink(2), sliding_window(2)), padding(torch.tensor([step, 8]))),
+    "beside a function": lambda step: both(causal(), unlike, either(unlike, document(torch.arange(9) // step))),
+    "from a head": lambda step: from_head(both(causal(), bidirectional()), torch.tensor(step)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_masks_at_new_places_run_the_same_graph(kind):
+    torch._dynamo.reset()  # the graphs of all kinds count towards one limit
+    counter = CompileCounterWithBackend("eager")
+
+    @partial(torch.compile, fullgraph=True, backend=counter)
+    def shown_in_graph(mask, q_offset):
+        b, index = torch.arange(2).view(2, 1, 1, 1), torch.arange(9)
+        return mask.placed(q_offset)(b, b * 0, index[:, None], index)
+
+    for step in (2, 3, 4):
+        mask = KINDS[kind](step)
+        expected = element_rule(place(mask, step), 2, 1, 9, 9)
+        start = torch.tensor(step)
+        for found in (shown_in_graph(mask, start), shown_in_graph(mask.placed(start), start)):
+            assert torch.equal(found.expand(2, 1, 9, 9), expected)
+    assert counter.frame_count <= 2, "one for masks that the graph places, one for masks placed before"

@@ -49,7 +49,6 @@ MASKS = {
     "prefix of each": lambda B, L: prefix(lengths(B, L) // 2),
     "padding left": lambda B, L: padding(lengths(B, L), "left", total=L),
     "a function": same_document,
-    "document and padding": lambda B, L: both(document(ids(B, L)), padding(lengths(B, L))),
     "window, sink, frames": lambda B, L: either(sliding_window(77), sink(3), both(frames(50, past=1), bidirectional())),
 }
 
@@ -60,6 +59,8 @@ def test_masks_one_after_another_attend_as_alone(name):
         shape = Shape(B=B, Lq=L, Lk=L)
         q, k, v = tensors(shape)
         mask = MASKS[name](B, L)
-        out = rr_attention(q, k, v, mask_mod=mask, causal=not name.startswith("prefix"), tau=1.0)
-        whole = mask if name.startswith("prefix") else both(causal(), mask)
-        assert_attends(out, q, k, v, oracle.pairs(place(whole, 0), B, shape.Hq, L, L))
+        causal_too = not name.startswith("prefix")
+        # Every visible block: the estimate, which knows no such names, would take most of the compiler's time.
+        out = rr_attention(q, k, v, mask_mod=mask, causal=causal_too, min_length=10**6)
+        whole = both(causal(), mask) if causal_too else mask
+        assert_attends(out, q, k, v, oracle.pairs(whole, B, shape.Hq, L, L))
