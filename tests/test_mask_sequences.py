@@ -17,7 +17,6 @@ from mask_mods import (
     either,
     frames,
     padding,
-    place,
     prefix,
     sink,
     sliding_window,
