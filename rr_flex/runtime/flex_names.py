@@ -9,6 +9,8 @@ size. Which masks and lengths meet it depends on the hashes that the lengths' sy
 from functools import cache, wraps
 from threading import Lock
 
+from rr_flex.runtime.private import cpu_flex_template
+
 _lock = Lock()
 
 
@@ -19,11 +21,9 @@ def mend_flex_names() -> None:
     Once a process, at the first compilation: the template is imported here, which takes what compiling takes anyway.
     A torch whose template has no such part is left as it is.
     """
-    import torch._inductor.lowering  # noqa: F401  before the template, which alone is a circle
-    from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate as Template
-
+    template = cpu_flex_template()
     with _lock:
-        original = getattr(Template, "modification", None)
+        original = getattr(template, "modification", None)
         if original is None or getattr(original, "names_are_mended", False):
             return
 
@@ -40,4 +40,4 @@ def mend_flex_names() -> None:
                 self.extra_sizevars = names
 
         modification.names_are_mended = True
-        Template.modification = modification
+        template.modification = modification
