@@ -49,7 +49,7 @@ def cpu_flex_template() -> type | None:
 
     Without it masks that capture tensors may fail to compile on a CPU: tests/test_mask_sequences.py tells.
     """
-    import torch._inductor.lowering  # before the template, which alone is a circle
+    import torch._inductor.lowering  # noqa: F401  before the template, which alone is a circle
 
     try:
         from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate
