@@ -27,7 +27,7 @@ def check_mask_mod(mask_mod: Callable, *, B: int, Hq: int, Lq: int, Lk: int, dev
         raise TypeError(f"{rule}, got {type(mask_mod).__name__}")
     if hasattr(mask_mod, "check"):
         mask_mod.check(B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)
-    elif not torch.compiler.is_dynamo_compiling():
+    elif not recorded():
         check_arity("mask_mod", mask_mod, ("b", "h", "q_idx", "kv_idx"))
         ask(mask_mod, (B, Hq, Lq, Lk), device, lambda shown: _check_answer(shown, device))
 
@@ -107,7 +107,12 @@ def check_range(name: str, value: object, lowest: int, highest: int) -> None:
 
 def can_be_read(value: Tensor) -> bool:
     """Whether looking at the values waits for nothing: on a CPU, outside a graph, and real."""
-    return not torch.compiler.is_dynamo_compiling() and value.device.type == "cpu" and type(value) is Tensor
+    return not recorded() and value.device.type == "cpu" and type(value) is Tensor
+
+
+def recorded() -> bool:
+    """Whether this code becomes part of a graph: under dynamo, or while something in this process is exported."""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def check_count(name: str, value: int, minimum: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mask_mods.checks import ask, check_arity, check_device, show
+from mask_mods.checks import ask, check_arity, check_device, recorded, show
 
 Index = Int[Tensor, "..."] | int
 Span = tuple[Index, Index]  # first and last visible key, both inclusive; first > last is empty
@@ -50,7 +50,7 @@ class SpanMask:
 
     def check(self, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
         """ValueError or TypeError where the mask does not fit a call of these sizes on `device`: see checks.py."""
-        if torch.compiler.is_dynamo_compiling():
+        if recorded():
             return
         check_arity("spans", self.spans, ("b", "h", "q_idx"))
         ask(self.spans, (B, Hq, Lq), device, lambda spans: _check_spans(spans, device))

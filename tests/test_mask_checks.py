@@ -156,6 +156,16 @@ def test_what_the_function_raises_comes_out_as_it_is():
         check_mask_mod(either(causal(), failing), **CALL)
 
 
+class Checks(torch.nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        check_mask_mod(self.mask, **CALL)
+        return x + 1
+
+
 def test_values_are_read_on_a_cpu_outside_a_graph_only(monkeypatch):
     bad_values, bad_shape = padding(lengths([30, -1])), padding(lengths([3]))
 
@@ -166,6 +176,8 @@ def test_values_are_read_on_a_cpu_outside_a_graph_only(monkeypatch):
 
     in_graph(torch.zeros(2), bad_values)
     in_graph(torch.zeros(2), both(bad_values, lambda b, h, q_idx, kv_idx: q_idx >= kv_idx))
+    for strict in (False, True):
+        torch.export.export(Checks(bad_values), (torch.zeros(2),), strict=strict)
     assert can_be_read(bad_values.lengths) and not can_be_read(bad_values.lengths.to("meta"))
     monkeypatch.setattr("mask_mods.checks.can_be_read", lambda value: False)
     check_mask_mod(bad_values, **CALL)
