@@ -42,7 +42,8 @@ def visible_keys(mask_mod: MaskMod, B: int, H: int, Lk: int, device: torch.devic
     b = torch.arange(B, device=device).view(B, 1, 1)
     h = torch.arange(H, device=device).view(1, H, 1)
     kv_idx = torch.arange(Lk, device=device).view(1, 1, Lk)
-    visible = mask_mod.keys(b, h, kv_idx)
+    # Buffered: inductor (2.13) cannot pad a comparison of int64 that it has not computed yet to fewer than 8 keys.
+    visible = buffered(mask_mod.keys(b, h, kv_idx))
     return visible.expand(torch.broadcast_shapes(visible.shape, kv_idx.shape))
 
 
