@@ -7,6 +7,7 @@ which masks, lengths and orders met it depends on hashes, so all of them are run
 import oracle
 import pytest
 import torch
+import torch._inductor.config
 from cases import Shape, assert_attends, tensors
 
 from mask_mods import (
@@ -50,6 +51,13 @@ MASKS = {
     "a function": same_document,
     "window, sink, frames": lambda B, L: either(sliding_window(77), sink(3), both(frames(50, past=1), bidirectional())),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_compiled_by_others(nothing_compiled_before):
+    """The compiler keeps code on disk, that of another torch's names too."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
 
 
 @pytest.mark.parametrize("name", MASKS)
