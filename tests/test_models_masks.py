@@ -33,7 +33,7 @@ causal = masking_utils.causal_mask_function
 sliding = masking_utils.sliding_window_causal_mask_function(5)
 ids = torch.tensor([[0] * 6 + [1] * 10, [0] * 11 + [1] * 5])
 positions = torch.tensor([[*range(6), *range(10)], [*range(11), *range(5)]])
-# Releases before 5.18 gave a packed mask the row's own positions.
+# Older releases (5.17) give a packed mask the row's own positions.
 remap = getattr(masking_utils, "remap_positions_for_packed_sequence", lambda function, positions: function)
 packed = masking_utils.packed_sequence_mask_function(ids)
 MASKS = {
@@ -111,7 +111,7 @@ def made_by(factory):
 
 
 def test_each_mask_factory_of_this_transformers_is_known():
-    """The canary. A release that adds, renames or rewrites one is named here; models stay dense under it, and say so."""
+    """The canary: a release that adds, renames or rewrites one is named here. Models stay dense then, and say so."""
     found = dict(factories())
     assert len(found) >= 8, f"{NEWS} annotates its mask factories in another way: {sorted(found)}"
     for name, factory in found.items():
