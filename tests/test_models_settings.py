@@ -18,8 +18,6 @@ from rr_flex.models.plan import Plan, plan_of
 from rr_flex.models.shards import heads_of
 from rr_flex.profiles import load_profile
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
 def llama():
@@ -77,20 +75,13 @@ def test_levels_by_head_are_split_as_the_heads_are():
         (RRConfig(budget="threshold", threshold=(0.1, 0.2, 0.3, 0.4)), "threshold"),
     ):
         plan = Plan(config)
-        assert getattr(plan.placed(0, range(2, 4), CPU), name) == (0.3, 0.4)
-        assert plan.placed(0, None, CPU) == config
-    assert Plan(RRConfig(tau=0.5)).placed(0, range(2, 4), CPU) == RRConfig(tau=0.5)
-
-
-def test_levels_by_head_are_made_once_a_device():
-    """An upload in every call would stall a card. Threads that come at once get the same tensor."""
-    plan = Plan(layers={0: RRConfig(tau=(0.1, 0.2)), 1: RRConfig(budget="threshold", threshold=(0.3, 0.4))})
-    device = torch.device("meta")
+        assert plan.of_heads(0, range(2, 4)).level == (0.3, 0.4) and plan.of_heads(0, None) is config
+    plan = Plan(config)
     with ThreadPoolExecutor(8) as threads:
-        placed = list(threads.map(lambda _: plan.placed(0, None, device), range(200)))
-    assert len({id(config.tau) for config in placed}) == 1 and placed[0].tau.device == device
-    assert plan.placed(1, None, device).threshold is plan.placed(1, None, device).threshold
-    assert plan.placed(1, None, CPU).threshold == (0.3, 0.4)
+        local = list(threads.map(lambda _: plan.of_heads(0, range(2, 4)), range(200)))
+    assert len({id(config) for config in local}) == 1
+    config = RRConfig(tau=0.5)
+    assert Plan(config).of_heads(0, range(2, 4)) is config
 
 
 def planned(n_layers, **choices):
@@ -114,7 +105,11 @@ def test_a_plan_names_settings_by_layer():
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
-        ({"config": RRConfig(), "settings": {"preset": "best"}}, "preset must not stand beside config"),
+        ({"config": RRConfig(), "settings": {"preset": "best"}}, "preset must not be given beside a config"),
+        ({"tau": 0.1, "settings": {"preset": "best"}}, "tau must not be given beside budget='threshold'"),
+        ({"tau": [0.1, 0.2], "settings": {"budget": "threshold"}}, "tau must not be given beside budget='threshold'"),
+        ({"tau": 0.1, "config": RRConfig(budget="threshold")}, "tau must not be given beside budget='threshold'"),
+        ({"settings": {"threshold": 0.1}}, "threshold must not be given beside budget='top_tau'"),
         ({"dense_last_tokens": 9, "settings": {"dense_last_rows": 2}}, "dense_last_tokens must not stand beside"),
         (
             {"tau": {1: 0.5}, "profile": {1: RRConfig()}},

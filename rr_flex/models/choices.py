@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.choose import Backend
 from rr_flex.models.plan import LayerSettings, Plan, SlidingLayers
@@ -26,10 +26,6 @@ class Choices:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.config, RRConfig | None):
-            raise TypeError(f"config must be an RRConfig, got {self.config!r}")
-        if self.config is not None and "preset" in self.settings:
-            raise ValueError(f"preset must not stand beside config, which it would replace, got {self.settings}")
         tokens = self.dense_last_tokens
         if tokens is not None and (type(tokens) is not int or tokens < 0):
             raise ValueError(f"dense_last_tokens must be an int of at least 0, got {tokens!r}")
@@ -49,7 +45,7 @@ class Choices:
     def base(self) -> RRConfig:
         """The settings of layers that nothing else names."""
         tau = {"tau": self.tau} if self.one_tau else {}
-        return self.with_dense_tokens((self.config or RRConfig()).with_settings(self.settings | tau))
+        return self.with_dense_tokens(RRConfig.resolve(self.config, self.settings | tau))
 
     def with_dense_tokens(self, config: RRConfig) -> RRConfig:
         if self.dense_last_tokens is None:
@@ -83,10 +79,9 @@ def make_plan(n_layers: int, choices: Choices, model: Any = None) -> Plan:
 def check_heads(plan: Plan, heads: int) -> None:
     """ValueError for levels by head, of tau or threshold, that are not as many as the model's query heads."""
     for config in filter(None, (plan.default, *plan.layers.values())):
-        name = LEVELS[config.budget]
-        level = getattr(config, name)
+        level = config.level
         if not isinstance(level, float | int) and len(level) != heads:
-            raise ValueError(f"{name} must be one number or one a query head ({heads}), got {len(level)}")
+            raise ValueError(f"{config.level_field} must be one number or one a query head ({heads}), got {len(level)}")
 
 
 def _by_layer(name: str, values: Sequence | Mapping, n_layers: int) -> dict[int, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
 from rr_flex.kernels.choose import Backend
 from rr_flex.models.choices import Choices, check_heads, make_plan
 from rr_flex.models.forward import rr_flex_attention
@@ -141,13 +141,19 @@ class Enabled:
 
 def _said(config: RRConfig) -> str:
     """The fields that are not the defaults, and the budget's number in any case."""
-    plain = RRConfig()
+    plain = RRConfig(budget=config.budget, pool=config.pool, order=config.order)
     shown = []
     for field in fields(config):
         value = getattr(config, field.name)
-        by_head = not isinstance(value, str) and hasattr(value, "__len__") and field.name in LEVELS.values()
-        if by_head or value != getattr(plain, field.name) or field.name == LEVELS[config.budget]:
-            shown.append(f"{field.name}={f'{len(value)} levels' if by_head else value}")
+        if field.name == config.level_field:
+            shown.append(f"{field.name}={value if isinstance(value, float | int) else f'{len(value)} levels'}")
+        elif (
+            value != field.default
+            and value != getattr(plain, field.name)
+            or field.name in ("budget", "pool", "order")
+            and value != field.default
+        ):
+            shown.append(f"{field.name}={value}")
     return ", ".join(shown)
 
 

@@ -12,6 +12,7 @@ from rr_flex.models.layer_call import LayerCall, layer_of, why_dense
 from rr_flex.models.own_attention import dense_attention
 from rr_flex.models.plan import Plan, plan_of
 from rr_flex.models.shards import heads_of
+from rr_flex.runtime.tracing import traced
 
 
 def rr_flex_attention(
@@ -27,8 +28,7 @@ def rr_flex_attention(
             "got True; use attn_implementation='eager' for them"
         )
     if q.shape[2] == 1:
-        # Not torch.compiler.is_compiling(), which is true while any other thread compiles.
-        if not torch.compiler.is_dynamo_compiling():
+        if not traced():
             plan_of(module).record(layer_of(module)).add_dense(records.DECODE)
         return dense_attention(module, q, k, v, attention_mask, **kwargs)
     return _prefill(LayerCall(module, q, k, v, attention_mask, kwargs))
@@ -45,12 +45,15 @@ def _prefill(call: LayerCall) -> tuple[Tensor, None]:
     if reason is None:
         mask_mod, reason = call.mask.spans(call.q.device)
     if reason is not None:
-        record.add_dense(reason)
+        if not traced():
+            record.add_dense(reason)
         return dense_attention(call.module, call.q, call.k, call.v, call.mask, **call.options)
     # Autocast has had its say; inside, the estimate's dtypes are its own.
     with torch.autocast(call.q.device.type, enabled=False):
         out, density = _select_and_attend(call, mask_mod, plan)
-    record.add_sparse(density)
+    # What an exporter records has no density yet, and its program counts nothing.
+    if not traced():
+        record.add_sparse(density)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -66,8 +69,10 @@ def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan) -
         q,
         k,
         v,
-        config=plan.placed(call.layer, heads, q.device),
+        config=plan.of_heads(call.layer, heads),
         mask_mod=mask_mod,
+        # transformers' mask is the whole of it; a plain causal one is None.
+        causal=mask_mod is None,
         scale=call.number("scaling"),
         softcap=call.number("softcap"),
         sinks=call.options.get("s_aux"),
