@@ -70,9 +70,9 @@ def test_levels_by_head_are_split_as_the_heads_are():
     module.q_proj = torch.nn.Linear(1, 1)
     module.q_proj.weight.device_mesh = Mesh()
     assert heads_of(module, 4) is None and heads_of(module, 2) == range(2, 4)
-    for config, name in (
-        (RRConfig(tau=(0.1, 0.2, 0.3, 0.4)), "tau"),
-        (RRConfig(budget="threshold", threshold=(0.1, 0.2, 0.3, 0.4)), "threshold"),
+    for config in (
+        RRConfig(tau=(0.1, 0.2, 0.3, 0.4)),
+        RRConfig(budget="threshold", threshold=(0.1, 0.2, 0.3, 0.4)),
     ):
         plan = Plan(config)
         assert plan.of_heads(0, range(2, 4)).level == (0.3, 0.4) and plan.of_heads(0, None) is config

@@ -140,19 +140,15 @@ class Enabled:
 
 
 def _said(config: RRConfig) -> str:
-    """The fields that are not the defaults, and the budget's number in any case."""
-    plain = RRConfig(budget=config.budget, pool=config.pool, order=config.order)
+    """The fields that are not the defaults of their rules, and the budget's number in any case."""
+    rules = {"budget": config.budget, "pool": config.pool, "order": config.order}
+    plain = RRConfig(**rules)
     shown = []
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name == config.level_field:
             shown.append(f"{field.name}={value if isinstance(value, float | int) else f'{len(value)} levels'}")
-        elif (
-            value != field.default
-            and value != getattr(plain, field.name)
-            or field.name in ("budget", "pool", "order")
-            and value != field.default
-        ):
+        elif value != (field.default if field.name in rules else getattr(plain, field.name)):
             shown.append(f"{field.name}={value}")
     return ", ".join(shown)
 
