@@ -8,6 +8,7 @@ import copy
 import json
 import subprocess
 import sys
+from unittest.mock import patch
 
 import oracle
 import pytest
@@ -21,7 +22,7 @@ from model_families import IDS, SETTINGS, SHAPE, generate, logits, make, with_ca
 
 import rr_flex
 from rr_flex import attention, rr_attention, select_blocks
-from rr_flex.models import enable, report
+from rr_flex.models import enable, forward, report
 from rr_flex.models.plan import ATTRIBUTE
 
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
@@ -187,3 +188,28 @@ def test_values_narrower_than_queries():
     with enable(model, tau=1.0, **SETTINGS) as on:
         torch.testing.assert_close(logits(model), dense, atol=2e-3, rtol=1e-3)
     assert on.report().sparse == 2
+
+
+@torch.no_grad()
+def test_autocast_is_what_it_is_to_sdpa():
+    """Norms leave q and k in float32 beside a v in bfloat16."""
+    model = make("qwen3", num_hidden_layers=1)
+    ids = IDS[:1, :192]
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = logits(model, ids)
+        with enable(model, min_length=1000, **SETTINGS):
+            assert torch.equal(logits(model, ids), dense)
+        seen = []
+        with enable(model, tau=1.0, **SETTINGS) as on, patch.object(forward, "rr_attention", seeing(seen)):
+            whole = logits(model, ids)
+    assert on.report().sparse == 1 and seen == [(torch.bfloat16, False)]
+    torch.testing.assert_close(whole, dense, atol=0.05, rtol=0.02)
+
+
+def seeing(seen):
+    def attention(q, k, v, **options):
+        assert q.dtype == k.dtype == v.dtype
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return rr_attention(q, k, v, **options)
+
+    return attention

@@ -11,6 +11,7 @@ from rr_flex.models import records
 from rr_flex.models.layer_call import LayerCall, layer_of, why_dense
 from rr_flex.models.own_attention import dense_attention
 from rr_flex.models.plan import Plan, plan_of
+from rr_flex.models.records import LayerRecord
 from rr_flex.models.shards import heads_of
 from rr_flex.runtime.tracing import traced
 
@@ -28,32 +29,33 @@ def rr_flex_attention(
             "got True; use attn_implementation='eager' for them"
         )
     if q.shape[2] == 1:
+        # Not torch.compiler.is_compiling(), which is true while any other thread compiles.
         if not traced():
             plan_of(module).record(layer_of(module)).add_dense(records.DECODE)
         return dense_attention(module, q, k, v, attention_mask, **kwargs)
-    return _prefill(LayerCall(module, q, k, v, attention_mask, kwargs))
+    return _prefill(module, q, k, v, attention_mask, kwargs)
 
 
 # In a caller's graph this is a break: rr_attention has its own graph, and what it did is counted.
 @torch.compiler.disable
-def _prefill(call: LayerCall) -> tuple[Tensor, None]:
-    plan = plan_of(call.module)
-    record = plan.record(call.layer)
+def _prefill(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+) -> tuple[Tensor, None]:
+    call = LayerCall(module, q, k, v, mask, options)
+    plan = plan_of(module)
+    # A tracer's call is none: it has no density yet, and the program that it makes counts nothing.
+    record = LayerRecord() if traced() else plan.record(call.layer)
     call = call.as_autocast_would()
     reason = why_dense(call, plan.config(call.layer), plan)
     mask_mod = None
     if reason is None:
         mask_mod, reason = call.mask.spans(call.q.device)
     if reason is not None:
-        if not traced():
-            record.add_dense(reason)
+        record.add_dense(reason)
         return dense_attention(call.module, call.q, call.k, call.v, call.mask, **call.options)
-    # Autocast has had its say; inside, the estimate's dtypes are its own.
-    with torch.autocast(call.q.device.type, enabled=False):
+    with call.without_autocast():
         out, density = _select_and_attend(call, mask_mod, plan)
-    # What an exporter records has no density yet, and its program counts nothing.
-    if not traced():
-        record.add_sparse(density)
+    record.add_sparse(density)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,5 +1,6 @@
 """One prefill call of one attention layer, and the rules that keep it dense."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +52,11 @@ class LayerCall:
         # Autocast leaves double precision alone.
         parts = {name: x.to(dtype) for name in "qkv" if (x := getattr(self, name)).dtype != torch.float64}
         return replace(self, **parts)
+
+    def without_autocast(self) -> AbstractContextManager:
+        """For the selection, whose dtypes are its own."""
+        kind = self.q.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def layer_of(module: nn.Module) -> int:
