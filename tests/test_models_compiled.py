@@ -12,6 +12,8 @@ from test_models_threads import another_thread_that_compiles
 from rr_flex.models import enable
 
 SPARSE = {"tau": 0.3, **SETTINGS}
+# torch's word that it stores all scores
+eager_flex_may_warn = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,7 @@ def test_a_caller_s_graph_breaks_at_prefill(llama, outputs, compiled):
     assert on.report().sparse == 1 and on.report().density < 1
 
 
+@eager_flex_may_warn
 def test_forced_eager(llama, outputs):
     with enable(llama, **SPARSE) as on, torch.compiler.set_stance("force_eager"):
         found = logits(llama)
@@ -60,13 +63,27 @@ def test_while_another_thread_compiles(llama, outputs):
     assert on.report().sparse == 1 and on.report().density < 1
 
 
+def exported(model):
+    return torch.export.export(model, (), {"input_ids": IDS[:1], "use_cache": False}, strict=False).module()
+
+
+@eager_flex_may_warn
+@torch.no_grad()
 def test_exported(llama, outputs):
-    """The program is as sparse as the model; tracing and its calls are not counted."""
+    """The program is as sparse as the model; its calls are not counted."""
     with enable(llama, **SPARSE) as on:
-        program = torch.export.export(llama, (), {"input_ids": IDS[:1], "use_cache": False}, strict=False)
-    found = program.module()(input_ids=IDS[:1], use_cache=False).logits
+        program = exported(llama)
+    found = program(input_ids=IDS[:1], use_cache=False).logits
     torch.testing.assert_close(found, outputs[1], atol=1e-4, rtol=1e-4)
     assert not on.report().layers
+
+
+def test_a_program_that_is_exported_dense_says_why(llama, outputs):
+    with enable(llama, **SPARSE) as on:
+        program = exported(llama)
+    found = program(input_ids=IDS[:1], use_cache=False).logits
+    torch.testing.assert_close(found, outputs[0], atol=1e-4, rtol=1e-4)
+    assert dict(on.report().dense) == {"gradient on the CPU": 1} and not on.report().sparse
 
 
 @torch.no_grad()

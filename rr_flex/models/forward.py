@@ -11,7 +11,6 @@ from rr_flex.models import records
 from rr_flex.models.layer_call import LayerCall, layer_of, why_dense
 from rr_flex.models.own_attention import dense_attention
 from rr_flex.models.plan import Plan, plan_of
-from rr_flex.models.records import LayerRecord
 from rr_flex.models.shards import heads_of
 from rr_flex.runtime.tracing import traced
 
@@ -43,19 +42,19 @@ def _prefill(
 ) -> tuple[Tensor, None]:
     call = LayerCall(module, q, k, v, mask, options)
     plan = plan_of(module)
-    # A tracer's call is none: it has no density yet, and the program that it makes counts nothing.
-    record = LayerRecord() if traced() else plan.record(call.layer)
     call = call.as_autocast_would()
     reason = why_dense(call, plan.config(call.layer), plan)
     mask_mod = None
     if reason is None:
         mask_mod, reason = call.mask.spans(call.q.device)
     if reason is not None:
-        record.add_dense(reason)
+        plan.record(call.layer).add_dense(reason)
         return dense_attention(call.module, call.q, call.k, call.v, call.mask, **call.options)
     with call.without_autocast():
         out, density = _select_and_attend(call, mask_mod, plan)
-    record.add_sparse(density)
+    # While an exporter records there is no density yet. (A program that it makes dense is counted above, with why.)
+    if not traced():
+        plan.record(call.layer).add_sparse(density)
     return out.transpose(1, 2).contiguous(), None
 
 
