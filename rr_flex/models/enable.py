@@ -15,6 +15,7 @@ from rr_flex.models.forward import rr_flex_attention
 from rr_flex.models.plan import ATTRIBUTE, LayerSettings, Plan, SlidingLayers, set_plan, set_registered
 from rr_flex.models.prefill_mask import prefill_mask
 from rr_flex.models.records import Report
+from rr_flex.models.states import before_attention
 from rr_flex.models.switches import switch_off, switch_on
 from rr_flex.profiles import Profile
 
@@ -97,6 +98,10 @@ class Enabled:
     def __init__(self, root: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:
         self.plan = plan
         self._root, self._text_config, self._is_on = root, text_config, True
+        own = [module for module in root.modules() if getattr(module, "config", None) is text_config]
+        # Of these the attention layers are told which cache their keys are in.
+        layers = [module for module in own if hasattr(module, "layer_idx")]
+        self._hooks = [m.register_forward_pre_hook(before_attention, with_kwargs=True) for m in layers]
         switch_on(root, self)
 
     def apply(self) -> None:
@@ -119,6 +124,8 @@ class Enabled:
         """Gives the model the attention that it had before, or that of what was enabled since; a second call does
         nothing."""
         self._is_on = False
+        for hook in self._hooks:
+            hook.remove()
         switch_off(self._root, self)
 
     def __enter__(self) -> "Enabled":

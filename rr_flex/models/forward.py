@@ -12,6 +12,7 @@ from rr_flex.models.layer_call import LayerCall, layer_of, why_dense
 from rr_flex.models.own_attention import dense_attention
 from rr_flex.models.plan import Plan, plan_of
 from rr_flex.models.shards import heads_of
+from rr_flex.models.states import Place, after_update, state_of
 from rr_flex.runtime.tracing import traced
 
 
@@ -31,6 +32,7 @@ def rr_flex_attention(
         # Not torch.compiler.is_compiling(), which is true while any other thread compiles.
         if not traced():
             plan_of(module).record(layer_of(module)).add_dense(records.DECODE)
+            after_update(module, k)
         return dense_attention(module, q, k, v, attention_mask, **kwargs)
     return _prefill(module, q, k, v, attention_mask, kwargs)
 
@@ -40,7 +42,7 @@ def rr_flex_attention(
 def _prefill(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
 ) -> tuple[Tensor, None]:
-    call = LayerCall(module, q, k, v, mask, options)
+    call, place = LayerCall(module, q, k, v, mask, options), after_update(module, k)
     plan = plan_of(module)
     call = call.as_autocast_would()
     reason = why_dense(call, plan.config(call.layer), plan)
@@ -51,14 +53,16 @@ def _prefill(
         plan.record(call.layer).add_dense(reason)
         return dense_attention(call.module, call.q, call.k, call.v, call.mask, **call.options)
     with call.without_autocast():
-        out, density = _select_and_attend(call, mask_mod, plan)
+        out, density = _select_and_attend(call, mask_mod, plan, place)
     # While an exporter records there is no density yet. (A program that it makes dense is counted above, with why.)
     if not traced():
         plan.record(call.layer).add_sparse(density)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan) -> tuple[Tensor, Tensor]:
+def _select_and_attend(
+    call: LayerCall, mask_mod: SpanMask | None, plan: Plan, place: Place | None
+) -> tuple[Tensor, Tensor]:
     """(out [B,Hq,Lq,Dv], density, 0-dim)."""
     q, k, v = call.q, call.k, call.v
     if q.device.type == "cpu":
@@ -66,11 +70,12 @@ def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan) -
         # several: a copy costs less than a compilation. A GPU's kernel compiles faster and its copies cost more.
         q, k, v = (x.contiguous() for x in (q, k, v))
     heads = heads_of(call.module, q.shape[1])
+    config = plan.of_heads(call.layer, heads)
     return rr_attention(
         q,
         k,
         v,
-        config=plan.of_heads(call.layer, heads),
+        config=config,
         mask_mod=mask_mod,
         # transformers' mask is the whole of it; a plain causal one is None.
         causal=mask_mod is None,
@@ -79,6 +84,7 @@ def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan) -
         sinks=call.options.get("s_aux"),
         q_offset=call.mask.offset,
         head_offset=0 if heads is None else heads.start,
+        state=state_of(place, call, config),
         return_density=True,
         backend=plan.backend,
     )
