@@ -135,7 +135,8 @@ def prefill_mask(*, q_length: int, **arguments: Any) -> PrefillMask | Tensor | N
 def _delayed(q_length: int, arguments: dict[str, Any]) -> PrefillMask:
     own = {name: arguments[name] for name in OWN if name in arguments}
     rest = {name: value for name, value in arguments.items() if name not in OWN}
-    # A static cache's length is a tensor that the first layer's update moves on: keep today's value.
+    # A static cache's length is a tensor (of older transformers a [1]) that the first layer's update moves on: keep
+    # today's value.
     if isinstance(own.get("q_offset"), Tensor):
-        own["q_offset"] = own["q_offset"].clone()
+        own["q_offset"] = own["q_offset"].reshape(()).clone()
     return PrefillMask(q_length, arguments=rest, **own)
