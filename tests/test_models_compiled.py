@@ -89,6 +89,7 @@ def test_a_program_that_is_exported_dense_says_why(llama, outputs):
 @torch.no_grad()
 def test_a_step_compiles_whole(llama):
     """Of one token; the prefill before it is counted, the step is not."""
+    torch._dynamo.reset()  # the model's frames, which the tests above have compiled in pieces
 
     def prefill_and_step(step):
         cache = with_cache(llama, hf.StaticCache(config=llama.config, max_cache_len=330))
