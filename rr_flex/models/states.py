@@ -119,17 +119,22 @@ def after_update(module: nn.Module, k: Tensor) -> Place | None:
 
 
 def state_of(place: Place | None, call: LayerCall, config: RRConfig) -> PrefillState | None:
-    """The state for a sparse call by `config`, begun where the cache holds earlier keys: a prompt that comes at once
-    needs none, and pays no memory for it."""
+    """The state for a sparse call by `config`; None where there is none.
+
+    It begins where the cache holds at least twice as many earlier keys as the call brings. A prompt that comes at once
+    or in two chunks needs none, and pays neither its memory nor its graphs.
+    """
     mask = call.mask
     own = isinstance(mask, PrefillMask) and isinstance(mask.q_offset, int) and mask.kv_offset == 0 and not mask.sliding
     if place is None or not own or "key_stride" not in ESTIMATORS[config.pool].reads:
         return None
     earlier, Lk = mask.q_offset, call.k.shape[2]
-    if earlier == 0 or earlier + call.q.shape[2] != Lk:
+    if earlier + call.q.shape[2] != Lk:
         return None
     kept = place.kept
     if kept is None or kept.config is not config:
+        if earlier < 2 * call.q.shape[2]:
+            return None
         kept = Kept(PrefillState(), config, Seen(place.keys))
         place.keep(kept)
     return kept.state
