@@ -1,6 +1,7 @@
 """transformers' masks, read as spans: what they show, and what is not recognised."""
 
 import inspect
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from model_families import SETTINGS, logits, make
 from transformers import masking_utils
 
 from mask_mods import SpanMask
-from rr_flex.models import enable
+from rr_flex.models import enable, hf_masks
 from rr_flex.models.hf_masks import (
     NOT_READ,
     READ,
@@ -160,6 +161,12 @@ def test_a_mask_of_another_form_is_dense_and_counted(factory, monkeypatch):
     with enable(model, tau=0.3, **SETTINGS) as on:
         torch.testing.assert_close(logits(model), dense)
     assert dict(on.report().dense) == {UNRECOGNISED: 2} and not on.report().sparse
+
+
+def test_a_transformers_that_asks_for_masks_in_another_way_is_refused_at_import(monkeypatch):
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)  # 5.0's
+    with pytest.raises(ImportError, match=rf"tested: .*5\.24\.0.*got {transformers.__version__}"):
+        runpy.run_path(hf_masks.__file__)
 
 
 def test_the_tested_releases_are_in_order_and_on_the_page():
