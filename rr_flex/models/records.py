@@ -53,7 +53,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Counts by layer. Calls inside a caller's compiled graph (one-token steps only) are not counted."""
+    """Counts by layer. Calls of an exported program, and of one token in a caller's graph, are not counted."""
 
     layers: dict[int, LayerRecord]
 
