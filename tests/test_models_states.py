@@ -41,14 +41,10 @@ def call(model, cache, ids):
     return model(ids, **with_cache(model, cache)).logits
 
 
-def without_states(place, call, config):
-    return None
-
-
 def both_ways(model, steps, **settings):
     """What `steps(cache)`, a generator of logits, gives with states and without; and the tokens that each pooled."""
     results = []
-    for state_of in (states.state_of, without_states):
+    for state_of in (states.state_of, lambda place, call, config: None):
         pooled, pool = [], PrefillState.pool
 
         def counted(self, q, k, request, pool=pool, pooled=pooled):
@@ -131,6 +127,16 @@ def test_what_does_not_go_on_is_pooled_anew(llama):
     assert both_ways(llama, settings) == [192, 192, 256, 256]
 
 
+def test_inference_mode_comes_and_goes(llama):
+    def chunks(cache):
+        for first in range(0, 320, 64):
+            with torch.inference_mode() if first < 256 else torch.no_grad():
+                out = call(llama, cache, IDS[:1, first : first + 64])
+            yield out
+
+    assert both_ways(llama, chunks) == [192, 192, 64, 64, 320, 320]
+
+
 def test_two_prompts_at_once_and_a_copied_prefix(llama):
     def interleaved(cache):
         other = new_cache(llama)
@@ -142,8 +148,7 @@ def test_two_prompts_at_once_and_a_copied_prefix(llama):
         yield call(llama, copied, IDS[2:3, :64])
         yield call(llama, cache, IDS[:1, 256:])
 
-    pooled = both_ways(llama, interleaved)
-    assert pooled == [192] * 4 + [64] * 4 + [256] * 2 + [64] * 2
+    assert both_ways(llama, interleaved) == [192] * 4 + [64] * 4 + [256] * 2 + [64] * 2
 
 
 def test_padded_rows(llama):
@@ -174,9 +179,8 @@ def test_where_there_is_no_state(family, cache, settings):
     cache = cache(model)
     with enable(model, **(SPARSE | settings)) as on, patch.object(PrefillState, "pool", None):
         for first in range(0, 192, 64):
-            positions = torch.arange(first, first + 64)[None]
-            ids = IDS[:1, first : first + 64]
-            model(ids, position_ids=positions, **with_cache(model, cache))
+            at = torch.arange(first, first + 64)
+            model(IDS[:1, at], position_ids=at[None], **with_cache(model, cache))
     assert on.report().sparse == 6 and WINDOW < 192
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -50,6 +51,7 @@ class Kept:
     state: PrefillState
     config: RRConfig
     seen: Seen
+    inference: bool  # torch.inference_mode: outside it its tensors can't be added to
 
 
 @dataclass
@@ -131,11 +133,11 @@ def state_of(place: Place | None, call: LayerCall, config: RRConfig) -> PrefillS
     earlier, Lk = mask.q_offset, call.k.shape[2]
     if earlier + call.q.shape[2] != Lk:
         return None
-    kept = place.kept
-    if kept is None or kept.config is not config:
+    kept, inference = place.kept, torch.is_inference_mode_enabled()
+    if kept is None or kept.config is not config or kept.inference != inference:
         if earlier < 2 * call.q.shape[2]:
             return None
-        kept = Kept(PrefillState(), config, Seen(place.keys))
+        kept = Kept(PrefillState(), config, Seen(place.keys), inference)
         place.keep(kept)
     return kept.state
 
