@@ -36,7 +36,7 @@ def draw(folder: Path) -> None:
         if cell.attention in headings and setting_of(cell) == max(settings, key=settings.count)
     ]
     if shown:
-        results.heat_map(shown, folder / "ruler.png")
+        results.heat_map(shown).savefig(folder / "ruler.png", dpi=120)
 
 
 def markdown(cells: list[Cell]) -> str:

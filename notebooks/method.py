@@ -32,11 +32,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.study.rules import BEST, FAST, RULES
-from rr_flex.evaluation.curves import error_figure, prediction_figure
-from rr_flex.evaluation.predictions import curve, density_from, kl_at, value_at
+from benchmarks.study.every_rule import BEST, FAST, RULES
+from benchmarks.study.study_file import StudyFile, density_from, gain_over, group_of, kind_of, kl_gain, of_group
+from rr_flex.evaluation.pictures import error_figure, prediction_figure
+from rr_flex.evaluation.predictions import curve, kl_at, value_at
 from rr_flex.evaluation.rules import multiplications
-from rr_flex.evaluation.summaries import StudyFile, gain_over, group_of, kind_of, kl_gain, of_group, summarise
+from rr_flex.evaluation.summaries import summarise
 from rr_flex.sampling import moments, pooled_query_features, second_order_features
 
 here = Path(__file__).parent if "__file__" in globals() else Path()

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.study.estimators import antidiagonal, exact_keys
+from benchmarks.study.every_rule import RULES
 from benchmarks.study.low_precision import LOW_PRECISION, in_low_precision, round_rows
-from benchmarks.study.rules import RULES
 from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors, true_blocks
 from rr_flex.evaluation.equal_density import kept_at_density, visible_and_mandatory

@@ -1,0 +1,30 @@
+"""What a card would take at a run's density: read off the benchmark's own figures in card_times.json."""
+
+import json
+from pathlib import Path
+
+TIMES = json.loads(Path(__file__).with_name("card_times.json").read_text(encoding="utf-8"))
+LOWER = (0.3, 0.15)  # densities beside the run's own: what longer texts and `best` come to
+
+
+def milliseconds(density: float, *, length: int, preset: str, backend: str) -> tuple[float, float]:
+    """(dense, sparse), the latter from the row of nearest density: selection stays, attention goes with density."""
+    rows = [row for row in TIMES["times"] if (row["length"], row["preset"], row["backend"]) == (length, preset, backend)]
+    row = min(rows, key=lambda row: abs(row["density"] - density))
+    attention = (row["total_ms"] - row["selection_ms"]) * density / row["density"]
+    return row["fastest_dense_ms"], row["selection_ms"] + attention
+
+
+def table(density: float, preset: str) -> str:
+    """A line a length and kernel: dense, and at each density the time and how many times faster that is."""
+    densities = (density, *(lower for lower in LOWER if lower < density - 0.02))
+    heads = [f"density {density:.2f}, as here", *(f"{lower:.2f}" for lower in densities[1:])]
+    lines = [f"{'tokens':>9}  {'kernel':<8}{'dense':>9}" + "".join(f"{head:>24}" for head in heads)]
+    for length in sorted({row["length"] for row in TIMES["times"]}):
+        for backend in ("triton", "flash"):
+            cells = []
+            for each in densities:
+                dense, sparse = milliseconds(each, length=length, preset=preset, backend=backend)
+                cells.append(f"{f'{sparse:.1f} ms ({dense / sparse:.1f} ×)':>24}")
+            lines.append(f"{length:>9,}  {backend:<8}{f'{dense:.1f} ms':>9}" + "".join(cells))
+    return "\n".join(lines)
