@@ -10,6 +10,7 @@ from benchmarks.tables import timed
 from rr_flex.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "rr_flex" / "cli" / "card_times.json"
 CARD, LENGTHS = "NVIDIA H200", (32768, 131072)
 SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "batch": 1, "card": CARD}
@@ -45,7 +46,7 @@ def preset_of(row: dict) -> str | None:
 
 
 def main() -> None:
-    rows = [json.loads(line) for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")) for line in path.open()]
+    rows = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.open()]
     document = card_times([row for row in rows if "settings" in row])
     TABLE.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"{TABLE}: {len(document['times'])} times")

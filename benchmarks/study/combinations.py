@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.study.estimators import mass_of, sampled_positions, scores_of
 from rr_flex.config import RRConfig
-from rr_flex.evaluation.equal_density import Spending
+from rr_flex.evaluation.equal_density import Spending, cuts_at, value_of
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.rules import Case, Rule, cost_of
 from rr_flex.pipeline import row_share
@@ -143,13 +143,13 @@ def kept_coarse_to_fine(
     """
     visible, mandatory = visible.expand_as(coarse), mandatory.expand_as(coarse)
     free = visible & ~mandatory
-    coarse, fine = (_value(each, visible, mandatory, "threshold") for each in (coarse, fine))
+    coarse, fine = (value_of(each, visible, mandatory, "threshold") for each in (coarse, fine))
     found, refined = [], []
     axes = 0 if together else 1
-    for density, cut in zip(densities, _cuts(coarse, visible, mandatory, densities, axes), strict=True):
+    for density, cut in zip(densities, cuts_at(coarse, visible, mandatory, densities, axes), strict=True):
         near = free & (coarse > cut / band) & (coarse < cut * band)
         value = torch.where(near, fine, torch.where(coarse < cut, -1.0, 2.0))  # shares lie in [0, 1]
-        found.append(mandatory | (free & (value >= _cuts(value, visible, mandatory, [density], axes)[0])))
+        found.append(mandatory | (free & (value >= cuts_at(value, visible, mandatory, [density], axes)[0])))
         refined.append((near.sum() / visible.sum()).item())
     return found, refined
 

@@ -74,7 +74,7 @@ SHORT_RULES = (  # where the study of all rules would cost more than it tells
 
 @dataclass
 class OracleAttention:
-    """An attention function by the true mass: every layer keeps blocks above a share of their row, and the mandatory ones."""
+    """Attention by the true mass: every layer keeps blocks above a share of their row, and the mandatory ones."""
 
     block_size: tuple[int, int]
     threshold: float

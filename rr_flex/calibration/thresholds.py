@@ -72,10 +72,7 @@ def calibrate(
         raise ValueError("texts must hold at least one prompt, got none")
     config = config or RRConfig.from_preset("best")
     curves = measure_curves(model, texts, config, progress)
-    if name == "kl":
-        chosen = _meet_kl(model, texts, config, curves, value, progress)
-    else:
-        chosen = meet(curves, name, value)
+    chosen = _meet_kl(model, texts, config, curves, value, progress) if name == "kl" else meet(curves, name, value)
     names = list(names) or [f"{ids.shape[1]} tokens" for ids in texts]
     return _profile(model, curves, chosen, config, {name: value}, names)
 

@@ -156,7 +156,7 @@ def stop(message: str, error: Exception | None = None):
 
 
 class Progress:
-    """The stage on stderr, with the seconds since the start: one line, rewritten; off a terminal a line every 5 s."""
+    """The stage on stderr, with the seconds since the start: one line, rewritten; off a terminal a line every 15 s."""
 
     def __init__(self, quiet: bool) -> None:
         self.start, self.shown, self.stage = perf_counter(), 0.0, ""
@@ -167,7 +167,7 @@ class Progress:
         line = f"{now - self.start:6.1f} s  {stage}" + (f": {done} of {of}" if of else "")
         if self.stream.isatty():
             print(f"\r\033[K{line}", end="", file=self.stream, flush=True)
-        elif stage != self.stage or now - self.shown > 5:
+        elif stage != self.stage or now - self.shown > 15:
             self.shown = now
             print(line, file=self.stream, flush=True)
         self.stage = stage

@@ -42,7 +42,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     text = "UTF-8 file, or a part of prose, code, chat, table, key-value [Python's own documentation]"
     demo.add_argument("--text", metavar="FILE|KIND:PART", help=text)
     demo.add_argument("--length", type=whole(2), default=2048, metavar="TOKENS", help="to prefill [%(default)s]")
-    demo.add_argument("--heads", type=listed(pair), default=(), metavar="LAYER:HEAD,...", help="to draw [three of them]")
+    demo.add_argument(
+        "--heads", type=listed(pair), default=(), metavar="LAYER:HEAD,...", help="to draw [three of them]"
+    )
     add_output(demo, default=Path("rr-flex-demo.png"), help="or .pdf, .svg [%(default)s]")
     layers = "layers whose block maps go into the JSON, for rr-flex page [none]"
     demo.add_argument("--maps", type=layer_list, default=(), metavar="all|LAYER,...", help=layers)

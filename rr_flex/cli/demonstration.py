@@ -58,12 +58,10 @@ def table(prompts: Prompts, wanted: Wanted, found: PrefillComparison, picture: P
         rows.append(ROW.format(layer, *(getattr(measures, name).mean() for name in MEASURES)))
     mean, lm, about = totals(found), found.language_model, prompts.about
     rows.append(ROW.format("mean", *mean.values()))
-    seconds = dict(found.seconds)
-    compilation = seconds.pop("compilation")
-    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     card, shape = on_a_card.TIMES["card"], on_a_card.TIMES["shape"]
     lines = [
-        f"{prompts.name}, {about['tokens']:,} tokens, {hardware(prompts.device)}, {about['dtype']}, {title(wanted.config)}",
+        f"{prompts.name}, {about['tokens']:,} tokens, {hardware(prompts.device)}, {about['dtype']}, "
+        f"{title(wanted.config)}",
         "",
         *rows,
         "",
@@ -77,12 +75,26 @@ def table(prompts: Prompts, wanted: Wanted, found: PrefillComparison, picture: P
         on_a_card.table(mean["density"], wanted.preset),
         "Density falls as texts grow longer; `--length 4096` shows by how much.",
         "",
-        f"Here ({len(found.layers)} layers' attention, compiled in {compilation:.0f} s): {times};",
-        f"peak memory {found.peak_memory / 2**30:.2f} GiB.",
+        *here(found),
         f"Pictures of true mass, kept blocks and error: {picture}",
         f"Try next: {next_command(wanted)}",
     ]
     return "\n".join(lines)
+
+
+def here(found: PrefillComparison) -> list[str]:
+    """What it took on this machine."""
+    seconds = found.seconds
+    dense, sparse = (
+        next(value for name, value in seconds.items() if name.startswith(kind)) for kind in ("dense", "rr_")
+    )
+    faster = "which is faster here" if dense < sparse else "which is slower here"
+    return [
+        f"On this machine {len(found.layers)} layers' attention took {sparse:.2f} s with rr_attention (compiled in "
+        f"{seconds['compilation']:.0f} s), {dense:.2f} s dense,",
+        f"{faster}: it pays on long texts. Peak memory {found.peak_memory / 2**30:.2f} GiB.",
+        "",
+    ]
 
 
 def missed(config: RRConfig, density: float) -> list[str]:

@@ -103,10 +103,16 @@ def gpu_backends() -> Iterator[Finding]:
     yield Finding(name="Triton", state="ok" if triton else "missing", found=triton or "none", remedy=remedy)
     yield flash_backend()
     card = torch.cuda.get_device_properties(0)
-    head_dims = sorted(TUNED.get(f"{card.major}.{card.minor}", {}), key=int)
+    # An entry of the estimate alone is the width of its features (order 2 has 2 · D), not a head dim.
+    entries = TUNED.get(f"{card.major}.{card.minor}", {})
+    head_dims = sorted((width for width, dtypes in entries.items() if is_head_dim(dtypes)), key=int)
     remedy = None if head_dims else "rr-flex tune   (in a clone of the repository, about half an hour)"
     found = f"head dims {', '.join(head_dims)}" if head_dims else "none for this card: the compiler's own defaults"
     yield Finding(name="tuned options", state="ok" if head_dims else "optional", found=found, remedy=remedy)
+
+
+def is_head_dim(dtypes: dict[str, dict]) -> bool:
+    return any("attention" in entry for entry in dtypes.values())
 
 
 def flash_backend() -> Finding:

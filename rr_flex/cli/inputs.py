@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rr_flex.evaluation.texts import KINDS, sample_text
 from rr_flex.models import loading
+from rr_flex.view.page.build import installed_version
 
 # Of the default model's configuration, which takes twelve seconds to read from its file.
 EMBEDDED = SimpleNamespace(num_hidden_layers=30, num_attention_heads=9, max_position_embeddings=8192)
@@ -33,12 +34,6 @@ class Prompts:
     @property
     def about(self) -> dict[str, Any]:
         """What a result file says of its run."""
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            own = version("rr-flex")
-        except PackageNotFoundError:  # a checkout that is not installed
-            own = None
         return {
             "model": self.name,
             "texts": list(self.ids),
@@ -46,7 +41,7 @@ class Prompts:
             "device": loading.device_name(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "torch": torch.__version__,
-            "rr_flex": own,
+            "rr_flex": installed_version(),
         }
 
 

@@ -9,7 +9,9 @@ LOWER = (0.3, 0.15)  # densities beside the run's own: what longer texts and `be
 
 def milliseconds(density: float, *, length: int, preset: str, backend: str) -> tuple[float, float]:
     """(dense, sparse), the latter from the row of nearest density: selection stays, attention goes with density."""
-    rows = [row for row in TIMES["times"] if (row["length"], row["preset"], row["backend"]) == (length, preset, backend)]
+    rows = [
+        row for row in TIMES["times"] if (row["length"], row["preset"], row["backend"]) == (length, preset, backend)
+    ]
     row = min(rows, key=lambda row: abs(row["density"] - density))
     attention = (row["total_ms"] - row["selection_ms"]) * density / row["density"]
     return row["fastest_dense_ms"], row["selection_ms"] + attention
@@ -18,13 +20,13 @@ def milliseconds(density: float, *, length: int, preset: str, backend: str) -> t
 def table(density: float, preset: str) -> str:
     """A line a length and kernel: dense, and at each density the time and how many times faster that is."""
     densities = (density, *(lower for lower in LOWER if lower < density - 0.02))
-    heads = [f"density {density:.2f}, as here", *(f"{lower:.2f}" for lower in densities[1:])]
-    lines = [f"{'tokens':>9}  {'kernel':<8}{'dense':>9}" + "".join(f"{head:>24}" for head in heads)]
+    heads = (f"density {each:.2f}" for each in densities)
+    lines = [f"{'tokens':>9}  {'kernel':<8}{'dense':>9}" + "".join(f"{head:>20}" for head in heads)]
     for length in sorted({row["length"] for row in TIMES["times"]}):
         for backend in ("triton", "flash"):
             cells = []
             for each in densities:
                 dense, sparse = milliseconds(each, length=length, preset=preset, backend=backend)
-                cells.append(f"{f'{sparse:.1f} ms ({dense / sparse:.1f} ×)':>24}")
+                cells.append(f"{f'{sparse:.1f} ms ({dense / sparse:.1f} ×)':>20}")
             lines.append(f"{length:>9,}  {backend:<8}{f'{dense:.1f} ms':>9}" + "".join(cells))
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """A JSON or JSON-lines file to what the page shows of it: facts, tables, charts, values per head, block maps."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,15 +76,20 @@ def is_demo(document: dict[str, Any]) -> bool:
     return "language_model" in document and "layers" in document
 
 
+DEMO_FACTS = ("device", "dtype", "torch", "python", "rr_flex")
+
+
 def demo_run(document: dict[str, Any]) -> Run:
-    """`rr-flex demo --json`."""
+    """`rr-flex demo --json`; files of before it told text and version are read too."""
     lm, mean, layers = document["language_model"], document["mean"], document["layers"]
     measures = {"density": "density", "recall": "mass recalled", "error": "output error"}
     change = lm["perplexity_compared"] / lm["perplexity"] - 1
     rows = [[each["layer"], *(sum(each[name]) / len(each[name]) for name in measures)] for each in layers]
     return Run(
         title=f"{document['model']}, {document['tokens']:,} tokens",
-        facts={name: document[name] for name in ("device", "dtype", "torch", "python")} | changed(document["config"]),
+        facts={name: document[name] for name in DEMO_FACTS if name in document}
+        | {"text": ", ".join(document.get("texts", ())) or None}
+        | changed(document["config"]),
         results={
             "density": f"{mean['density']:.1%}",
             "mass recalled": f"{mean['recall']:.2%}",
@@ -164,6 +170,8 @@ def benchmark_run(path: Path, rows: list[dict[str, Any]]) -> Run:
 def other_run(path: Path, document: dict[str, Any]) -> Run:
     """Any other JSON of ours: its plain values are facts, its lists of records are tables, wherever they stand."""
     facts = {name: value for name, value in document.items() if is_scalar(value)}
+    if document.get("texts"):
+        facts["text"] = ", ".join(document["texts"])
     tables = list(tables_in(document, ()))
     if not tables:
         raise ValueError(
@@ -237,7 +245,7 @@ def curves_in(table: Table) -> tuple[Table, list[Chart]] | None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_scalar(value: Any) -> bool:

@@ -16,7 +16,7 @@ from rr_flex.view.plots.style import DIFFERENCE, DROPPED, ERROR, KEPT, MASS, SID
 
 Column = Literal["true", "estimate", "difference", "kept", "error"]
 TITLES = {"true": "true mass", "estimate": "estimated mass", "difference": "estimate − truth"}
-BARS = 0.4  # width of the error's column over a map's
+BARS = 0.5  # width of the error's column over a map's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class HeadMap:
     estimated_mass: Float[Tensor, "nQ nK"]
     kept: Bool[Tensor, "nQ nK"]
     visible: Bool[Tensor, "nQ nK"]
-    row_error: Float[Tensor, "nQ"] | None = None  # ‖out − dense‖ / ‖dense‖ of each block row
+    row_error: Float[Tensor, " nQ"] | None = None  # ‖out − dense‖ / ‖dense‖ of each block row
 
 
 def block_map_figure(
@@ -97,8 +97,8 @@ def draw_errors(axis: Axes, head: HeadMap, edges: np.ndarray, size: int) -> None
     errors = head.row_error.cpu().numpy()
     errors = np.maximum.reduceat(errors, np.arange(0, len(errors), size))
     axis.barh(edges[:-1], errors, height=np.diff(edges), align="edge", color=ERROR)
-    axis.set_title("error by block row", fontsize=10)
-    axis.set_xlabel("‖out − dense‖ / ‖dense‖", fontsize=9)
+    axis.set_title("output error", fontsize=10)
+    axis.set_xlabel("of the block row")
     axis.grid(axis="x", alpha=0.3)
 
 
