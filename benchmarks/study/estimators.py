@@ -16,7 +16,7 @@ from rr_flex.evaluation.block_outputs import TOKENS, strips
 from rr_flex.evaluation.equal_density import Spending
 from rr_flex.evaluation.rules import Case, Rule
 from rr_flex.geometry import ceil_div
-from rr_flex.pipeline import row_share
+from rr_flex.mass import row_share
 from rr_flex.sampling import moments, sample_queries
 
 

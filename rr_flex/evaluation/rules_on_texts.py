@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
 from rr_flex.evaluation.judging import Record, judge_text
 from rr_flex.evaluation.language_model import compare_logits
 from rr_flex.evaluation.predictions import Prediction
@@ -85,9 +85,8 @@ class Evaluation:
         runs = [("dense", None, None)] if self.quantization else []
         for name, rule in self.rules.items():
             if rule.config is not None:
-                field_of_level = LEVELS[rule.config.budget]
-                tried = TRIED[rule.config.budget]
-                runs += [(name, level, rule.config.with_settings({field_of_level: level})) for level in tried]
+                set_level, own = rule.config.with_settings, rule.config.level_field
+                runs += [(name, level, set_level({own: level})) for level in TRIED[rule.config.budget]]
         return runs
 
 

@@ -6,7 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
+from rr_flex.registry import BUDGETS
 from rr_flex.runtime.writing import write_atomically
 
 DENSE = "dense"
@@ -55,11 +56,11 @@ def describe(config: RRConfig | None) -> str:
     """The level by the name of its budget's field, and the settings that differ from the defaults; DENSE for None."""
     if config is None:
         return DENSE
-    usual, level = RRConfig(), LEVELS[config.budget]
-    shown = [f"{level}={getattr(config, level)}"]
+    usual, levels = RRConfig(), {rule.level for rule in BUDGETS.values()}
+    shown = [f"{config.level_field}={config.level}"]
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("budget", *LEVELS.values()) and value not in (None, getattr(usual, field.name)):
+        if field.name not in ("budget", *levels) and value not in (None, getattr(usual, field.name)):
             shown.append(f"{field.name}={value}")
     return " ".join(shown)
 
