@@ -1,8 +1,9 @@
-"""Cells of `rr-flex tasks` as the README's tables: scores and densities, what was not run, no times."""
+"""Cells of `rr-flex tasks` as the tables of their page: scores and densities, what was not run, no times."""
 
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.tables import replace_between
 from rr_flex import RRConfig
 from rr_flex.tasks import results
 from rr_flex.tasks.results import DENSE, Cell, describe
@@ -10,6 +11,7 @@ from rr_flex.tasks.ruler import TASKS
 
 BEGIN, END = "<!-- tasks: begin -->", "<!-- tasks: end -->"
 FILE = "ruler.jsonl"
+PAGE = Path(__file__).parents[1] / "rr_flex" / "tasks" / "README.md"
 
 # heading -> attention; none of them stays dense for a short context
 COLUMNS = {
@@ -23,6 +25,12 @@ COLUMNS = {
 def load(folder: Path) -> list[Cell]:
     """RULER's cells in the folder of results, none if there is no such file."""
     return results.read(folder / FILE)
+
+
+def write_page(cells: list[Cell], page: Path = PAGE) -> None:
+    if cells:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(replace_between(text, BEGIN, END, markdown(cells), page), encoding="utf-8")
 
 
 def draw(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The accuracy study as tables: `python -m benchmarks.study.study_tables [RAW_DIR ...]` writes notebooks/PAGE.md's.
+"""The accuracy study as tables: `python -m benchmarks.study.study_tables [RAW_DIR ...]` writes notebooks/README.md's.
 
 Folders that `benchmarks.study` wrote go into notebooks/study.json first: predictions of a length take the place of the
 file's at that length, errors (means over layers) that of the file's if they are of all its texts.
@@ -28,7 +28,7 @@ from rr_flex.evaluation.rules import multiplications
 from rr_flex.evaluation.summaries import summarise
 
 ROOT = Path(__file__).parents[2]
-STUDY, PAGE = ROOT / "notebooks" / "study.json", ROOT / "notebooks" / "PAGE.md"
+STUDY, PAGE = ROOT / "notebooks" / "study.json", ROOT / "notebooks" / "README.md"
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 DENSITIES = (0.25, 0.3, 0.4, 0.5)
 SHOWN = {

@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rr_flex.config import RRConfig
+from rr_flex.config import DEFAULTS, RRConfig
 from rr_flex.registry import BUDGETS
 from rr_flex.runtime.writing import write_atomically
 
@@ -60,7 +60,11 @@ def describe(config: RRConfig | None) -> str:
     shown = [f"{config.level_field}={config.level}"]
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("budget", *levels) and value not in (None, getattr(usual, field.name)):
+        if field.name not in ("budget", *levels) and value not in (
+            None,
+            getattr(usual, field.name),
+            DEFAULTS.get(field.name),
+        ):
             shown.append(f"{field.name}={value}")
     return " ".join(shown)
 
