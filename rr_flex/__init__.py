@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rr_flex.attention import rr_attention
     from rr_flex.config import RRConfig
-    from rr_flex.models import enable
     from rr_flex.pipeline import create_rr_block_mask, select_blocks
     from rr_flex.result import Selection
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from rr_flex.attention import rr_attention
-from rr_flex.kernels.choose import why_not_flash
+from rr_flex.kernels.flash import check_flash
 from rr_flex.kernels.options import TUNED
 
 State = Literal["ok", "missing", "optional"]  # missing: without it rr_attention does not run here
@@ -121,8 +121,7 @@ def flash_backend() -> Finding:
     version = version_of("flash-attn-4")
     if version is None:
         return Finding(name="FLASH backend", state="optional", found="none; Triton serves", remedy=install)
-    q = torch.empty(1, 1, 128, 128, device="cuda", dtype=torch.bfloat16)
-    refused = why_not_flash(q, q, (128, 128), for_backward=False)
+    refused = check_flash(torch.device("cuda", torch.cuda.current_device()), 128, 128, torch.bfloat16).refused
     if refused:
         return Finding(name="FLASH backend", state="optional", found=f"{version}, not used: {refused}; Triton serves")
     return Finding(name="FLASH backend", state="ok", found=f"flash-attn-4 {version}, self-check passed")
