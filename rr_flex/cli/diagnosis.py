@@ -39,7 +39,7 @@ OPTIONAL = {
     "torchao": ("quantised models", "pip install 'rr-flex[quant]'"),
     "torchvision": ("video, through a model's processor", "pip install 'rr-flex[video]'"),
     "lm_eval": ("RULER, in rr-flex tasks", "pip install 'rr-flex[tasks]'"),
-    "jupytext": ("notebooks", "pip install 'rr-flex[notebooks]'"),
+    "jupyterlab": ("notebooks", "pip install 'rr-flex[notebooks]'"),
 }
 
 
