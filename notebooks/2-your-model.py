@@ -130,4 +130,4 @@ print("\ncalls:", enabled.report().sparse, "sparse;", dict(enabled.report().dens
 
 # %% [markdown]
 # A model of 135 million parameters says what it can. What counts here is that both say the same, or where they part.
-# For every head's map on a page of its own: `rr-flex demo --maps all --json run.json && rr-flex report run.json`.
+# For every head's map on a page of its own: `rr-flex demo --maps all --json run.json && rr-flex page run.json`.

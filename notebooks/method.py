@@ -384,7 +384,7 @@ for rule in dict.fromkeys(r.rule for r in records if group_of(r.text) == "held o
 #
 # ## 6. Two definitions of equal density
 #
-# An earlier exploration of layers 6, 14 and 22 on one text reported that order 2 alone halves the error at equal density.
+# An earlier exploration of layers 6, 14 and 22 on one text found that order 2 alone halves the error at equal density.
 # Here it does not. Layers differ as section 4 shows, and with one level for all layers a rule spends more in layers that
 # need more. Both definitions, on the held-out texts:
 

@@ -1,4 +1,4 @@
-"""The report page in a real browser: Chromium, headless, from the system's packages, driven by selenium."""
+"""The page in a real browser: Chromium, headless, from the system's packages, driven by selenium."""
 
 import base64
 import json

@@ -49,7 +49,10 @@ def read_text(source: str) -> str:
     """A file's text, or a part of a kind's, as in prose:1. ValueError names --text."""
     kind, _, part = source.partition(":")
     if kind in KINDS and not Path(source).exists():
-        return sample_text(kind, int(part) if part.isdecimal() else 0 if not part else -1)
+        try:
+            return sample_text(kind, int(part or 0))
+        except ValueError as error:
+            raise ValueError(f"--text must name a part of {kind} that there is, got {source!r}") from error
     try:
         text = Path(source).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
