@@ -398,9 +398,9 @@ for scope in ("layer", "model"):
 #
 # ```bash
 # python -m benchmarks.study --out raw             # on a GPU; --smoke for a trial
-# python -m benchmarks.study.study_tables raw            # writes study.json and the README's tables
+# python -m benchmarks.study.study_tables raw            # writes study.json and its page
 # ```
 #
-# Predictions come first, then errors; with `--budget-seconds` what does not fit is left out. The report takes several
-# folders, and keeps what a new one lacks. Texts come from the standard library, so another version of Python makes slightly
+# Predictions come first, then errors; with `--budget-seconds` what does not fit is left out. The tables take several
+# folders, and keep what a new one lacks. Texts come from the standard library, so another version of Python makes slightly
 # other texts.
