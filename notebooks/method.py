@@ -26,7 +26,7 @@
 # \sqrt D$, probabilities $p_{ij}$, output $o_i = \sum_j p_{ij} v_j$. A block is $I \times J$.
 
 # %%
-# %load_ext rr_flex.view.notebook
+# %load_ext rr_flex.notebook
 import math
 from pathlib import Path
 

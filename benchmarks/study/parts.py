@@ -12,7 +12,7 @@ from benchmarks.study.accuracy import COMPARED, judge_structured
 from benchmarks.study.combinations import calibrated
 from benchmarks.study.every_rule import BEST, FAST, RULES
 from rr_flex import RRConfig
-from rr_flex.calibration.thresholds import Curves, measure_curves, profile_at
+from rr_flex.calibration.thresholds import Curves, measure_curves, meet, profile_of
 from rr_flex.evaluation.block_outputs import KeptBlocks
 from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.judging import Record, judge_text
@@ -125,7 +125,8 @@ class Study:
 
     def profile(self, density: float, length: int) -> Profile:
         names = [f"{kind}:{TUNING_PART}, {length} tokens" for kind in self.kinds]
-        return profile_at(self.model, self.curves[length], RRConfig.from_preset("best"), density, names)
+        curves, config = self.curves[length], RRConfig.from_preset("best")
+        return profile_of(self.model, curves, meet(curves, "density", density), config, {"density": density}, names)
 
     def errors(self, kind: str, part: int, length: int, rules: Sequence[str] = tuple(RULES)) -> None:
         """Rules on one text; with flatter attention some of them at the study's own length. New ones replace old."""

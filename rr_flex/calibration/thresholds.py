@@ -74,18 +74,11 @@ def calibrate(
     curves = measure_curves(model, texts, config, progress)
     chosen = _meet_kl(model, texts, config, curves, value, progress) if name == "kl" else meet(curves, name, value)
     names = list(names) or [f"{ids.shape[1]} tokens" for ids in texts]
-    return _profile(model, curves, chosen, config, {name: value}, names)
+    return profile_of(model, curves, chosen, config, {name: value}, names)
 
 
-def profile_at(
-    model: PreTrainedModel, curves: Curves, config: RRConfig, density: float, names: Sequence[str]
-) -> Profile:
-    """`calibrate(target_density=density)` from curves that are measured already."""
-    chosen = meet(curves, "density", density)
-    return _profile(model, curves, chosen, config, {"density": density}, names)
-
-
-def _profile(model, curves: Curves, chosen: Tensor, config: RRConfig, target: dict, names: Sequence[str]) -> Profile:
+def profile_of(model, curves: Curves, chosen: Tensor, config: RRConfig, target: dict, names: Sequence[str]) -> Profile:
+    """The chosen thresholds (indices into THRESHOLDS) with what they were found on."""
     return Profile(
         model=model_name(model),
         layers=_thresholds(curves, chosen),
@@ -219,5 +212,7 @@ def _plain_settings(config: RRConfig) -> dict[str, object]:
     """The config's fields that differ from the defaults and are not the threshold's own."""
     default = RRConfig()
     names = [name for name in config.__dataclass_fields__ if name not in ("threshold", "budget", "tau")]
-    found = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    found = {
+        name: getattr(config, name) for name in names if getattr(config, name) not in (None, getattr(default, name))
+    }
     return {name: list(x) if isinstance(x, tuple) else x for name, x in found.items()}
