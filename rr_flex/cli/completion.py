@@ -23,12 +23,17 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     with told():
         import shtab
-    parser = arguments.parser
-    for command in subcommands(parser).values():
+    from rr_flex import registry
+
+    registry.fill()
+    rules = {"budget": registry.BUDGETS, "pool": registry.ESTIMATORS}
+    for command in subcommands(arguments.parser).values():
         for action in command._actions:
-            if action.metavar is not None and set(str(action.metavar).split("|")) & {"FILE", "PNG", "HTML", "RUN.json"}:
+            if action.dest in rules:  # not checked by the parser: help would need the rules' modules, and so torch
+                action.choices = list(rules[action.dest])
+            if set(str(action.metavar).split("|")) & {"FILE", "PNG", "HTML", "RUN.json"}:
                 action.complete = shtab.FILE
-    print(shtab.complete(parser, arguments.shell))
+    print(shtab.complete(arguments.parser, arguments.shell))
     return DONE
 
 
