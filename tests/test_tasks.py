@@ -277,6 +277,11 @@ def test_suites_check_their_arguments(tmp_path):
     arguments.tasks = ["poetry"]
     with pytest.raises(ValueError, match="--tasks must be among"):
         import_suite(arguments)
+    helmet_arguments = SimpleNamespace(suite="helmet", tasks=None, data=tmp_path, lengths=(2048,), batch_size=1)
+    with pytest.raises(ValueError, match="--lengths must be of helmet's"):
+        import_suite(helmet_arguments)
+    helmet_arguments.lengths = None
+    assert import_suite(helmet_arguments)[2] == (8192,)
     for changed, message in (
         ({"suite": "helmet"}, "--data must be"),
         ({"data": tmp_path}, "--data must come with"),

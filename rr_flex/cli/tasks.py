@@ -1,6 +1,7 @@
 """`rr-flex tasks`. transformers, lm-eval and matplotlib are imported only when it runs."""
 
 import argparse
+import importlib
 import importlib.util
 from dataclasses import asdict
 from functools import partial
@@ -45,7 +46,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     tasks.add_argument("--suite", choices=SUITES, default="ruler", help="[%(default)s]")
     tasks.add_argument("--tasks", type=listed(name), metavar="TASK,...", help="of the suite [those without a download]")
-    tasks.add_argument("--lengths", type=listed(whole(64)), metavar="TOKENS,...", help="of each prompt [2048,4096]")
+    tasks.add_argument(
+        "--lengths", type=listed(whole(64)), metavar="TOKENS,...", help="of each prompt [2048,4096; helmet: 8192]"
+    )
     tasks.add_argument("--samples", type=whole(1), default=10, metavar="N", help="a task and length [%(default)s]")
     tasks.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="at once, for ruler [%(default)s]")
     add_model(tasks)
@@ -66,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         check(arguments)
         progress("importing torch and transformers")
         config = config_of(arguments)
-        score, tasks = import_suite(arguments)
+        score, tasks, lengths = import_suite(arguments)
         from rr_flex.cli.inputs import device_and_dtype, model_config
         from rr_flex.models import loading
         from rr_flex.tasks import results, run
@@ -86,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         suite=arguments.suite,
         score=score,
         tasks=tasks,
-        lengths=[0] if video else arguments.lengths or (2048, 4096),
+        lengths=lengths,
         configs=[config] if arguments.no_dense else [None, config],
         same=results.Setting(
             model=arguments.model or loading.EMBEDDED_MODEL,
@@ -131,32 +134,17 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def import_suite(arguments: argparse.Namespace):
-    """(the suite's function that scores a task, the tasks to run); ValueError for a task that it lacks."""
-    if arguments.suite == "ruler":
-        from rr_flex.tasks import ruler
-
-        score = partial(ruler.scores, batch_size=arguments.batch_size)
-        known, usual = list(ruler.TASKS), list(ruler.NO_ESSAY)
-    elif arguments.suite == "recall":
-        from rr_flex.tasks import recall
-
-        score, known = recall.scores, list(recall.TASKS)
-        usual = known
-    elif arguments.suite == "helmet":
-        from rr_flex.tasks import helmet
-
-        score, known = helmet.scores_in(arguments.data), list(helmet.TASKS)
-        usual = known
-        for length in arguments.lengths or ():
-            if length not in helmet.KV_SIZES:
-                raise ValueError(f"--lengths must be of HELMET's, {sorted(helmet.KV_SIZES)}, got {length}")
+    """(the suite's function that scores a task, tasks, lengths); ValueError for a task or length that it lacks."""
+    suite = importlib.import_module(f"rr_flex.tasks.{arguments.suite.replace('-', '_')}")
+    if arguments.data is not None:
+        score = suite.scores_in(arguments.data)
     else:
-        from rr_flex.tasks import video_mme
-
-        score, known = video_mme.scores_in(arguments.data), list(video_mme.DURATIONS)
-        usual = known
-    tasks = arguments.tasks or usual
-    unknown = set(tasks) - set(known)
+        score = partial(suite.scores, batch_size=arguments.batch_size) if arguments.suite == "ruler" else suite.scores
+    tasks, allowed = arguments.tasks or getattr(suite, "USUAL", tuple(suite.TASKS)), getattr(suite, "LENGTHS", None)
+    lengths = arguments.lengths or (allowed[:1] if allowed else (2048, 4096))
+    unknown = set(tasks) - set(suite.TASKS)
     if unknown:
-        raise ValueError(f"--tasks must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    return score, tasks
+        raise ValueError(f"--tasks must be among {', '.join(suite.TASKS)}, got {', '.join(sorted(unknown))}")
+    if allowed and not set(lengths) <= set(allowed):
+        raise ValueError(f"--lengths must be of {arguments.suite}'s, {sorted(allowed)}, got {lengths}")
+    return score, tasks, lengths
