@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from rr_flex.view.page.any_json import is_number
 from rr_flex.view.page.chart import chart_svg, number_text
-from rr_flex.view.page.documents import Run, Scalar, Table, is_number
+from rr_flex.view.page.parts import Run, Scalar, Table
 
 
 def make_page(runs: list[Run], *, title: str | None = None) -> str:
