@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rr_flex.view.page.parts import Chart, Run, Table
+from rr_flex.view.page.page_parts import Chart, Run, Table
 
 
 def other_run(path: Path, document: dict[str, Any]) -> Run:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from rr_flex.view.page.any_json import is_number
 from rr_flex.view.page.chart import chart_svg, number_text
-from rr_flex.view.page.parts import Run, Scalar, Table
+from rr_flex.view.page.page_parts import Run, Scalar, Table
 
 
 def make_page(runs: list[Run], *, title: str | None = None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rr_flex.view.page.any_json import other_run
-from rr_flex.view.page.parts import Chart, Run, Scalar, Table
+from rr_flex.view.page.page_parts import Chart, Run, Scalar, Table
 
 
 def read_runs(path: Path) -> list[Run]:
