@@ -172,7 +172,8 @@ def test_help_waits_for_no_torch():
         "    except SystemExit: pass\n"
         "print(sorted({'torch', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    where = {"cwd": Path(__file__).parent.parent, "check": True}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **where)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert ran.stderr == "rr-flex demo: error: --tau: invalid float value: 'x'   (rr-flex demo --help)\n"
 

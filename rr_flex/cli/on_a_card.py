@@ -7,26 +7,25 @@ TIMES = json.loads(Path(__file__).with_name("card_times.json").read_text(encodin
 LOWER = (0.3, 0.15)  # densities beside the run's own: what longer texts and `best` come to
 
 
-def milliseconds(density: float, *, length: int, preset: str, backend: str) -> tuple[float, float]:
+def milliseconds(density: float, rows: list[dict]) -> tuple[float, float]:
     """(dense, sparse), the latter from the row of nearest density: selection stays, attention goes with density."""
-    rows = [
-        row for row in TIMES["times"] if (row["length"], row["preset"], row["backend"]) == (length, preset, backend)
-    ]
     row = min(rows, key=lambda row: abs(row["density"] - density))
     attention = (row["total_ms"] - row["selection_ms"]) * density / row["density"]
     return row["fastest_dense_ms"], row["selection_ms"] + attention
 
 
 def table(density: float, preset: str) -> str:
-    """A line a length and kernel: dense, and at each density the time and how many times faster that is."""
+    """A line a length and kernel that the preset was measured with: at each density the time, and how many times
+    faster that is than dense."""
+    measured: dict[tuple[int, str], list[dict]] = {}
+    for row in TIMES["times"]:
+        if row["preset"] == preset:
+            measured.setdefault((row["length"], row["backend"]), []).append(row)
     densities = (density, *(lower for lower in LOWER if lower < density - 0.02))
     heads = (f"density {each:.2f}" for each in densities)
     lines = [f"{'tokens':>9}  {'kernel':<8}{'dense':>9}" + "".join(f"{head:>20}" for head in heads)]
-    for length in sorted({row["length"] for row in TIMES["times"]}):
-        for backend in ("triton", "flash"):
-            cells = []
-            for each in densities:
-                dense, sparse = milliseconds(each, length=length, preset=preset, backend=backend)
-                cells.append(f"{f'{sparse:.1f} ms ({dense / sparse:.1f} ×)':>20}")
-            lines.append(f"{length:>9,}  {backend:<8}{f'{dense:.1f} ms':>9}" + "".join(cells))
+    for (length, backend), rows in sorted(measured.items()):
+        times = [milliseconds(each, rows) for each in densities]
+        cells = "".join(f"{f'{sparse:.1f} ms ({dense / sparse:.1f} ×)':>20}" for dense, sparse in times)
+        lines.append(f"{length:>9,}  {backend:<8}{f'{times[0][0]:.1f} ms':>9}" + cells)
     return "\n".join(lines)
