@@ -135,7 +135,7 @@ def test_bash_completes(script, tmp_path):
     def offered(line: str) -> set[str]:
         words = " ".join(f"'{word}'" for word in line.split(" "))
         state = f"COMP_WORDS=({words}); COMP_CWORD={line.count(' ')}"
-        program = f'source script; {state}; _shtab_rr_flex; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        program = f'source ./script; {state}; _shtab_rr_flex; printf "%s\\n" "${{COMPREPLY[@]}}"'
         ran = subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True, cwd=tmp_path)
         return {word.strip() for word in ran.stdout.split("\n")} - {""}
 
