@@ -89,7 +89,7 @@ BAD = [
     (["--length", "1"], "--length must be a whole number of at least 2, got '1'"),
     (["--length", "0"], "--length must be a whole number"),
     (["--length", "1e3"], "--length must be a whole number"),
-    (["--tau", "nan"], "tau must lie in (0, 1], got nan"),
+    (["--tau", "nan"], "tau must be a number, got nan"),
     (["--heads", "0:99"], "--heads must lie within 2 layers of 4 heads, got 0:99"),
     (["--maps", "-1", "--json"], "--maps must be a whole number of at least 0"),
     (["--output", "map.xyz"], "--output must end in .png, .pdf, .svg, got 'map.xyz'"),
