@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import tables as report
-from benchmarks import task_tables as task_report
-from benchmarks import together
+from benchmarks import task_tables, together
 from benchmarks import tuning as tune
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
@@ -184,10 +183,11 @@ def write_report(options: argparse.Namespace) -> int:
     rows = report.load(options.results, options.suites)
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
-    report.write_readme(options.readme, rows, report.load_prefills(options.results), task_report.load(options.results))
+    report.write_readme(options.readme, rows, report.load_prefills(options.results))
+    task_tables.write_page(task_tables.load(options.results))
     (options.results / report.ALL_ROWS).write_text(report.every_row(rows))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
-    task_report.draw(options.results)
+    task_tables.draw(options.results)
     return 0
 
 

@@ -260,9 +260,21 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/calibration/thresholds.py",
-        "curves.error * weights[:, None, None]",
-        "curves.error",
+        "cost.flip(2).argmin(2)",
+        "cost.flip(2).argmax(2)",
         "test_calibration.py::test_no_other_choice_of_that_density_has_less_error",
+    ),
+    Defect(
+        "rr_flex/tasks/results.py",
+        '"chat", "device", "dtype")',
+        '"chat", "dtype")',
+        "test_tasks.py::test_a_run_resumes",
+    ),
+    Defect(
+        "rr_flex/cli/arguments.py",
+        "lambda value: 0 < value <= 1)",
+        "lambda value: True)",
+        "test_evaluation_cli.py::test_calibrate_checks_before_it_loads",
     ),
     Defect(
         "rr_flex/profiles/__init__.py",

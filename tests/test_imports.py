@@ -42,6 +42,7 @@ LINES = [
     ["rr_flex.evaluation", "rr_flex.tasks"],
     ["rr_flex.calibration"],
     ["rr_flex.view.plots", "rr_flex.view.notebook"],
+    ["rr_flex.plots", "rr_flex.notebook"],
     ["rr_flex.view.page"],
     ["rr_flex.cli"],
     ["rr_flex.__main__"],
