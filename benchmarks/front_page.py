@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study import study_tables
-from benchmarks.study.rules import BEST, FAST
+from benchmarks.study.study_tables import BEST, FAST, StudyFile, of_group
 from benchmarks.tables import Row, load, load_prefills, markdown_table, number, replace_between, timed
 from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
-from rr_flex.evaluation.summaries import StudyFile, of_group, summarise
+from rr_flex.evaluation.summaries import summarise
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
