@@ -36,17 +36,17 @@ AS_CALLED = "rr"  # label of a case without a setting
 BEST_TRITON = "rr key_stride=32 pool=both block_size=128x64 order=2 variance_weight=0.125 budget=threshold triton"
 BEST_FLASH = BEST_TRITON.replace(" block_size=128x64", "").replace("triton", "flash")
 CALLS = (
-    Call("`rr_attention(q, k, v)`", 8192, AS_CALLED),
-    Call("`rr_attention(q, k, v)`", 16384, AS_CALLED),
-    Call('`preset="best", block_size=128`, FLASH', 32768, BEST_FLASH, error=0.03),
-    Call('`preset="best"`, Triton', 131072, BEST_TRITON, error=0.03),
-    Call('`preset="best", block_size=128`, FLASH', 131072, BEST_FLASH, error=0.03),
+    Call("default settings", 8192, AS_CALLED),
+    Call("default settings", 16384, AS_CALLED),
+    Call("`best`, blocks of 128, FLASH", 32768, BEST_FLASH, error=0.03),
+    Call("`best`, Triton", 131072, BEST_TRITON, error=0.03),
+    Call("`best`, blocks of 128, FLASH", 131072, BEST_FLASH, error=0.03),
 )
 # What the accuracy table shows -> rule of the errors, rule of the predictions; None: there is none.
 RULES_SHOWN = {
-    '`preset="rr"`, as published': ("rr", "rr"),
-    '`preset="fast"`': (FAST, FAST),
-    '`preset="best"`': (BEST, BEST),
+    "`rr`, as published": ("rr", "rr"),
+    "`fast`": (FAST, FAST),
+    "`best`": (BEST, BEST),
     "`best`, calibrated for the model": (None, "best, calibrated"),
     "limit: the true mass": ("oracle mass 128×64", "oracle mass 128×64"),
     "for scale: dense in bfloat16": (None, "dense, bfloat16"),
@@ -74,7 +74,7 @@ def speed_table(rows: Sequence[Row], prefills: Sequence[Row]) -> str:
         next(row for row in whole if row["attention"] == name) for name in ("flash_attention_4", "rr_flex")
     )
     times = [f"{row['ms']:,.0f}" for row in (dense, sparse)]
-    shape = "**a whole model** in Llama-3.1-8B's shape, FLASH"
+    shape = "**whole model**, Llama-3.1-8B's shape"
     cells.append([shape, f"{WHOLE_LENGTH:,}", number(sparse["density"]), "–", *times, f"{sparse['speedup']:.1f} ×"])
     return "\n".join(markdown_table(heads, cells)) + "\n"
 
