@@ -144,6 +144,17 @@ def test_the_front_page_s_figures_are_the_files_(tmp_path):
     assert copy.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
 
 
+def test_a_speed_row_is_the_last_measured_and_one_that_is_missing_is_named():
+    call = front_page.CALLS[0]
+    rows = front_page.load(front_page.RESULTS)
+    found = front_page.row_of(call, rows)
+    later = found | {"date": "2999-01-01T00:00", "total_ms": 1.0}
+    assert front_page.row_of(call, [later, *rows]) is later
+    others = [row for row in rows if row["label"] != call.label]
+    with pytest.raises(SystemExit, match=r"must hold a row of NVIDIA H200 for Call\(what='default settings'"):
+        front_page.row_of(call, others)
+
+
 def test_every_page_of_a_room_is_named_on_the_front_page():
     linked = {(README.parent / target).resolve() for target, _ in LINK.findall(README.read_text(encoding="utf-8"))}
     assert set(ROOMS) <= linked
