@@ -106,21 +106,28 @@ def test_every_block_says_what_it_is(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_command_of_ours_parses(page):
+def test_every_command_of_ours_parses(page, capsys):
     """In blocks and in the text: the subcommand and its flags exist. `.ci/run` runs the installation itself."""
     from benchmarks.__main__ import parser as benchmarks_parser
 
     text = page.read_text(encoding="utf-8")
-    lines = [line for _, language, block in FENCE.findall(text) if language == "bash" for line in block.splitlines()]
+    blocks = [block.replace("\\\n", " ") for _, language, block in FENCE.findall(text) if language == "bash"]
+    lines = [line for block in blocks for line in block.splitlines()]
     for line in lines + re.findall(r"`((?:rr-flex|python -m benchmarks) [^`\n]+)`", text):
         for command in re.split(r"&&|\|", line.split("#")[0]):
             words = shlex.split(command)
-            if "--help" in words or "…" in command:
-                continue
-            if words[:1] == ["rr-flex"]:
-                make_parser().parse_args(words[1:])
-            if words[:3] == ["python", "-m", "benchmarks"]:
-                benchmarks_parser().parse_args(words[3:])
+            for program, parser in ((["rr-flex"], make_parser), (["python", "-m", "benchmarks"], benchmarks_parser)):
+                if words[: len(program)] == program and "…" not in command:
+                    assert exit_code(parser(), words[len(program) :]) == 0, command
+
+
+def exit_code(parser, words: list[str]) -> int:
+    """Of parsing; a command that is only named is asked for its help."""
+    try:
+        parser.parse_args(words if len(words) > 1 or words == ["demo"] else [*words, "--help"])
+    except SystemExit as left:
+        return left.code
+    return 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
