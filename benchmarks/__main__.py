@@ -21,7 +21,7 @@ from benchmarks.workloads import captured
 from rr_flex.evaluation.texts import KINDS, sample_text
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent / "README.md"  # the page of speed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     capturing.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     capturing.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .pt file")
 
-    reporting = commands.add_parser("report", help="write the README's table and draw time against length")
+    reporting = commands.add_parser("report", help="write the page's tables and draw time against length")
     reporting.set_defaults(command=write_report)
     reporting.add_argument("--results", type=Path, default=RESULTS)
     reporting.add_argument("--readme", type=Path, default=README)
