@@ -14,10 +14,10 @@ from torch import Tensor
 from benchmarks.environment import describe
 from benchmarks.timing import measure
 from benchmarks.workloads import structured
-from mask_mods import causal
 from rr_flex import RRConfig, select_blocks
 from rr_flex.estimate import estimate_mass
 from rr_flex.mass import row_share
+from rr_flex.request import make_request
 from rr_flex.runtime.compiling import compile_whole
 
 CONFIGS = {
@@ -35,9 +35,7 @@ CONFIGS = {
 
 
 def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Tensor:
-    mask = causal(torch.zeros((), dtype=torch.int64, device=q.device))
-    facts = {"mask_mod": mask, "Lq": q.shape[2], "Lk": k.shape[2], "scale": q.shape[3] ** -0.5, "head_offset": 0}
-    return estimate_mass(q, k, None, config, **facts)
+    return estimate_mass(q, k, make_request(q, k, config, {}))
 
 
 def time_length(L: int, device: torch.device, seconds: float) -> list[dict]:

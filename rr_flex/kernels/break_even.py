@@ -1,7 +1,7 @@
 """Dense or sparse, by work: what a call takes either way on a card whose costs were measured. Arithmetic only.
 
     dense  = max(host, call + block · visible blocks)
-    sparse = max(host, call + key · keys to pool + scored block · visible blocks + kept block · density · visible blocks)
+    sparse = max(host, call + key · keys to pool + (scored block + density · kept block) · visible blocks)
 
 A block is 128 × 128 tokens of one query head; other block sizes count by their area.
 """
