@@ -15,6 +15,7 @@ from benchmarks import tables as report
 from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
 from benchmarks.cases import BACKENDS, SUITES, Case
+from benchmarks.chunk_suite import SETTINGS
 from benchmarks.environment import describe
 from benchmarks.runner import Bench, run, with_length
 from benchmarks.timing import OutOfTime, Progress
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     serving.add_argument("--head-dim", type=int, default=128)
     serving.add_argument("--dtype", help="bfloat16 on CUDA, float32 on the CPU unless given")
     serving.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="on CUDA")
+    serving.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="of the chunks")
     serving.add_argument("--chunk-sizes", type=int, nargs="+", help="queries, longest first")
     serving.add_argument("--batches", type=int, nargs="+", help="of the cells")
     serving.add_argument("--densities", type=float, nargs="+", help="of the cells and of packed prompts")

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from benchmarks import stages
 from benchmarks.cases import COARSE_QUERIES, PUBLISHED
-from benchmarks.server import Row, Server, dense_kernel, state_class
+from benchmarks.server import Row, Server, dense_kernel
 from benchmarks.timing import measure, one_call, synchronize
 from benchmarks.workloads import Inputs
-from rr_flex import RRConfig, rr_attention, select_blocks
+from rr_flex import PrefillState, RRConfig, rr_attention, select_blocks
 
 CHUNKS = (16384, 8192, 2048, 512)
-DENSITIES = {"order 2, 16/8, threshold": (COARSE_QUERIES, 0.13), "τ": (PUBLISHED, 0.27)}
+# label -> (setting, density of one shot that its level is sought for)
+SETTINGS = {"order 2, 16/8, threshold": (COARSE_QUERIES, 0.13), "τ": (PUBLISHED, 0.27)}
 REPEATS = (2, 4)
 
 
@@ -39,14 +40,14 @@ def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
     for size in sizes:
         server.progress.step(f"{name}, chunks of {size}")
         dense[size] = timed(server, lambda _, size=size: in_chunks(attend, inputs, size))
-    states = (False, True) if state_class() is not None else (False,)
-    for label, (config, density) in DENSITIES.items():
+    for label in options.settings or SETTINGS:
+        config, density = SETTINGS[label]
         server.progress.step("level")
         config, density = at_density(inputs, config, density)
         for backend in server.backends:
             one_shot = None
             for size in sizes:
-                for state in states if size < length else (False,):
+                for state in (False, True) if size < length else (False,):
                     way = Way(config, backend, state)
                     server.progress.step(f"{label}, {backend}, chunks of {size}{', state' if state else ''}")
                     row = measure_way(server, inputs, way, size)
@@ -107,7 +108,7 @@ def in_chunks(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs
 def sparse_in_chunks(inputs: Inputs, way: Way, size: int) -> Tensor:
     settings = {"config": way.config, "backend": way.backend}
     if way.state:
-        settings["state"] = state_class()()
+        settings["state"] = PrefillState()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return rr_attention(q, k, v, q_offset=k.shape[2] - q.shape[2], **settings)

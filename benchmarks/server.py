@@ -92,13 +92,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
-def state_class() -> type | None:
-    """rr_flex.PrefillState, where the library has it."""
-    import rr_flex
-
-    return getattr(rr_flex, "PrefillState", None)
-
-
 def warm_up(call: Callable[[int], object], device: torch.device, times: int = 3) -> None:
     for _ in range(times):
         one_call(call, 0, device)
