@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.environment import describe
 from benchmarks.timing import measure
-from benchmarks.workloads import structured
+from benchmarks.workloads import Shape, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.estimate import estimate_mass
 from rr_flex.mass import row_share
@@ -40,7 +40,7 @@ def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Tensor:
 
 def time_length(L: int, device: torch.device, seconds: float) -> list[dict]:
     Hq, Hkv = 32, 8
-    q, k, _ = structured(L=L, Hq=Hq, Hkv=Hkv, D=128, dtype=torch.bfloat16, device=device, seed=0)
+    q, k, _ = structured(Shape(L, Hq, Hkv, 128), dtype=torch.bfloat16, device=device, seed=0)
     alone = compile_whole(estimate)
     rows = []
     for name, config in CONFIGS.items():

@@ -16,7 +16,7 @@ from benchmarks import dense_kernels as dense
 from benchmarks import rivals, stages
 from benchmarks.cases import Case
 from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, measure_in_turns, peak_bytes
-from benchmarks.workloads import Inputs, captured, structured
+from benchmarks.workloads import Inputs, Shape, captured, structured
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.attention import calls
 from rr_flex.kernels.choose import choose_kernel
@@ -111,9 +111,9 @@ class Bench:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             sets = max(1, min(sets, int(SHARE_OF_MEMORY * memory / size)))
-        shape = {"B": case.batch, "L": case.length, "Hq": case.heads, "Hkv": case.kv_heads, "D": case.head_dim}
+        shape = Shape(case.length, case.heads, case.kv_heads, case.head_dim, case.batch)
         return [
-            structured(**shape, dtype=dtype, device=self.device, seed=case.seed + 1000 * index) for index in range(sets)
+            structured(shape, dtype=dtype, device=self.device, seed=case.seed + 1000 * index) for index in range(sets)
         ]
 
     def time(self, call) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from benchmarks.dense_kernels import first_line
 from benchmarks.environment import describe
 from benchmarks.timing import OutOfTime, Progress, one_call, synchronize
-from benchmarks.workloads import Inputs, captured, structured
+from benchmarks.workloads import Inputs, Shape, captured, structured
 
 Row = dict[str, Any]
 HOST_CALLS = 15  # of which the median is taken
@@ -45,8 +45,8 @@ class Server:
         if self.file is not None:
             q, k, v = captured(self.file, self.device, self.dtype)
             return Inputs(*(x[:batch, :, :length] for x in (q, k, v)))
-        shape = {"B": batch, "L": length, "Hq": self.heads, "Hkv": self.kv_heads, "D": self.head_dim}
-        return structured(**shape, dtype=self.dtype, device=self.device, seed=self.seed)
+        shape = Shape(length, self.heads, self.kv_heads, self.head_dim, batch)
+        return structured(shape, dtype=self.dtype, device=self.device, seed=self.seed)
 
     @property
     def about(self) -> Row:
