@@ -133,8 +133,8 @@ def run_suites(options: argparse.Namespace) -> int:
         with server.progress.case(name):
             for row in kept_rows(suites[name](server, options), options.out / f"{name}.jsonl"):
                 found.append(row)
+                write_rows(options.out / f"{name}.jsonl", [row], about)
                 print(f"\n{server_tables.one_line(row)}", file=sys.stderr, flush=True)
-            write_rows(options.out / f"{name}.jsonl", [row for row in found if row["suite"] == name], about)
         release(device)
     print(server_tables.text(found))
     return 1 if any(row["failed"] for row in found) else 0
