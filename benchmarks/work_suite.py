@@ -34,7 +34,6 @@ def cells(server: Server, options: argparse.Namespace) -> list[tuple[int, int, i
 def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
     """A row a cell, density and backend: sparse, dense, and what the card's costs would have chosen."""
     name, attend = dense_kernel(server.device)
-    costs = costs_of(server)
     held: Inputs | None = None
     for batch, queries, keys in cells(server, options):
         if held is None or held.k.shape[:3:2] != (batch, keys):
@@ -54,6 +53,7 @@ def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
         for backend, density in product(server.backends, options.densities or DENSITIES):
             server.progress.step(f"{batch} × {queries} of {keys}, density {density}, {backend}")
             row = measure_cell(server, inputs, attend, (backend, density))
+            costs = costs_of(server, backend)
             decision = None if costs is None else decide(work, costs, density)
             chosen = {"chosen": None if decision is None else "sparse" if decision.sparse else "dense"}
             about = {"batch": batch, "queries": queries, "keys": keys, "backend": backend, "wanted_density": density}
@@ -83,13 +83,14 @@ def measure_cell(server: Server, inputs: Inputs, attend, way: tuple[str, float])
     }
 
 
-def costs_of(server: Server) -> Costs | None:
-    """The card's in tuned.json, if it has any for this head dim and dtype."""
+def costs_of(server: Server, backend: str) -> Costs | None:
+    """The card's in tuned.json, if it has any for this head dim, dtype and kernel."""
     card = "cpu"
     if server.device.type == "cuda":
         card = "{}.{}".format(*torch.cuda.get_device_capability(server.device))
     entry = TUNED.get(card, {}).get(str(server.head_dim), {})
-    return costs_from(entry.get(str(server.dtype).removeprefix("torch."), {}).get("costs"))
+    of_kernels = entry.get(str(server.dtype).removeprefix("torch."), {}).get("costs", {})
+    return costs_from(of_kernels.get("cpu" if backend == "auto" else backend))
 
 
 def fit(rows: list[Row]) -> Costs:
@@ -102,10 +103,12 @@ def fit(rows: list[Row]) -> Costs:
         for name in ("sparse_ms", "dense_ms", "density", "host_ms", "dense_host_ms")
     )
     host, dense_host = host.quantile(0.25).item(), dense_host.quantile(0.25).item()
+    row = torch.tensor([work.blocks_of_row for work in works], dtype=torch.float64) / 1e6
     one = torch.ones_like(blocks)
     # Where the host decides, a time says nothing of the device.
     on_device, dense_on_device = sparse > 1.3 * host, dense > 1.3 * dense_host
-    call, key, scored, kept = least_squares(torch.stack([one, pooled, blocks, density * blocks], 1), sparse, on_device)
+    columns = torch.stack([one, pooled, blocks, density * blocks, density * row], 1)
+    call, key, scored, kept, longest = least_squares(columns, sparse, on_device)
     dense_call, dense_block = least_squares(torch.stack([one, blocks], 1), dense, dense_on_device)
     return Costs(
         dense_host=dense_host,
@@ -116,6 +119,7 @@ def fit(rows: list[Row]) -> Costs:
         pooled_key=key,
         scored_block=scored,
         kept_block=kept,
+        row_block=longest,
     )
 
 

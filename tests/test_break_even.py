@@ -22,7 +22,7 @@ positive = st.floats(0.001, 20)
 some_costs = st.builds(
     Costs,
     **dict.fromkeys(("dense_host", "dense_call", "host", "call"), st.floats(0, 3)),
-    **dict.fromkeys(("dense_block", "pooled_key", "scored_block", "kept_block"), positive),
+    **dict.fromkeys(("dense_block", "pooled_key", "scored_block", "kept_block", "row_block"), positive),
 )
 some_work = st.builds(
     lambda batch, kv_heads, group, queries, before: Work(
@@ -67,13 +67,13 @@ def test_a_state_and_fewer_blocks_never_speak_for_dense(work, costs):
 def test_the_reason_says_both_times():
     work = Work(batch=1, heads=32, kv_heads=8, queries=16384, keys=16384, first_position=0)
     same = {"dense_host": 0.1, "dense_call": 0.0, "dense_block": 12.0, "host": 0.3}
-    costs = Costs(**same, call=0.1, pooled_key=2.0, scored_block=0.5, kept_block=14.0)
+    costs = Costs(**same, call=0.1, pooled_key=2.0, scored_block=0.5, kept_block=14.0, row_block=6000.0)
     blocks = 32 * 16384 * 16385 / 2 / 128**2
     assert work.visible_blocks == blocks and work.keys_to_pool == 8 * 16384
     assert dense_ms(work, costs) == pytest.approx(12e-6 * blocks)
-    assert sparse_ms(work, costs, 0.25) == pytest.approx(0.1 + 2e-6 * 8 * 16384 + 4e-6 * blocks)
+    assert sparse_ms(work, costs, 0.25) == pytest.approx(0.1 + 2e-6 * 8 * 16384 + 4e-6 * blocks + 0.25 * 6e-3 * 128)
     reason = decide(work, costs, 0.25).reason
-    assert "1 × 16,384 queries and 16,384 keys" in reason and "dense 3.15 ms" in reason and "sparse 1.41 ms" in reason
+    assert "1 × 16,384 queries and 16,384 keys" in reason and "dense 3.15 ms" in reason and "sparse 1.60 ms" in reason
     everyone = Work(batch=2, heads=4, kv_heads=4, queries=128, keys=256)
     assert everyone.visible_blocks == 2 * 4 * 2
 

@@ -47,12 +47,12 @@ def test_a_row_a_chunk_size_with_and_without_state(monkeypatch):
     assert {(256, 256, 0, True), (256, 512, 256, True), (512, 512, 0, False)} <= set(called)
     for row in rows:
         assert row["ms"] > 0 and row["dense_ms"] > 0 and row["from_one_shot"] < 1e-6 and row["failed"] is None
-        assert row["one_shot_ms"] == rows[0]["ms"] and abs(row["density"] - 0.27) < 0.4
+        assert row["one_shot_ms"] == rows[0]["ms"] and 0 < row["density"] <= 1
 
 
 def test_costs_are_found_again_from_times_that_they_explain():
     given = dict(dense_host=0.05, dense_call=0.02, dense_block=12.2, host=0.3, call=0.15)
-    costs = Costs(**given, pooled_key=2.4, scored_block=0.35, kept_block=13.9)
+    costs = Costs(**given, pooled_key=2.4, scored_block=0.35, kept_block=13.9, row_block=6000.0)
     rows = []
     for batch, queries, keys, density in product((1, 8), (512, 2048, 8192), (8192, 32768, 131072), (0.1, 0.3, 0.5)):
         row = {"batch": batch, "heads": 32, "kv_heads": 8, "queries": queries, "keys": keys, "density": density}

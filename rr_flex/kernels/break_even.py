@@ -1,9 +1,11 @@
 """Dense or sparse, by work: what a call takes either way on a card whose costs were measured. Arithmetic only.
 
     dense  = max(host, call + block · visible blocks)
-    sparse = max(host, call + key · keys to pool + (scored block + density · kept block) · visible blocks)
+    sparse = max(host, call + key · keys to pool + scored block · visible blocks
+                       + density · (kept block · visible blocks + row block · blocks of a row))
 
-A block is 128 × 128 tokens of one query head; other block sizes count by their area.
+A block is 128 × 128 tokens of one query head; other block sizes count by their area. The last term is the longest row
+that ends after all others: in a chunk of 512 queries, whose rows do not fill a card, most of the time.
 """
 
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ class Costs:
     pooled_key: float  # ns a key of one key head
     scored_block: float  # ns of estimating and deciding, a visible block
     kept_block: float  # ns of attending, a kept block
+    row_block: float  # ns at the end for the longest row, a block that a row keeps on average
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -64,6 +67,10 @@ class Work:
         return self.batch * self.heads * pairs / BLOCK**2
 
     @property
+    def blocks_of_row(self) -> float:
+        return self.keys / BLOCK
+
+    @property
     def keys_to_pool(self) -> int:
         """Over batch and key heads."""
         new = self.keys if self.pooled_keys is None else self.pooled_keys
@@ -93,8 +100,16 @@ def dense_ms(work: Work, costs: Costs) -> float:
 
 def sparse_ms(work: Work, costs: Costs, density: float) -> float:
     """At `density`, kept over visible blocks in [0, 1]."""
-    per_block = costs.scored_block + density * costs.kept_block
-    return max(costs.host, costs.call + (costs.pooled_key * work.keys_to_pool + per_block * work.visible_blocks) / 1e6)
+    return max(costs.host, _selection_ms(work, costs) + density * _attention_ms(work, costs))
+
+
+def _selection_ms(work: Work, costs: Costs) -> float:
+    return costs.call + (costs.pooled_key * work.keys_to_pool + costs.scored_block * work.visible_blocks) / 1e6
+
+
+def _attention_ms(work: Work, costs: Costs) -> float:
+    """At density 1."""
+    return (costs.kept_block * work.visible_blocks + costs.row_block * work.blocks_of_row) / 1e6
 
 
 def break_even_density(work: Work, costs: Costs) -> float:
@@ -102,9 +117,8 @@ def break_even_density(work: Work, costs: Costs) -> float:
     allowed = WORTH * dense_ms(work, costs)
     if costs.host >= allowed:
         return 0.0
-    before = costs.call + (costs.pooled_key * work.keys_to_pool + costs.scored_block * work.visible_blocks) / 1e6
-    kept = costs.kept_block * work.visible_blocks / 1e6
-    return min(1.0, max(0.0, (allowed - before) / kept)) if kept > 0 else float(before < allowed)
+    left, attention = allowed - _selection_ms(work, costs), _attention_ms(work, costs)
+    return min(1.0, max(0.0, left / attention)) if attention > 0 else float(left > 0)
 
 
 def decide(work: Work, costs: Costs, density: float = EXPECTED_DENSITY) -> Decision:
