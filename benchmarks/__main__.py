@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import server, server_tables, together
+from benchmarks import server_suites, server_tables, together
 from benchmarks import tables as report
 from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
-from benchmarks.cases import BACKENDS, SUITES, Case
-from benchmarks.chunk_suite import SETTINGS
+from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
 from benchmarks.runner import Bench, run, with_length
 from benchmarks.timing import OutOfTime, Progress
@@ -23,7 +22,7 @@ from benchmarks.workloads import captured
 from rr_flex.evaluation.texts import KINDS, sample_text
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent / "README.md"  # the page of speed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,24 +80,11 @@ def parser() -> argparse.ArgumentParser:
     capturing.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .pt file")
 
     serving = commands.add_parser("chunks", help="as a server prefills: prompts in chunks, cells of work, packed, host")
-    serving.set_defaults(command=server.run_suites)
-    serving.add_argument("--suites", nargs="+", choices=server_tables.SUITES, default=list(server_tables.SUITES))
-    serving.add_argument("--length", type=int, default=131072, help="tokens of the longest prompt [%(default)s]")
-    serving.add_argument("--heads", type=int, default=32)
-    serving.add_argument("--kv-heads", type=int, default=8)
-    serving.add_argument("--head-dim", type=int, default=128)
-    serving.add_argument("--dtype", help="bfloat16 on CUDA, float32 on the CPU unless given")
-    serving.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="on CUDA")
-    serving.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="of the chunks")
-    serving.add_argument("--chunk-sizes", type=int, nargs="+", help="queries, longest first")
-    serving.add_argument("--batches", type=int, nargs="+", help="of the cells")
-    serving.add_argument("--densities", type=float, nargs="+", help="of the cells and of packed prompts")
-    serving.add_argument("--prompts", type=int, help="packed into one call")
-    serving.add_argument("--captured", help="file of q, k, v from a real model in place of structured ones")
-    serving.add_argument("--seed", type=int, default=0)
+    serving.set_defaults(command=server_suites.run_suites)
+    server_suites.add_arguments(serving)
     common(serving)
 
-    reporting = commands.add_parser("report", help="write the README's table and draw time against length")
+    reporting = commands.add_parser("report", help="write the page's tables and draw time against length")
     reporting.set_defaults(command=write_report)
     reporting.add_argument("--results", type=Path, default=RESULTS)
     reporting.add_argument("--readme", type=Path, default=README)
@@ -207,6 +193,10 @@ def write_report(options: argparse.Namespace) -> int:
     (options.results / report.ALL_ROWS).write_text(report.every_row(rows))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
     task_report.draw(options.results)
+    server_rows = server_tables.load(options.results)
+    if server_rows:
+        server_tables.write_page(options.readme, server_rows)
+        server_tables.draw(server_rows, options.results / "chunks.png")
     return 0
 
 

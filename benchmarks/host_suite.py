@@ -60,4 +60,4 @@ def parts(call: Callable[[int], object], device: torch.device) -> Row:
         graph += ms * event.name.startswith(GRAPH)
         launch += ms * (event.name in LAUNCHES)
         launches += event.name in LAUNCHES
-    return {"guards_ms": guards, "graphs_ms": graph - launch, "launches_ms": launch, "launches": launches}
+    return {"guards_ms": guards, "graphs_ms": max(0.0, graph - launch), "launches_ms": launch, "launches": launches}

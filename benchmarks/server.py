@@ -1,11 +1,8 @@
-"""As a server prefills: `python -m benchmarks chunks`. Its suites: chunks, cells, packed, host; one JSON line a row."""
+"""What the suites of `python -m benchmarks chunks` share: the layer, dense attention, the host's clock."""
 
-import argparse
 import gc
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.dense_kernels import first_line
-from benchmarks.environment import describe
-from benchmarks.timing import OutOfTime, Progress, one_call, synchronize
+from benchmarks.timing import Progress, one_call, synchronize
 from benchmarks.workloads import Inputs, Shape, captured, structured
 
 Row = dict[str, Any]
 HOST_CALLS = 15  # of which the median is taken
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,56 +95,3 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def run_suites(options: argparse.Namespace) -> int:
-    from benchmarks import chunk_suite, host_suite, packed_suite, server_tables, work_suite
-
-    suites = {
-        "chunks": chunk_suite.rows,
-        "cells": work_suite.rows,
-        "packed": packed_suite.rows,
-        "host": host_suite.rows,
-    }
-    device = torch.device(options.device)
-    cuda = device.type == "cuda"
-    server = Server(
-        device=device,
-        dtype=getattr(torch, options.dtype or ("bfloat16" if cuda else "float32")),
-        heads=options.heads,
-        kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        length=options.length,
-        backends=tuple(options.backends) if cuda else ("auto",),
-        seconds=options.seconds,
-        seed=options.seed,
-        file=options.captured,
-        progress=Progress(len(options.suites), options.budget_seconds),
-    )
-    about = describe(device, options.commit)
-    found: list[Row] = []
-    for name in options.suites:
-        with server.progress.case(name):
-            for row in kept_rows(suites[name](server, options), options.out / f"{name}.jsonl"):
-                found.append(row)
-                write_rows(options.out / f"{name}.jsonl", [row], about)
-                print(f"\n{server_tables.one_line(row)}", file=sys.stderr, flush=True)
-        release(device)
-    print(server_tables.text(found))
-    return 1 if any(row["failed"] for row in found) else 0
-
-
-def kept_rows(rows: Iterator[Row], path: Path) -> Iterator[Row]:
-    """The rows of a suite until it is out of time; what stops it otherwise is a row of its own."""
-    try:
-        yield from rows
-    except OutOfTime as reason:
-        print(f"\nstopped: {reason}", file=sys.stderr)
-    except Exception as error:
-        yield {"suite": path.stem, "failed": f"{type(error).__name__}: {first_line(error)}"}
-
-
-def write_rows(path: Path, rows: list[Row], about: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        stream.writelines(json.dumps(row | about) + "\n" for row in rows)

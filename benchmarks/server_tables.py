@@ -5,14 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import markdown_table, number, replace_between
+
 Row = dict[str, Any]
 
 SUITES = ("chunks", "cells", "packed", "host")
 BEGIN, END = "<!-- chunks: begin -->", "<!-- chunks: end -->"
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    return "–" if value is None else format(value, form)
 
 
 def way(row: Row) -> str:
@@ -56,7 +54,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "host, ms": lambda row: number(row["host_ms"]),
         "whole call, ms": lambda row: number(row["ms"]),
         "guards": lambda row: number(row["guards_ms"]),
-        "graphs": lambda row: number(row["graphs_ms"]),
+        "graphs": lambda row: number(max(0.0, row["graphs_ms"])),
         "launches": lambda row: f"{number(row['launches_ms'])} ({row['launches']})",
     },
 }
@@ -106,11 +104,13 @@ def markdown(rows: list[Row]) -> str:
         for suite in SUITES:
             of_suite = [row for row in of_setting if row["suite"] == suite]
             if of_suite:
-                heads = COLUMNS[suite]
-                lines += [f"`{suite}`", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-                lines += ["| " + " | ".join(cells_of(row)) + " |" for row in of_suite]
-                lines += [""]
+                lines += [f"`{suite}`", "", *markdown_table(COLUMNS[suite], map(cells_of, of_suite)), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def write_page(page: Path, rows: list[Row]) -> None:
+    """Replaces what stands between the markers."""
+    page.write_text(replace_between(page.read_text(), BEGIN, END, markdown(rows), page))
 
 
 def setting_of(row: Row) -> str:

@@ -20,6 +20,7 @@ BATCHES = (1, 8)
 DENSITIES = (0.1, 0.25, 0.5)
 CPU_LENGTHS = (1024, 2048, 4096, 8192, 16384)  # queries and keys, one batch
 REPEATS = (3, 15)
+LEAST_CELLS = 8  # that costs are sought for
 
 
 def cells(server: Server, options: argparse.Namespace) -> list[tuple[int, int, int]]:
@@ -78,9 +79,14 @@ def measure_cell(server: Server, inputs: Inputs, attend, way: tuple[str, float])
         "density": select_blocks(q, k, config=config).density.item(),
         "sparse_ms": sparse_time.median,
         "dense_ms": dense_time.median,
-        "host_ms": median_host_ms(sparse, server.device),
-        "dense_host_ms": median_host_ms(dense, server.device),
+        "host_ms": host_ms(sparse, server.device),
+        "dense_host_ms": host_ms(dense, server.device),
     }
+
+
+def host_ms(call, device: torch.device) -> float:
+    """0 on a CPU, where no device waits for the host."""
+    return median_host_ms(call, device) if device.type == "cuda" else 0.0
 
 
 def costs_of(server: Server, backend: str) -> Costs | None:
@@ -144,6 +150,12 @@ def work_of(row: Row) -> Work:
     return Work(**{name: row[name] for name in names}, first_position=row["keys"] - row["queries"])
 
 
-def as_entry(costs: Costs) -> dict[str, float]:
-    """For tuned.json."""
-    return {name: round(value, 5) for name, value in asdict(costs).items()}
+def costs_found(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Backend -> costs that explain its cells, as tuned.json has them; none from fewer than LEAST_CELLS."""
+    cells = [row for row in rows if row["suite"] == "cells" and not row["failed"]]
+    of_backend = {name: [row for row in cells if row["backend"] == name] for name in {row["backend"] for row in cells}}
+    return {
+        name: {field: round(value, 5) for field, value in asdict(fit(of_one)).items()}
+        for name, of_one in of_backend.items()
+        if len(of_one) >= LEAST_CELLS
+    }

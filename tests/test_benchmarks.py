@@ -256,7 +256,7 @@ def test_report_puts_table_and_picture(tmp_path):
         program.main(arguments)
 
 
-def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(tmp_path):
+def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_on_the_page(tmp_path):
     chief = FIXTURE | {"label": f"{report.CHIEF} triton", "backend": "triton"}
     ways = [chief, chief | {"in_turns": True}, chief | {"in_turns": True, "rest_s": 0.25, "total_ms": 77.7}]
     others = [FIXTURE | {"case": f"64K {i}", "length": 65536, "density": i / 10} for i in range(9)]
@@ -265,7 +265,7 @@ def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(t
     assert [report.timed(row) for row in rows[-3:]] == ["alone", "in turns", "rested"]
     shown = report.markdown(rows)
     assert shown.count("| alone |") == shown.count("| rested |") == 1 and "in turns" not in shown
-    assert f"10 other rows of this card: [all rows](benchmarks/results/{report.ALL_ROWS})" in shown
+    assert f"10 other rows of this card: [all rows](results/{report.ALL_ROWS})" in shown
     every = report.every_row(rows)
     assert [every.count(f"| {way} |") for way in ("alone", "in turns", "rested")] == [10, 1, 1]
     few = report.markdown(rows[-9:])

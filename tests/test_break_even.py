@@ -17,6 +17,7 @@ from rr_flex.kernels.break_even import (
     sparse_ms,
     visible_pairs,
 )
+from rr_flex.kernels.options import TUNED
 
 positive = st.floats(0.001, 20)
 some_costs = st.builds(
@@ -89,3 +90,25 @@ def test_bad_values_are_named():
         Work(batch=1, heads=1, kv_heads=1, queries=1, keys=5, pooled_keys=6)
     with pytest.raises(ValueError, match=r"density must lie in \[0, 1\], got 2"):
         decide(Work(batch=1, heads=1, kv_heads=1, queries=1, keys=5), Costs(**entry), 2)
+
+
+def test_the_table_holds_costs_that_a_decision_can_go_by():
+    """As measured: a chunk of 512 queries costs more sparse than dense, 32,768 tokens at once half; a CPU gains from
+    2,048 tokens on at density .25, and never at density 1."""
+    entries = [
+        (card, costs_from(costs))
+        for card, head_dims in TUNED.items()
+        for dtypes in head_dims.values()
+        for entry in dtypes.values()
+        for costs in entry.get("costs", {}).values()
+    ]
+    assert {card for card, _ in entries} == {"9.0", "cpu"}
+    for card, costs in entries:
+        shape = {"batch": 1, "heads": 32 if card == "9.0" else 8, "kv_heads": 8 if card == "9.0" else 2}
+        at_once = Work(**shape, queries=32768, keys=32768, first_position=0)
+        assert decide(at_once, costs, 0.4).sparse and not decide(at_once, costs, 1.0).sparse
+        assert not decide(Work(**shape, queries=1024, keys=1024, first_position=0), costs).sparse
+        if card == "9.0":
+            assert not decide(Work(**shape, queries=512, keys=131072, first_position=130560), costs, 0.25).sparse
+        else:
+            assert decide(Work(**shape, queries=2048, keys=2048, first_position=0), costs, 0.25).sparse

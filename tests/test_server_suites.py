@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import chunk_suite, server_tables, work_suite
-from benchmarks.server import Server, sdpa, write_rows
+from benchmarks.server import Server, sdpa
+from benchmarks.server_suites import write_rows
 from benchmarks.timing import Progress
 from rr_flex.kernels.break_even import Costs, Work, dense_ms, sparse_ms
 
