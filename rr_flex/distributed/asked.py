@@ -1,0 +1,108 @@
+"""What a call asks of every rank, as one record, checked on all ranks before any of them waits for another."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mask_mods import bidirectional, both, causal
+from mask_mods.spans import MaskMod
+from rr_flex.checks import DTYPES, check_call, check_differentiable, check_queries_and_keys, check_values
+from rr_flex.config import LEVELS, RRConfig
+from rr_flex.distributed.shards import HEADS, Account, Shards, fingerprint
+from rr_flex.kernels.choose import Backend
+
+Fetch = Literal["auto", "kept", "all"]
+OPTIONAL = {"sinks", "backend", "fetch", "softcap", "mask_mod"}  # options that not every way has
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asked:
+    """The options of `rr_attention`, for the whole sequence and all its heads.
+
+    `mask_mod` is asked by positions: its query i is token i of the sequence, whoever holds it.
+    """
+
+    config: RRConfig = field(default_factory=RRConfig)  # tau or threshold by head: of all heads
+    mask_mod: MaskMod | None = None
+    causal: bool = True
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # logits of this rank's heads; heads and Ulysses only
+    backend: Backend = "auto"  # heads and Ulysses only
+    fetch: Fetch = "auto"  # context parallel only
+    account: Account = field(default_factory=Account)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "Asked":
+        """From a call's keywords: fields of this record, and of RRConfig."""
+        names = [each.name for each in fields(cls)]
+        own = {name: value for name, value in options.items() if name in names and value is not None}
+        settings = {name: value for name, value in options.items() if name not in names}
+        config = own.pop("config", RRConfig())
+        if not isinstance(config, RRConfig):
+            raise TypeError(f"config must be an RRConfig, got {type(config).__name__}")
+        return cls(config=config.with_settings(settings), **own)
+
+    @property
+    def mask(self) -> MaskMod:
+        """The one mask that holds, by positions."""
+        if self.mask_mod is None:
+            return causal() if self.causal else bidirectional()
+        return both(causal(), self.mask_mod) if self.causal else self.mask_mod
+
+    def config_of(self, shards: Shards, Hq: int) -> RRConfig:
+        """The settings for this rank's `Hq` heads: its part of levels by head."""
+        name = LEVELS[self.config.budget]
+        level = getattr(self.config, name)
+        if isinstance(level, float | int):
+            return self.config
+        if len(level) != Hq * shards.ranks(HEADS):
+            raise ValueError(f"{name} must be one number or one a head of all ranks, got {len(level)}")
+        first = shards.rank(HEADS) * Hq
+        return self.config.with_settings({name: level[first : first + Hq]})
+
+
+def check_asked(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, Any], takes: set[str]) -> Asked:
+    """The record of the call, the same on every rank; an error of one rank is raised on all of them.
+
+    `takes`: which of OPTIONAL's options this way has.
+    """
+    failed, facts = None, dict.fromkeys(("batch", "heads", "key heads", "D", "dtype", "layout", "settings"), 0)
+    asked = None
+    try:
+        if refused := sorted(set(options) & (OPTIONAL - takes)):
+            raise TypeError(f"options must be those of this way, got {', '.join(refused)}")
+        asked = _check(q, k, v, shards, options)
+        shapes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], DTYPES.index(q.dtype))
+        asks = (asked.config, asked.causal, asked.scale, asked.softcap, asked.mask_mod is None)
+        facts = dict(zip(facts, (*shapes, fingerprint(shards.layout), fingerprint(asks)), strict=True))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        failed = error
+    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
+    shards.agree(facts, failed, device)
+    return asked
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, Any]) -> Asked:
+    asked = Asked.of(options)
+    if asked.fetch not in get_args(Fetch):
+        raise ValueError(f"fetch must be one of {', '.join(get_args(Fetch))}, got {asked.fetch!r}")
+    check_queries_and_keys(q, k)
+    check_values(q, k, v)
+    check_differentiable(q, k, v)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise NotImplementedError("q, k and v must not require grad across ranks, got requires_grad=True")
+    call = {"mask_mod": asked.mask_mod, "scale": asked.scale, "softcap": asked.softcap}
+    check_call(q, k, config=asked.config, **call, q_offset=None, head_offset=0)
+    if shards.layout is not None:
+        lengths = shards.layout.queries_on(shards.place), shards.layout.keys_on(shards.place)
+        if (q.shape[2], k.shape[2]) != lengths:
+            raise ValueError(f"q and k must hold this rank's {lengths} tokens, got {(q.shape[2], k.shape[2])}")
+    if asked.config.budget == "density":
+        raise NotImplementedError(
+            "budget must be 'top_tau' or 'threshold' across ranks, got 'density', which weighs all heads and rows"
+            " against each other; calibrate a threshold for it"
+        )
+    return asked
