@@ -102,7 +102,9 @@ def rows_of(shards, config):
 
 def check_context(whole, shards, heads, name):
     layout, me = shards.layout, shards.place
-    local = [layout.take(x[:, part], me).contiguous() for x, part in zip((whole.q, whole.k, whole.v), heads, strict=True)]
+    local = [
+        layout.take(x[:, part], me).contiguous() for x, part in zip((whole.q, whole.k, whole.v), heads, strict=True)
+    ]
     exact = layout.take(whole.out[:, heads[0]], me)
     asked = check_asked(*local, shards, dict(whole.options), {"softcap", "mask_mod"})
     prepared = prepare(*local, shards, asked)
@@ -145,6 +147,7 @@ def main(names: list[str]) -> None:
     torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore")
     import rr_flex.distributed.heads as of_heads
+
     of_heads.rr_attention = eager_rr  # TEMPORARY
     skewed = balanced([1.0] * 3 + [6.0] * 9, SHAPE.Lk, ranks)
     layouts = {"zigzag": zigzag(SHAPE.Lk, ranks), "contiguous": contiguous(SHAPE.Lk, ranks), "balanced": skewed}
@@ -156,7 +159,9 @@ def main(names: list[str]) -> None:
         local = [shards.layout.take(x, shards.place) for x in (whole.q, whole.k, whole.v)]
         same(ulysses(*local, shards, **whole.options), shards.layout.take(whole.out, shards.place), f"{name} ulysses")
         if dist.get_rank() == 0:
-            print(f"{name}: {arrangement}, density {whole.selection.density:.3f}, moved {moved}, kept {kept}", flush=True)
+            print(
+                f"{name}: {arrangement}, density {whole.selection.density:.3f}, moved {moved}, kept {kept}", flush=True
+            )
     if "per head" in names:
         check_chunks(Shards(mesh, layouts["zigzag"]), zigzag(768, ranks))
         check_meshes(ranks)

@@ -4,10 +4,10 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.cli import calibrate, completion, demo, doctor, evaluate, report, tasks, tune
+from rr_flex.cli import calibrate, completion, demo, doctor, evaluate, plan, report, tasks, tune
 from rr_flex.cli.arguments import INTERRUPTED
 
-COMMANDS = (demo, evaluate, calibrate, tasks, report, tune, doctor, completion)
+COMMANDS = (demo, evaluate, calibrate, tasks, report, tune, plan, doctor, completion)
 
 EPILOG = """\
 start here:

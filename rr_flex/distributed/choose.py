@@ -3,14 +3,14 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from mask_mods import block_visibility
 from mask_mods.spans import Index, MaskMod
 from rr_flex.config import RRConfig
-from rr_flex.distributed.layout import Piece
+from rr_flex.distributed.layout import Layout
 from rr_flex.geometry import ceil_div
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.mass import block_mass
@@ -28,12 +28,20 @@ class Logits(NamedTuple):
     softcap: Tensor | float | None = None
 
 
+class QueryPiece(NamedTuple):
+    """A run of a rank's queries, whole block rows."""
+
+    length: int
+    start: Int[Tensor, ""]  # position of its first query
+    mandatory: RRConfig  # which of its blocks are kept whatever the estimate says
+
+
 class Rows(NamedTuple):
     """The queries of one rank and strip of heads: pieces one after the other, each of whole block rows."""
 
     q: Float[Tensor, "B Hq n D"]
     mask_mod: MaskMod  # of query indices into q
-    pieces: tuple[Piece, ...]
+    pieces: tuple[QueryPiece, ...]
     config: RRConfig
     level: Float[Tensor, " Hq"]
     head_offset: Index
@@ -77,7 +85,7 @@ def choose(rows: Rows, keys: Keys, logits: Logits, dense: bool) -> Chosen:
     if dense:
         return Chosen(visible.expand(B, Hq, -1, -1), visible, whole)
     mass = estimate(rows, keys, logits)
-    mandatory = _mandatory(rows, visible, keys.count, config.block_sizes[0])
+    mandatory = _mandatory(rows, visible)
     if config.budget == "threshold":
         kept = select_threshold(mass, rows.level[:, None], visible, mandatory)
     else:
@@ -114,18 +122,31 @@ def estimate(rows: Rows, keys: Keys, logits: Logits) -> Float[Tensor, "B Hq nQ n
     return estimates[0] if len(estimates) == 1 else (row_share(estimates[0]) + row_share(estimates[1])) / 2
 
 
-def _mandatory(rows: Rows, visible: Bool[Tensor, "b h nQ nK"], keys: int, q_block: int) -> Bool[Tensor, "b h nQ nK"]:
-    """Of each piece by itself; the dense last rows are the whole sequence's."""
+def _mandatory(rows: Rows, visible: Bool[Tensor, "b h nQ nK"]) -> Bool[Tensor, "b h nQ nK"]:
     parts, row = [], 0
-    for _, start, stop in rows.pieces:
-        count = ceil_div(stop - start, q_block)
-        first_dense = ceil_div(keys, q_block) - rows.config.dense_last_rows - start // q_block
-        config = rows.config.with_settings({"dense_last_rows": max(0, count - max(0, first_dense))})
-        offset = torch.full((), start, dtype=torch.int64, device=visible.device)
-        where = {"Lq": stop - start, "q_offset": offset, "valid_keys": rows.valid_keys}
-        parts.append(mandatory_blocks(visible[:, :, row : row + count], config, **where))
+    for piece in rows.pieces:
+        count = ceil_div(piece.length, piece.mandatory.block_sizes[0])
+        own = visible[:, :, row : row + count]
+        where = {"Lq": piece.length, "q_offset": piece.start, "valid_keys": rows.valid_keys}
+        parts.append(mandatory_blocks(own, piece.mandatory, **where))
         row += count
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def query_pieces(layout: Layout, rank: int, config: RRConfig, device: torch.device) -> tuple[QueryPiece, ...]:
+    """The rank's pieces of queries; the dense last rows are those of the whole sequence, wherever they lie."""
+    q_block = config.block_sizes[0]
+    rows = ceil_div(layout.tokens, q_block)
+    pieces = []
+    for _, start, stop in layout.queries_of(rank):
+        first_dense = max(0, rows - config.dense_last_rows - start // q_block)
+        dense = max(0, ceil_div(stop - start, q_block) - first_dense)
+        # Without the budget's level: other levels are the same graph.
+        names = {name: getattr(config, name) for name in ("block_size", "sink_blocks", "local_blocks")}
+        offset = torch.full((), start, dtype=torch.int64, device=device)
+        strides = dict(zip(("query_stride", "key_stride"), config.strides, strict=True))
+        pieces.append(QueryPiece(stop - start, offset, RRConfig(**names, **strides, dense_last_rows=dense)))
+    return tuple(pieces)
 
 
 def wanted_blocks(kept: Bool[Tensor, "B Hq nQ nK"], Hkv: int) -> Bool[Tensor, "B Hkv nK"]:

@@ -20,7 +20,17 @@ from rr_flex.attention import shortest_sparse
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked
 from rr_flex.distributed.attend import Seen, attend
-from rr_flex.distributed.choose import Chosen, Keys, Logits, Rows, choose_on, cut_at_the_end, needs_every_key, pool_on
+from rr_flex.distributed.choose import (
+    Chosen,
+    Keys,
+    Logits,
+    Rows,
+    choose_on,
+    cut_at_the_end,
+    needs_every_key,
+    pool_on,
+    query_pieces,
+)
 from rr_flex.distributed.fetch import Deliveries
 from rr_flex.distributed.masks import at_positions
 from rr_flex.distributed.shards import HEADS, Shards
@@ -119,7 +129,7 @@ def choose_blocks(local: Local) -> tuple[list[Chosen], list[Tensor] | None]:
     """The blocks of each strip, and each strip's keys of all ranks if choosing took them, in whole key blocks."""
     q, config, shards, device = local.q, local.config, local.shards, local.q.device
     level = config.level_per_head(q.shape[1], device)
-    pieces = tuple(shards.layout.queries_of(shards.place))
+    pieces = query_pieces(shards.layout, shards.place, config, device)
     keys = _pooled_keys(local) if not local.dense and not needs_every_key(config) else None
     gathering = _gather_keys(local) if not local.dense and needs_every_key(config) else None
     chosen, all_keys = [], []

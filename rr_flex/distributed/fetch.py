@@ -29,7 +29,10 @@ class Deliveries:
         self.counts = None
         if local.asked.fetch != "all":
             self.owners = Owners(layout, self.size, local.k.device)
-            wanted = [wanted_blocks(one.kept, keys.stop - keys.start) for one, (_, keys) in zip(chosen, local.strips, strict=True)]
+            wanted = [
+                wanted_blocks(one.kept, keys.stop - keys.start)
+                for one, (_, keys) in zip(chosen, local.strips, strict=True)
+            ]
             self.wanted, moved = gather_wanted(torch.cat(wanted, 1), local.shards)
             self.account.selecting += moved
             self.counts = self.owners.counts(self.wanted, [keys for _, keys in local.strips])

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mask_mods import SpanMask, from_head
+from mask_mods import SpanMask
 from mask_mods.spans import MaskMod
 
 
@@ -15,6 +15,7 @@ def at_positions(mask_mod: MaskMod, position: Int[Tensor, " n"], sizes: tuple[in
     same graph with other numbers.
     """
     B, Hq, Lk = sizes
+    mask_mod = mask_mod.placed(0) if hasattr(mask_mod, "placed") else mask_mod  # query i of it is token i
     device = position.device
     if not isinstance(mask_mod, SpanMask):
         last_key = torch.full((), Lk - 1, dtype=torch.int64, device=device)
@@ -43,8 +44,3 @@ def _written_out(ends: list[Tensor], mask_mod: SpanMask) -> SpanMask:
         return tuple((first[at], last[at]) for first, last in zip(ends[::2], ends[1::2], strict=True))
 
     return SpanMask(spans, mask_mod.keys, label=lambda: f"at_positions({mask_mod!r})")
-
-
-def of_strip(mask_mod: MaskMod, first_head: int, device: torch.device) -> MaskMod:
-    """`mask_mod` for a strip of heads that begins at `first_head`."""
-    return from_head(mask_mod, torch.full((), first_head, dtype=torch.int64, device=device)) if first_head else mask_mod

@@ -113,7 +113,8 @@ def fetch_blocks(
 ) -> Flight:
     """The key blocks that this rank wants of all ranks' tokens, by position: each [B, Hkv, nK · size, E].
 
-    Blocks that nobody here wants are zeros: eager flex_attention multiplies them by 0. `counts`: blocks by [wanting rank][owner].
+    Blocks that nobody here wants are zeros: eager flex_attention multiplies them by 0. `counts`: blocks by [wanting
+    rank][owner].
     """
     me, size = shards.place, owners.size
     B, Hkv, n, _ = tensors[0].shape
