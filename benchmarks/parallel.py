@@ -25,7 +25,8 @@ from benchmarks.workloads import structured
 from rr_flex import RRConfig, rr_attention
 from rr_flex.distributed import Account, Shards, context_parallel, head_parallel, make_mesh, ring, ulysses, zigzag
 from rr_flex.distributed.asked import check_asked
-from rr_flex.distributed.attend import Seen, attend
+from rr_flex.distributed.attend import attend
+from rr_flex.distributed.choose import for_strip
 from rr_flex.distributed.context import Local, choose_blocks, last_rows_here, prepare
 from rr_flex.distributed.fetch import Deliveries
 from rr_flex.kernels.dense import dense_attention
@@ -195,8 +196,9 @@ def stages(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
     local = prompt.local(config, fetch="all")
     heads = local.strips[0][0]
     keys, values = Deliveries(local, chosen, all_keys).start(0)()
-    seen = Seen(chosen[0], local.mask(heads), config.block_sizes, last_rows_here(local))
-    _, times = run.time(lambda: attend(local.q[:, heads], keys, values, seen, local.logits))
+    request = for_strip(local.request, heads, chosen[0].mask_mod)
+    request = replace(request, rows_apart=last_rows_here(local))
+    _, times = run.time(lambda: attend(local.q[:, heads], keys, values, chosen[0], request))
     found["attend_strip_ms"] = statistics.median(times)
     return found | {"way": "stages", "strips": len(local.strips)}
 

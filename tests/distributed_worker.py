@@ -13,17 +13,25 @@ import torch.distributed as dist
 from cases import Shape, eager_flex, tensors
 from torch.distributed.device_mesh import init_device_mesh
 
-from mask_mods import both, document, padding, sliding_window
+from mask_mods import document, padding, sliding_window
 from rr_flex import RRConfig, select_blocks
-from rr_flex.distributed import Account, Shards, balanced, context_parallel, contiguous, head_parallel, make_mesh
-from rr_flex.distributed import ulysses, zigzag
+from rr_flex.distributed import (
+    Account,
+    Shards,
+    balanced,
+    context_parallel,
+    contiguous,
+    head_parallel,
+    make_mesh,
+    ulysses,
+    zigzag,
+)
 from rr_flex.distributed.asked import check_asked
 from rr_flex.distributed.context import choose_blocks, prepare
 
-SHAPE = Shape(2, 8, 4, 1500, 1500, 16)
+SHAPE = Shape(2, 4, 2, 1100, 1100, 16)  # 9 block rows, the last short: fewer key heads than ranks
 TOLERANCE = 1e-5
-FREE = {"sink_blocks": 1, "local_blocks": 1}
-HEAD_TAUS = tuple(0.15 + 0.06 * head for head in range(SHAPE.Hq))
+HEAD_TAUS = tuple(0.15 + 0.12 * head for head in range(SHAPE.Hq))
 
 
 def masks():
@@ -32,8 +40,9 @@ def masks():
     return {
         "causal": None,
         "document": document(ids),
-        "window": sliding_window(500),
-        "padding": padding(torch.tensor([1500, 1201]), side="left", total=SHAPE.Lk),
+        "window": sliding_window(300),
+        "left": padding(torch.tensor([1100, 801]), side="left", total=SHAPE.Lk),
+        "right": padding(torch.tensor([1100, 801])),
         "function": lambda b, h, q_idx, kv_idx: (kv_idx % 300 != 7 + h) | (q_idx == kv_idx),
     }
 
@@ -45,7 +54,8 @@ CASES = {
     "softcap": {"config": RRConfig(tau=0.5, dense_last_rows=2, local_blocks=2), "softcap": 5.0, "scale": 0.2},
     "document": {"config": RRConfig(tau=0.5, mandatory="add"), "mask": "document"},
     "window": {"config": RRConfig(tau=0.4, block_size=64), "mask": "window"},
-    "padding": {"config": RRConfig(tau=0.6, stride=16), "mask": "padding"},
+    "left padding": {"config": RRConfig(tau=0.5, stride=16), "mask": "left"},
+    "right padding": {"config": RRConfig(tau=0.5, order=2), "mask": "right"},
     "function": {"config": RRConfig(tau=0.6), "mask": "function"},
     "dense": {"config": RRConfig(tau=0.3, min_length=4000)},
     "not causal": {"config": RRConfig(tau=0.3), "causal": False},
@@ -81,13 +91,6 @@ def attention(q, k, v, selection, logits):
     return flex_attention(q, k, v, block_mask=selection.block_mask, **settings)
 
 
-def eager_rr(q, k, v, *, config, sinks, backend, **options):
-    if options["mask_mod" if "mask_mod" in options else "causal"] is None:
-        pass
-    selection = select_blocks(q, k, config=config, **options)
-    return attention(q, k, v, selection, {n: options.get(n) for n in ("scale", "softcap")})
-
-
 def same(found, exact, name):
     error = (found - exact).abs().max().item()
     assert error <= TOLERANCE, f"{name}: {error}"
@@ -113,14 +116,14 @@ def check_context(whole, shards, heads, name):
     expected = whole.selection.kept[:, heads[0]][:, :, rows_of(shards, whole.config)]
     assert torch.equal(kept, expected), f"{name}: {(kept != expected).sum()} blocks differ"
     moved = {}
-    for fetch in ("kept", "all", "auto"):
+    for fetch in ("kept", "all", "auto") if name.startswith("window") else ("kept", "auto"):
         account = Account()
         out = context_parallel(*local, shards, fetch=fetch, account=account, **whole.options)
         same(out, exact, f"{name} {fetch}")
         moved[fetch] = account.fetched
-        assert account.ways.count("kept") == (len(account.ways) if fetch == "kept" else 0) or fetch == "auto"
-    assert account.all_gather > 0 and moved["all"] <= account.all_gather + 2 * layout.ranks * 128 * 16 * 64
-    return moved, int(sum(account.kept)), kept
+        assert set(account.ways) <= {fetch} or fetch == "auto"
+    assert moved["auto"] <= max(account.all_gather, moved["kept"])
+    return moved, int(sum(account.kept))
 
 
 def check_chunks(shards, layout):
@@ -146,16 +149,13 @@ def main(names: list[str]) -> None:
     everything = slice(0, SHAPE.Hq), slice(0, SHAPE.Hkv), slice(0, SHAPE.Hkv)
     torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore")
-    import rr_flex.distributed.heads as of_heads
-
-    of_heads.rr_attention = eager_rr  # TEMPORARY
-    skewed = balanced([1.0] * 3 + [6.0] * 9, SHAPE.Lk, ranks)
+    skewed = balanced([1.0] * 3 + [6.0] * 6, SHAPE.Lk, ranks)
     layouts = {"zigzag": zigzag(SHAPE.Lk, ranks), "contiguous": contiguous(SHAPE.Lk, ranks), "balanced": skewed}
     for number, name in enumerate(names):
         whole = Whole(CASES[name])
         arrangement = list(layouts)[number % 3]
         shards = Shards(mesh, layouts[arrangement])
-        moved, kept, _ = check_context(whole, shards, everything, f"{name} {arrangement}")
+        moved, kept = check_context(whole, shards, everything, f"{name} {arrangement}")
         local = [shards.layout.take(x, shards.place) for x in (whole.q, whole.k, whole.v)]
         same(ulysses(*local, shards, **whole.options), shards.layout.take(whole.out, shards.place), f"{name} ulysses")
         if dist.get_rank() == 0:
@@ -163,7 +163,7 @@ def main(names: list[str]) -> None:
                 f"{name}: {arrangement}, density {whole.selection.density:.3f}, moved {moved}, kept {kept}", flush=True
             )
     if "per head" in names:
-        check_chunks(Shards(mesh, layouts["zigzag"]), zigzag(768, ranks))
+        check_chunks(Shards(mesh, layouts["zigzag"]), zigzag(512, ranks))
         check_meshes(ranks)
     dist.barrier()
     dist.destroy_process_group()
@@ -179,7 +179,7 @@ def check_meshes(ranks: int) -> None:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("heads", "sequence"))
         shards = Shards(mesh, zigzag(SHAPE.Lk, 2))
         rank = shards.rank("heads")
-        heads = slice(rank * 4, rank * 4 + 4), *[slice(rank * 2, rank * 2 + 2)] * 2
+        heads = slice(rank * 2, rank * 2 + 2), slice(rank, rank + 1), slice(rank, rank + 1)
         check_context(whole, shards, heads, "2 × 2")
         local = [shards.layout.take(shards.heads(x), shards.place) for x in (whole.q, whole.k, whole.v)]
         exact = shards.layout.take(shards.heads(whole.out), shards.place)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mask_mods import bidirectional, both, causal
 from mask_mods.spans import MaskMod
-from rr_flex.checks import DTYPES, check_call, check_differentiable, check_queries_and_keys, check_values
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.checks import DTYPES, check_flag, check_numbers, check_queries_and_keys, check_values, gradient_wanted
+from rr_flex.config import RRConfig
 from rr_flex.distributed.shards import HEADS, Account, Shards, fingerprint
 from rr_flex.kernels.choose import Backend
 
@@ -40,10 +40,7 @@ class Asked:
         names = [each.name for each in fields(cls)]
         own = {name: value for name, value in options.items() if name in names and value is not None}
         settings = {name: value for name, value in options.items() if name not in names}
-        config = own.pop("config", RRConfig())
-        if not isinstance(config, RRConfig):
-            raise TypeError(f"config must be an RRConfig, got {type(config).__name__}")
-        return cls(config=config.with_settings(settings), **own)
+        return cls(config=RRConfig.resolve(own.pop("config", None), settings), **own)
 
     @property
     def mask(self) -> MaskMod:
@@ -54,14 +51,19 @@ class Asked:
 
     def config_of(self, shards: Shards, Hq: int) -> RRConfig:
         """The settings for this rank's `Hq` heads: its part of levels by head."""
-        name = LEVELS[self.config.budget]
-        level = getattr(self.config, name)
-        if isinstance(level, float | int):
-            return self.config
-        if len(level) != Hq * shards.ranks(HEADS):
-            raise ValueError(f"{name} must be one number or one a head of all ranks, got {len(level)}")
+        level, heads = self.config.level, Hq * shards.ranks(HEADS)
+        if not isinstance(level, float | int) and len(level) != heads:
+            raise ValueError(f"{self.config.level_field} must be one number or one a head ({heads}), got {len(level)}")
         first = shards.rank(HEADS) * Hq
-        return self.config.with_settings({name: level[first : first + Hq]})
+        return of_heads(self.config, slice(first, first + Hq))
+
+
+def of_heads(config: RRConfig, heads: slice) -> RRConfig:
+    """The settings for some heads: their part of levels by head."""
+    level = config.level
+    if isinstance(level, float | int):
+        return config
+    return config.with_settings({config.level_field: level[heads]})
 
 
 def check_asked(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, Any], takes: set[str]) -> Asked:
@@ -91,11 +93,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, A
         raise ValueError(f"fetch must be one of {', '.join(get_args(Fetch))}, got {asked.fetch!r}")
     check_queries_and_keys(q, k)
     check_values(q, k, v)
-    check_differentiable(q, k, v)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if gradient_wanted(q, k, v):
         raise NotImplementedError("q, k and v must not require grad across ranks, got requires_grad=True")
-    call = {"mask_mod": asked.mask_mod, "scale": asked.scale, "softcap": asked.softcap}
-    check_call(q, k, config=asked.config, **call, q_offset=None, head_offset=0)
+    check_flag("causal", asked.causal)
+    check_numbers(asked.scale, asked.softcap)
+    if asked.mask_mod is not None and not callable(asked.mask_mod):
+        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {asked.mask_mod!r}")
     if shards.layout is not None:
         lengths = shards.layout.queries_on(shards.place), shards.layout.keys_on(shards.place)
         if (q.shape[2], k.shape[2]) != lengths:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mask_mods import from_head
 from rr_flex.attention import rr_attention
-from rr_flex.config import LEVELS, RRConfig
-from rr_flex.distributed.asked import Asked, check_asked
+from rr_flex.config import RRConfig
+from rr_flex.distributed.asked import Asked, check_asked, of_heads
 from rr_flex.distributed.layout import Layout
 from rr_flex.distributed.masks import at_positions
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards
@@ -79,11 +79,7 @@ def ulysses(
         (ranks - 1) * layout.most_keys * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
     )
 
-    config = asked.config_of(shards, q.shape[1])
-    name = LEVELS[config.budget]
-    level = getattr(config, name)
-    if not isinstance(level, float | int):
-        config = config.with_settings({name: level[mine]})
+    config = of_heads(asked.config_of(shards, q.shape[1]), mine)
     asked = replace(asked, sinks=None if asked.sinks is None else asked.sinks[mine])
     first_head = shards.rank(HEADS) * q.shape[1] + mine.start
     out = _attend(*whole, asked, config, first_head)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -115,7 +115,11 @@ def contiguous(tokens: int, ranks: int) -> Layout:
 
 def zigzag(tokens: int, ranks: int) -> Layout:
     """Rank r has the r-th run of 2·ranks from the head and the r-th from the tail: even under a causal mask."""
-    return _layout(_edges(tokens, 2 * ranks), [*range(ranks), *reversed(range(ranks))], tokens, ranks)
+    own = [stop - start for start, stop in pairwise(_edges(tokens, ranks))]  # tokens, of which the head has the half
+    heads = [ceil_div(width, 2 * BLOCK) * BLOCK for width in own]
+    tails = [width - head for width, head in zip(own, heads, strict=True)]
+    edges = [0, *accumulate(heads + tails[::-1])]
+    return _layout(edges, [*range(ranks), *reversed(range(ranks))], tokens, ranks)
 
 
 def balanced(cost: Float[Tensor, " rows"] | Sequence[float], tokens: int, ranks: int) -> Layout:

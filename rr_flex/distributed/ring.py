@@ -3,6 +3,7 @@
 The least memory: two shards of keys and values besides the own. Each rank's kept blocks are split by their owner.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 
 from mask_mods.spans import MaskMod
 from rr_flex.distributed.asked import check_asked
-from rr_flex.distributed.attend import Seen, attend
-from rr_flex.distributed.choose import Chosen, needs_every_key
+from rr_flex.distributed.attend import attend
+from rr_flex.distributed.choose import Chosen, for_strip, needs_every_key
 from rr_flex.distributed.context import Local, choose_blocks, prepare
 from rr_flex.distributed.shards import SEQUENCE, Shards, answering
 from rr_flex.distributed.transfer import Owners
@@ -93,11 +94,12 @@ def _attend_shard(local: Local, chosen: list[Chosen], here: list[Tensor], column
     position[: len(own)] = own  # pieces begin at whole blocks, so only the last key block is short
     outs, sums = [], []
     for (heads, key_heads), one in zip(local.strips, chosen, strict=True):
-        kept, visible, whole = (F.pad(x.index_select(-1, columns), (0, blocks - len(columns))) for x in one)
-        seen = Seen(
-            Chosen(kept, visible, whole), at_keys(local.mask(heads), position), local.config.block_sizes, lse=True
-        )
-        out, lse = attend(local.q[:, heads], *(x[:, key_heads] for x in here), seen, local.logits)
+        pad = (0, blocks - len(columns))
+        kept, visible, whole = (F.pad(x.index_select(-1, columns), pad) for x in one[:3])
+        mask = at_keys(one.mask_mod, position)
+        seen = Chosen(kept, visible, whole, one.block_size, (local.q.shape[2], blocks * size), mask)
+        request = replace(for_strip(local.request, heads, mask), returns=("lse",))
+        out, lse, _ = attend(local.q[:, heads], *(x[:, key_heads] for x in here), seen, request)
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs, 1), torch.cat(sums, 1)
