@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,7 @@ from benchmarks.workloads import structured
 from rr_flex import RRConfig, rr_attention
 from rr_flex.distributed import Account, Shards, context_parallel, head_parallel, make_mesh, ring, ulysses, zigzag
 from rr_flex.distributed.asked import check_asked
-from rr_flex.distributed.attend import attend
-from rr_flex.distributed.choose import for_strip
-from rr_flex.distributed.context import Local, choose_blocks, last_rows_here, prepare
+from rr_flex.distributed.context import Local, attend_strip, choose_blocks, prepare
 from rr_flex.distributed.fetch import Deliveries
 from rr_flex.kernels.dense import dense_attention
 
@@ -36,7 +35,6 @@ RULES = {
     "coarse": RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold", min_length=0),
     "best": RRConfig.from_preset("best", min_length=0),
 }
-FETCHES = {"kept": "kept", "all": "all"}
 BISECTIONS = 8
 SAME_KERNEL = "triton"
 
@@ -47,7 +45,7 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = torch.device(options.device)
-        self.sequence = make_mesh(sequence=int(options.world), device=options.device, timeout=300)
+        self.sequence = make_mesh(sequence=int(options.world), device=options.device, timeout=120)
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -141,8 +139,13 @@ def ways(prompt: Prompt) -> dict[str, Callable[[RRConfig, Account], Tensor]]:
         own = [heads.heads(x).contiguous() for x in prompt.whole]
         found["heads"] = lambda c, a: head_parallel(*own, heads, config=c)
     found["ulysses"] = lambda c, a: ulysses(*prompt.part, prompt.shards, config=c, account=a)
-    for name, fetch in FETCHES.items():
-        found[name] = lambda c, a, f=fetch: context_parallel(*prompt.part, prompt.shards, fetch=f, config=c, account=a)
+    for fetch in ("kept", "all"):
+        for backend in ("auto", SAME_KERNEL) if run.device.type == "cuda" else ("auto",):
+            name = fetch if backend == "auto" else f"{fetch}, {backend}"
+            how = {"fetch": fetch, "backend": backend}
+            found[name] = lambda c, a, how=how: context_parallel(
+                *prompt.part, prompt.shards, config=c, account=a, **how
+            )
     if run.device.type == "cuda" and prompt.length <= run.options.most_ring:
         found["ring"] = lambda c, a: ring(*prompt.part, prompt.shards, config=c, account=a)
     if run.ranks >= 4 and prompt.whole is not None:
@@ -196,9 +199,7 @@ def stages(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
     local = prompt.local(config, fetch="all")
     heads = local.strips[0][0]
     keys, values = Deliveries(local, chosen, all_keys).start(0)()
-    request = for_strip(local.request, heads, chosen[0].mask_mod)
-    request = replace(request, rows_apart=last_rows_here(local))
-    _, times = run.time(lambda: attend(local.q[:, heads], keys, values, chosen[0], request))
+    _, times = run.time(lambda: attend_strip(local, heads, (keys, values), chosen[0]))
     found["attend_strip_ms"] = statistics.median(times)
     return found | {"way": "stages", "strips": len(local.strips)}
 
@@ -218,9 +219,10 @@ def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
+    torch._dynamo.config.automatic_dynamic_shapes = False  # a graph of its own for every shape
     run = Run(parser().parse_args(arguments))
     for length in run.options.lengths:
-        torch._dynamo.reset()  # a graph of its own for every length
+        torch._dynamo.reset()
         prompt = Prompt(run, length)
         shape = dict(zip(("heads", "kv_heads", "head_dim"), prompt.shape, strict=True))
         shape |= {"length": length, "dtype": run.options.dtype, "rule": run.options.rule}
@@ -248,11 +250,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def attempt(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[str, Any]:
-    """The row, or what stopped it; memory may run out on all ranks alike."""
+    """The row, or what stopped it, on all ranks alike: memory that runs out, a kernel that is not installed."""
     try:
         return measure(prompt, name, way, config)
-    except (torch.OutOfMemoryError, ImportError) as error:
-        return {"way": name, "stopped": str(error).splitlines()[0][:200]}
+    except Exception as error:
+        traceback.print_exc()
+        first_line = (str(error).strip().splitlines() or [""])[0][:200]
+        return {"way": name, "stopped": f"{type(error).__name__}: {first_line}"}
 
 
 def exact_part(prompt: Prompt, config: RRConfig) -> Tensor | None:

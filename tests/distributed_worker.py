@@ -109,7 +109,7 @@ def check_context(whole, shards, heads, name):
         layout.take(x[:, part], me).contiguous() for x, part in zip((whole.q, whole.k, whole.v), heads, strict=True)
     ]
     exact = layout.take(whole.out[:, heads[0]], me)
-    asked = check_asked(*local, shards, dict(whole.options), {"softcap", "mask_mod"})
+    asked = check_asked(*local, shards, dict(whole.options), set())
     prepared = prepare(*local, shards, asked)
     chosen, _ = choose_blocks(prepared)
     kept = torch.cat([one.kept for one in chosen], 1)

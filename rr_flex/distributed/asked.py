@@ -11,10 +11,10 @@ from mask_mods.spans import MaskMod
 from rr_flex.checks import DTYPES, check_flag, check_numbers, check_queries_and_keys, check_values, gradient_wanted
 from rr_flex.config import RRConfig
 from rr_flex.distributed.shards import HEADS, Account, Shards, fingerprint
-from rr_flex.kernels.choose import Backend
+from rr_flex.kernels.choose import Backend, check_backend
 
 Fetch = Literal["auto", "kept", "all"]
-OPTIONAL = {"sinks", "backend", "fetch", "softcap", "mask_mod"}  # options that not every way has
+OPTIONAL = {"sinks", "backend", "fetch"}  # options that not every way has
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +30,7 @@ class Asked:
     scale: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None  # logits of this rank's heads; heads and Ulysses only
-    backend: Backend = "auto"  # heads and Ulysses only
+    backend: Backend = "auto"
     fetch: Fetch = "auto"  # context parallel only
     account: Account = field(default_factory=Account)
 
@@ -82,8 +82,7 @@ def check_asked(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[s
         facts = dict(zip(facts, (*shapes, fingerprint(shards.layout), fingerprint(asks)), strict=True))
     except (ValueError, TypeError, NotImplementedError) as error:
         failed = error
-    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
-    shards.agree(facts, failed, device)
+    shards.agree(facts, failed, torch.device(shards.mesh.device_type))
     return asked
 
 
@@ -96,6 +95,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, A
     if gradient_wanted(q, k, v):
         raise NotImplementedError("q, k and v must not require grad across ranks, got requires_grad=True")
     check_flag("causal", asked.causal)
+    check_backend(asked.backend, q)
     check_numbers(asked.scale, asked.softcap)
     if asked.mask_mod is not None and not callable(asked.mask_mod):
         raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {asked.mask_mod!r}")

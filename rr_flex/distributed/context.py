@@ -20,7 +20,7 @@ from mask_mods.spans import MaskMod
 from rr_flex.attention import shortest_sparse
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked
-from rr_flex.distributed.attend import attend
+from rr_flex.distributed.attend import attend, attend_with_flash, kernel_for
 from rr_flex.distributed.choose import (
     Chosen,
     choose_on,
@@ -54,6 +54,7 @@ class Local(NamedTuple):
     asked: Asked
     request: Request  # of this rank's queries and heads; each strip has a mask of its own
     strips: list[tuple[slice, slice]]  # query heads and their key heads
+    kernel: str  # "flash", "triton" or "cpu"
 
     @property
     def config(self) -> RRConfig:
@@ -87,10 +88,10 @@ def context_parallel(
 
     `fetch`: "kept" moves the key blocks that some query of the rank keeps, "all" moves all of them, "auto" (default)
     what is less for the rank that moves most, strip by strip. Further options: config or its fields, mask_mod, causal,
-    scale, softcap, account. By the compiler's own kernel. Raises on every rank what one process would raise, and for
-    the density budget.
+    scale, softcap, backend, account. Raises on every rank what one process would raise, and for sinks and the density
+    budget.
     """
-    local = prepare(q, k, v, shards, check_asked(q, k, v, shards, options, {"fetch", "softcap", "mask_mod"}))
+    local = prepare(q, k, v, shards, check_asked(q, k, v, shards, options, {"fetch", "backend"}))
     chosen, all_keys = choose_blocks(local)
     deliveries = Deliveries(local, chosen, all_keys)
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -100,9 +101,19 @@ def context_parallel(
         # Before this strip's attention is queued: the transfer would wait for it.
         coming = deliveries.start(place + 1) if place + 1 < len(local.strips) else None
         keys, values = arriving()
-        request = replace(for_strip(local.request, heads, chosen[place].mask_mod), rows_apart=last_rows_here(local))
-        out[:, heads] = attend(q[:, heads], keys, values, chosen[place], request).out
+        out[:, heads] = attend_strip(local, heads, (keys, values), chosen[place])
     return out
+
+
+def attend_strip(local: Local, heads: slice, kv: tuple[Tensor, Tensor], chosen: Chosen) -> Tensor:
+    """The output of a strip of heads over keys and values by position."""
+    request = replace(for_strip(local.request, heads, chosen.mask_mod), rows_apart=last_rows_here(local))
+    if local.kernel != "flash":
+        return attend(local.q[:, heads], *kv, chosen, request).out
+    last_key = local.shards.layout.positions(local.shards.place, local.q.device)
+    if not local.asked.causal:
+        last_key = torch.full_like(last_key, local.count - 1)
+    return attend_with_flash((local.q[:, heads], *kv), last_key, chosen, request).out
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Local:
@@ -120,7 +131,8 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Lo
     least, group = max(STRIPS, len(by_memory)), Hq // Hkv
     width = max(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (Hkv // n >= least or n == 1))
     strips = [(slice(h * group, (h + width) * group), slice(h, h + width)) for h in range(0, Hkv, width)]
-    return Local(q, k, v, shards, asked, request, strips)
+    kernel = kernel_for(q, v, request, asked.backend, plain_mask=asked.mask_mod is None)
+    return Local(q, k, v, shards, asked, request, strips, kernel)
 
 
 def choose_blocks(local: Local) -> tuple[list[Chosen], list[Tensor] | None]:
@@ -174,5 +186,5 @@ def last_rows_here(local: Local) -> int:
     rows = ceil_div(pieces[-1].stop - pieces[-1].start, local.config.block_sizes[0])
     if local.request.dense or pieces[-1].stop < local.count or rows < local.config.dense_last_rows:
         return 0
-    least_keys = KERNELS["cpu" if local.q.device.type == "cpu" else "triton"].least_keys_apart
+    least_keys = KERNELS[local.kernel].least_keys_apart
     return 0 if least_keys is None else rows_apart(local.q.shape[2], local.count, local.config, least_keys)

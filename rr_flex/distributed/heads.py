@@ -20,7 +20,7 @@ from rr_flex.distributed.masks import at_positions
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards
 from rr_flex.distributed.transfer import exchange, in_order
 
-TAKES = {"sinks", "backend", "softcap", "mask_mod"}
+TAKES = {"sinks", "backend"}
 
 
 def head_parallel(

@@ -34,7 +34,7 @@ def ring(
     the CPU, whose compiled kernel has no log-sum-exp, and for rules that need every key at once (pool="queries",
     "both").
     """
-    asked = check_asked(q, k, v, shards, options, {"softcap", "mask_mod"})
+    asked = check_asked(q, k, v, shards, options, set())
     if q.device.type == "cpu":
         raise NotImplementedError("q must be on CUDA for ring, since the CPU's kernel has no log-sum-exp, got the CPU")
     if needs_every_key(asked.config):

@@ -14,6 +14,9 @@ from rr_flex.distributed.layout import Layout
 from rr_flex.distributed.shards import SEQUENCE, Shards, answering
 from rr_flex.geometry import ceil_div
 
+# torch 2.13 has renamed it.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True, eq=False)
 class Flight:
@@ -40,7 +43,7 @@ def gather_tokens(x: Float[Tensor, "B H n E"], shards: Shards, *, stride: int = 
     sent = F.pad(x, (0, 0, 0, most - x.shape[2])).contiguous()
     gathered = sent.new_empty(ranks * sent.shape[0], *sent.shape[1:])
     with answering():
-        work = dist.all_gather_into_tensor(gathered, sent, group=shards.group(SEQUENCE), async_op=True)
+        work = all_gather(gathered, sent, group=shards.group(SEQUENCE), async_op=True)
 
     def land() -> Tensor:
         return in_order(list(gathered.unflatten(0, (ranks, -1))), layout, stride, pad_to)
@@ -80,7 +83,7 @@ def gather_wanted(wanted: Bool[Tensor, "B Hkv nK"], shards: Shards) -> tuple[Boo
     sent = wanted.to(torch.uint8).contiguous()
     gathered = sent.new_empty(ranks * sent.shape[0], *sent.shape[1:])
     with answering():
-        dist.all_gather_into_tensor(gathered, sent, group=shards.group(SEQUENCE))
+        all_gather(gathered, sent, group=shards.group(SEQUENCE))
     return gathered.unflatten(0, (ranks, -1)).bool(), (ranks - 1) * sent.nbytes
 
 
