@@ -57,25 +57,54 @@ def pool(k: Float[Tensor, "B Hkv n D"], config: RRConfig, valid: Bool[Tensor, "b
     return pooled_features(k, config.strides[1], config.order, valid)
 
 
-def choose(q: Float[Tensor, "B Hq n D"], k: Float[Tensor, "B Hkv Lk D"], request: Request, rows: Rows) -> Chosen:
-    """`rr_flex.select_blocks` for some of a sequence's block rows.
+class Ground(NamedTuple):
+    """What mask and settings say of a rank's block rows, whatever its queries and keys are."""
 
-    Where the request has pooled keys, k is asked for its shape only.
+    visible: Bool[Tensor, "b h nQ nK"]
+    whole: Bool[Tensor, "b h nQ nK"]
+    mandatory: Bool[Tensor, "b h nQ nK"]
+    mask_mod: MaskMod
+
+    @property
+    def for_all_heads(self) -> bool:
+        """Whether it is the same for every head."""
+        return self.visible.shape[1] == self.mandatory.shape[1] == 1
+
+
+def ground_of(q: Float[Tensor, "B Hq n D"], k: Float[Tensor, "B Hkv Lk D"], request: Request, rows: Rows) -> Ground:
+    """In single operations on every device: inductor (2.11) fails on pieces of indices that are nothing but an arange.
+
+    k is asked for its shape only.
     """
     (B, Hq, n, _), Lk, config = q.shape, k.shape[2], request.config
     facts = {"B": B, "H": Hq, "Lq": n, "Lk": Lk, "block_size": config.block_sizes, "device": q.device}
     visible, whole = block_visibility(request.mask_mod, **facts)
-    k_block = config.block_sizes[1]
-    if Lk % k_block:
+    if Lk % config.block_sizes[1]:
         # The kernel's keys are whole blocks: what lies behind the last one is the mask's to hide.
         whole = F.pad(whole[..., :-1], (0, 1), value=False)
-    about = config.block_sizes, (n, ceil_div(Lk, k_block) * k_block), request.mask_mod
-    if request.dense:
-        return Chosen(visible.expand(B, Hq, -1, -1), visible, whole, *about)
-    mass = estimate_mass(q, k, request)
     mandatory = _mandatory(visible, valid_keys_of(request, q, k), config, rows)
-    kept = BUDGETS[config.budget].select(mass, request.level[:, None], visible, mandatory, config)
-    return Chosen(kept, visible, whole, *about)
+    return Ground(visible, whole, mandatory, request.mask_mod)
+
+
+def choose(q: Float[Tensor, "B Hq n D"], k: Float[Tensor, "B Hkv Lk D"], request: Request, ground: Ground) -> Chosen:
+    """`rr_flex.select_blocks` for some of a sequence's block rows.
+
+    Where the request has pooled keys, k is asked for its shape only.
+    """
+    (B, Hq, n, _), k_block = q.shape, request.config.block_sizes[1]
+    lengths = n, ceil_div(k.shape[2], k_block) * k_block
+    about = ground.visible, ground.whole, request.config.block_sizes, lengths, ground.mask_mod
+    if request.dense:
+        return Chosen(ground.visible.expand(B, Hq, -1, -1), *about)
+    # Single operations serve on the CPU; elsewhere the kernels are worth their compilation.
+    compiled = q.device.type != "cpu"
+    mass = (_estimate_compiled if compiled else estimate_mass)(q, k, request)
+    return Chosen((_spend_compiled if compiled else _spend)(mass, ground.visible, ground.mandatory, request), *about)
+
+
+def _spend(mass: Tensor, visible: Tensor, mandatory: Tensor, request: Request) -> Bool[Tensor, "B Hq nQ nK"]:
+    config = request.config
+    return BUDGETS[config.budget].select(mass, request.level[:, None], visible, mandatory, config)
 
 
 def _mandatory(visible: Tensor, valid_keys: Tensor | None, config: RRConfig, rows: Rows) -> Bool[Tensor, "b h nQ nK"]:
@@ -143,13 +172,9 @@ def for_strip(request: Request, heads: slice, mask_mod: MaskMod) -> Request:
     return replace(request, own_mask=mask_mod, level=request.level[heads], head_offset=head_offset)
 
 
-_choose_compiled = compile_whole(choose)
+_estimate_compiled = compile_whole(estimate_mass)
+_spend_compiled = compile_whole(_spend)
 _pool_compiled = compile_whole(pool)
-
-
-def choose_on(device: torch.device):
-    """`choose`, compiled where that pays: single operations serve on the CPU."""
-    return choose if device.type == "cpu" else _choose_compiled
 
 
 def pool_on(device: torch.device):

@@ -23,8 +23,10 @@ from rr_flex.distributed.asked import Asked, check_asked
 from rr_flex.distributed.attend import attend, attend_with_flash, kernel_for
 from rr_flex.distributed.choose import (
     Chosen,
-    choose_on,
+    Rows,
+    choose,
     for_strip,
+    ground_of,
     last_row,
     needs_every_key,
     pool_on,
@@ -75,6 +77,12 @@ class Local(NamedTuple):
         position = self.shards.layout.positions(self.shards.place, self.q.device)
         sizes = self.q.shape[0], heads.stop - heads.start, self.count
         return for_strip(self.request, heads, at_positions(self.position_mask(heads), position, sizes))
+
+    def rows(self, heads: slice) -> Rows:
+        """Where this rank's block rows lie."""
+        q_block, sizes = self.config.block_sizes[0], (self.q.shape[0], heads.stop - heads.start, self.count)
+        last = last_row(self.position_mask(heads), sizes, q_block, self.q.device)
+        return rows_of(self.shards.layout, self.shards.place, q_block, last)
 
 
 def context_parallel(
@@ -137,23 +145,22 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Lo
 
 def choose_blocks(local: Local) -> tuple[list[Chosen], list[Tensor] | None]:
     """The blocks of each strip, and each strip's keys of all ranks if choosing took them, in whole key blocks."""
-    q, config, shards, device = local.q, local.config, local.shards, local.q.device
+    q, config = local.q, local.config
     every = needs_every_key(config) and not local.request.dense
     pooled = None if every or local.request.dense else _pooled_keys(local)
     gathering = _gather_keys(local) if every else None
-    chosen, all_keys = [], []
+    chosen, all_keys, ground = [], [], None
     for place, (heads, key_heads) in enumerate(local.strips):
         keys = shape_of_keys(q, key_heads.stop - key_heads.start, local.count)
-        request = local.of_strip(heads)
+        if ground is None or not ground.for_all_heads:
+            ground = ground_of(q[:, heads], keys, local.of_strip(heads), local.rows(heads))
+        request = for_strip(local.request, heads, ground.mask_mod)
         if every:
             all_keys.append(gathering[place].wait())
             keys = all_keys[place][:, :, : local.count]
         elif pooled is not None:
             request = replace(request, pooled_keys=pooled[:, key_heads])
-        q_block, sizes = config.block_sizes[0], (q.shape[0], heads.stop - heads.start, local.count)
-        last = last_row(local.position_mask(heads), sizes, q_block, device)
-        rows = rows_of(shards.layout, shards.place, q_block, last)
-        chosen.append(choose_on(device)(q[:, heads], keys, request, rows))
+        chosen.append(choose(q[:, heads], keys, request, ground))
         local.asked.account.add_blocks(chosen[place].kept, chosen[place].visible)
     return chosen, all_keys or None
 

@@ -101,9 +101,11 @@ def make_mesh(*, heads: int = 1, sequence: int = 1, device: str = "cuda", timeou
     Starts torch.distributed where it is not (NCCL for "cuda", gloo for "cpu"), with `timeout` seconds.
     """
     if not dist.is_initialized():
+        settings = {"timeout": timedelta(seconds=timeout)}
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+            settings["device_id"] = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(settings["device_id"])
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", **settings)
     if heads * sequence != dist.get_world_size():
         raise ValueError(f"heads × sequence must be the {dist.get_world_size()} processes, got {heads} × {sequence}")
     sizes = {name: size for name, size in ((HEADS, heads), (SEQUENCE, sequence)) if size > 1} or {SEQUENCE: 1}
