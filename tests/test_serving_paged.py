@@ -6,7 +6,10 @@ import torch
 from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import list_partial_and_full
 from rr_flex.serving.paged import as_sequence, attend_pages, folds_heads, side_by_side
-from rr_flex.serving.pages import onto_pages, pools_of_cpu, pools_of_flash, read_pages
+from rr_flex.serving.pages import PooledPages, onto_pages, pools_of_cpu, pools_of_flash, read_pages
+from rr_flex.serving.rows import pieces_of_step
+from rr_flex.serving.step import Layer, SparseStep, attend_sparse
+from rr_flex.serving.warmup import compile_graphs, graphs, synthetic_step
 
 P, Hq, Hkv, D, PAGES = 128, 4, 2, 16, 24
 LAYOUTS = ("heads outermost", "tokens outermost")
@@ -51,6 +54,77 @@ def test_attention_over_pages_is_attention_over_the_gathered_keys(layout, k_bloc
     q = torch.cat(queries, 2)
     out = attend_pages(q, keys, values, side_by_side(lists), k_block=k_block, scale=D**-0.5)
     torch.testing.assert_close(out.double(), torch.cat(expected, 2), atol=2e-6, rtol=0)
+
+
+class Heads:
+    """What a warm-up asks of a server's attention."""
+
+    num_heads, num_kv_heads, head_size = Hq, Hkv, D
+    layer_settings = Layer(
+        config=RRConfig(tau=0.6, dense_last_rows=0, min_length=0), scale=D**-0.5, softcap=None, head_offset=0
+    )
+    pools = staticmethod(pools_of_cpu)
+
+
+def step_of(chunks, generator):
+    """A step of (start, stop) of each prefilling request, its block table and its queries."""
+    starts = [0]
+    for start, stop in chunks:
+        starts.append(starts[-1] + stop - start)
+    order = torch.randperm(PAGES, generator=generator)
+    table, at = torch.zeros(len(chunks), 10, dtype=torch.int32), 0
+    for number, (_, stop) in enumerate(chunks):
+        pages = -(-stop // P)
+        table[number, :pages], at = order[at : at + pages], at + pages
+    pieces = pieces_of_step(starts, [stop for _, stop in chunks], [True] * len(chunks))
+    return SparseStep.of(pieces, table, P), table, torch.randn(starts[-1], Hq, D, generator=generator)
+
+
+@pytest.mark.parametrize("pools_of", [pools_of_cpu, pools_of_flash])
+def test_a_step_attends_as_each_request_alone(pools_of):
+    """A mixed step of cut rows, a prefix hit and a new prompt, with keys pooled by page and without."""
+    generator = torch.Generator().manual_seed(4)
+    keys, values = pools_of(random_cache("heads outermost", 5))
+    step, table, query = step_of([(100, 700), (0, 300), (640, 1200)], generator)
+    assert [(piece.start, piece.stop) for piece in step.sparse] == [(128, 640), (0, 256), (640, 1152)]
+    empty = torch.zeros(PAGES, Hkv, P // 8, D)
+    pooled = PooledPages(mean=empty, variance=None, stride=8)
+    pooled.rewrite(keys, torch.arange(PAGES * P))
+    for kept_pages in (None, pooled):
+        out, counted = attend_sparse(step, Heads.layer_settings, query, keys, values, kept_pages)
+        kept = visible = at = 0
+        for piece in step.sparse:
+            k, v = (
+                read_pages(pool, table[piece.request, : -(-piece.stop // P)].long())[:, :, : piece.stop]
+                for pool in (keys, values)
+            )
+            q = query[piece.token : piece.token + len(piece)].transpose(0, 1)[None]
+            alone = select_blocks(q, k, config=Heads.layer_settings.config, q_offset=piece.start)
+            expected = attention_over_kept(q, k, v, alone.kept, 128)[0].transpose(0, 1)
+            torch.testing.assert_close(out[at : at + len(piece)].double(), expected, atol=2e-6, rtol=0)
+            kept, visible, at = kept + int(alone.kept.sum()), visible + int(alone.visible.sum()) * Hq, at + len(piece)
+        assert (int(counted.kept), int(counted.visible)) == (kept, visible) and kept < visible
+
+
+def test_after_the_warm_up_no_step_compiles():
+    told = []
+    compile_graphs(Heads, torch.empty(0), P, told.append)
+    assert "step 1 of 5" in told[0] and "graphs compiled in" in told[-1]
+    before = graphs()
+    generator = torch.Generator().manual_seed(6)
+    for chunks in ([(0, 128)], [(128, 256)], [(0, 1152)], [(512, 1024), (0, 256), (128, 384)], [(1024, 1152)]):
+        step, _, query = step_of(chunks, generator)
+        with torch.inference_mode():
+            attend_sparse(step, Heads.layer_settings, query, *pools_of_cpu(random_cache("heads outermost", 7)))
+    assert graphs() == before
+    compile_graphs(Heads, torch.empty(0), P, told.append)
+    assert graphs() == before
+
+
+def test_a_synthetic_step_has_pages_of_its_own():
+    step, pages, queries = synthetic_step(((2, 1), (1, 0)), 256, torch.device("cpu"))
+    assert [table.tolist() for table in step.tables] == [[1, 2], [3]]
+    assert (pages, queries, len(step.tokens)) == (4, 384, 384)
 
 
 def test_a_pool_is_one_sequence_without_a_copy():
