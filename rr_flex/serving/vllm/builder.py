@@ -70,10 +70,10 @@ class SparseBuilder:
         pieces = pieces_of_step(starts, lengths, prefilling, min_length=shortest, causal=causal)
         counters = self.started.counters if self.started.counts else None
         if counters is not None:
-            for piece in pieces:
-                counters.add(piece.reason, len(piece))
             if line := counters.line_if_due():
                 logger.info(line)
+            for piece in pieces:
+                counters.add(piece.reason, len(piece))
         step = SparseStep.of(pieces, m.block_table_tensor, self.started.page)
         if step is None:
             return None

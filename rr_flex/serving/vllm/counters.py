@@ -96,7 +96,7 @@ class Counters:
         self.blocks.zero_()
         since = dict(zip(FIELDS, (self.held - self.before).tolist(), strict=True))
         self.before = np.array(self.held)
-        if not since["sparse"]:
+        if not since["visible"]:
             return None
         dense = ", ".join(f"{since[way]:.0f} {way}" for way in WAYS[1:] if since[way])
         density = since["kept"] / since["visible"]
