@@ -54,7 +54,7 @@ def found_here() -> tuple[str, str | None]:
     if not plugin:
         return (
             f"vLLM {version}, which does not see the plugin; {switch}",
-            "install rr-flex beside vLLM, with its metadata",
+            "pip install rr-flex in the environment of vLLM",
         )
     return f"vLLM {version}, supported; {switch}", None
 
