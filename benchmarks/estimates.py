@@ -16,7 +16,8 @@ from benchmarks.timing import measure
 from benchmarks.workloads import structured
 from mask_mods import causal
 from rr_flex import RRConfig, select_blocks
-from rr_flex.pipeline import estimate_mass, row_share
+from rr_flex.estimate import estimate_mass
+from rr_flex.mass import row_share
 from rr_flex.runtime.compiling import compile_whole
 
 CONFIGS = {

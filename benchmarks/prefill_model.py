@@ -27,7 +27,6 @@ from benchmarks.first_token import time_first_token
 from benchmarks.model_shapes import MODELS, SHAPES, load, prompt
 from benchmarks.timing import many_calls
 from rr_flex import RRConfig, attention, enable, select_blocks
-from rr_flex.config import LEVELS
 from rr_flex.kernels.choose import Backend
 from rr_flex.kernels.dense import dense_attention
 from rr_flex.models.attention_by import attention_by
@@ -138,7 +137,7 @@ def measure_length(model, ids: Tensor, config: RRConfig, options: argparse.Names
         if "ms" in row and (best is None or row["ms"] < best["ms"]):
             best = row | {"attention": name}
         yield {"attention": name, **row}
-    level = LEVELS[config.budget]
+    level = config.level_field
     goals = options.densities if not real else options.taus if level == "tau" else [config.threshold]
     found = look(model, ids, config, [] if real else goals)
     for goal in goals:

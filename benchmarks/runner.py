@@ -19,7 +19,6 @@ from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, measur
 from benchmarks.workloads import Inputs, captured, structured
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.attention import calls
-from rr_flex.config import LEVELS
 from rr_flex.kernels.choose import choose_kernel
 from rr_flex.kernels.options import attention_options
 from rr_flex.runtime.head_slices import head_slices
@@ -237,7 +236,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     timings |= bench.time_with_dense(total)
     qkv = sum(x.numel() * x.element_size() for x in sets[0])
     return {
-        "level": getattr(config, LEVELS[config.budget]),
+        "level": getattr(config, config.level_field),
         # Over the sets whose times are averaged; the error is the first one's.
         "density": 1.0 if ways == ["dense"] else sum(densities) / len(densities),
         "error": error,

@@ -37,7 +37,7 @@ from rr_flex.evaluation.curves import error_figure, prediction_figure
 from rr_flex.evaluation.predictions import curve, density_from, kl_at, value_at
 from rr_flex.evaluation.rules import multiplications
 from rr_flex.evaluation.summaries import StudyFile, gain_over, group_of, kind_of, kl_gain, of_group, summarise
-from rr_flex.sampling import moments, pooled_query_features, second_order_features
+from rr_flex.sampling import moments, pooled_features, with_square, with_variance
 
 here = Path(__file__).parent if "__file__" in globals() else Path()
 study = StudyFile.read(here / "study.json")
@@ -72,7 +72,7 @@ q = torch.randn(1, 1, 500, 64, generator=generator)
 k = torch.randn(1, 1, 8 * 64, 64, generator=generator) * 1.5
 exact = (q @ k.mT / 8).unflatten(-1, (64, 8)).logsumexp(-1) - math.log(8)
 first = q @ moments(k, 8)[0].mT / 8
-a, b = second_order_features(q, *moments(k, 8), 1 / 8)
+a, b = with_square(q, 0.5 / 8), with_variance(moments(k, 8), k.dtype)
 second = a @ b.mT / 8
 print(f"Gaussian keys: mean error of the log-mean-exp, order 1 {(first - exact).mean():+.3f}", end=", ")
 print(f"order 2 {(second - exact).mean():+.3f} nats")
@@ -111,7 +111,7 @@ print(f"order 2 {(second - exact).mean():+.3f} nats")
 queries = torch.randn(1, 1, 128 * 8, 64, generator=generator) + torch.randn(1, 1, 1, 64, generator=generator)
 exact = (queries @ k.mT / 8).unflatten(2, (8, 128)).logsumexp(3) - math.log(128)
 for order in (1, 2):
-    a, b = pooled_query_features(queries, k, 128, order, 1 / 8)
+    a, b = pooled_features(queries, 128, order), k if order == 1 else with_square(k, 0.5 / 8)
     print(f"Gaussian queries, pooled at order {order}: mean error {(a @ b.mT / 8 - exact).mean():+.3f} nats")
 
 # %% [markdown]

@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from rr_flex import estimate, selection  # noqa: F401  (their rules enter the tables that RRConfig reads)
 from rr_flex.attention import rr_attention
 from rr_flex.config import RRConfig
 from rr_flex.pipeline import create_rr_block_mask, select_blocks

@@ -1,6 +1,7 @@
 """Queries, keys and values to outputs: how one call is answered, dense or sparse, and by which kernel."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,15 +9,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mask_mods.spans import MaskMod
-from rr_flex.checks import check_call, check_differentiable, check_queries_and_keys, check_sinks, check_values
+from rr_flex.checks import (
+    check_differentiable,
+    check_flag,
+    check_queries_and_keys,
+    check_sinks,
+    check_values,
+    gradient_wanted,
+)
 from rr_flex.config import RRConfig
-from rr_flex.kernels.choose import Backend, check_backend, choose_kernel
+from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, rows_taken_apart
 from rr_flex.kernels.dense import SHORTEST_FLASH, dense_attention, dense_kernel_serves
-from rr_flex.kernels.graphs import Wanted, attend_with_flash, attend_with_flex
-from rr_flex.kernels.last_rows import rows_apart
+from rr_flex.kernels.flex import Attended
 from rr_flex.kernels.options import break_even
-from rr_flex.kernels.score_mods import beside_sinks, cap_as_tensor
-from rr_flex.pipeline import DEFAULT, device_arguments, in_head_slices, is_short
+from rr_flex.kernels.score_mods import beside_sinks
+from rr_flex.pipeline import is_short
+from rr_flex.request import Request, in_head_slices, make_request
+from rr_flex.runtime.tracing import traced
 
 # How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
 # torch.compile is not counted.
@@ -30,7 +39,7 @@ def rr_attention(
     *,
     config: RRConfig | None = None,
     mask_mod: MaskMod | None = None,
-    causal: bool | None = None,
+    causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Tensor, " Hq"] | None = None,
@@ -57,47 +66,47 @@ def rr_attention(
     check_queries_and_keys(q, k)
     check_values(q, k, v)
     check_sinks(q, sinks)
-    check_differentiable(q, k, v, *(() if sinks is None else (sinks,)))
-    options = {"scale": scale, "softcap": softcap, "q_offset": q_offset, "head_offset": head_offset}
-    check_call(q, k, config=config, mask_mod=mask_mod, **options)
+    check_differentiable(q, k, v, sinks)
+    check_backend(backend, q)
+    for name, flag in (("return_lse", return_lse), ("return_density", return_density)):
+        check_flag(name, flag)
     if return_lse and q.device.type == "cpu":
         raise NotImplementedError("return_lse must be False on the CPU, whose compiled kernel has none, got True")
-    config = (config or DEFAULT).with_settings(settings)
-    check_backend(backend, q)
-    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    plain_softmax = softcap is None and sinks is None
-    dense = is_short(k, shortest_sparse(q, config, plain_softmax=plain_softmax))
-    if dense and plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
+    backward = gradient_wanted(q, k, v)
+    if not backward:
+        q, k, v = q.detach(), k.detach(), v.detach()  # flex looks at requires_grad alone
+    options = {"mask_mod": mask_mod, "causal": causal, "scale": scale, "softcap": softcap}
+    options |= {"q_offset": q_offset, "head_offset": head_offset}
+    request = make_request(q, k, RRConfig.resolve(config, settings), options)
+    returns = (*(("lse",) if return_lse else ()), *(("density",) if return_density else ()))
+    request = replace(request, sinks=sinks, backward=backward, returns=returns)
+    if is_short(k, shortest_sparse(q, request.config, plain_softmax=request.plain_softmax)):
+        request = replace(request, estimate="none")
+    name = choose_kernel(backend, q, v, request)
+    if request.dense and request.plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")
-        kernel = choose_kernel(backend, q, v, (128, 128), plain_mask=True, for_backward=for_backward)
-        flash = kernel == "flash" and (backend == "flash" or q.shape[2] >= SHORTEST_FLASH)
-        out = dense_attention(q, k, v, causal=causal is not False, scale=scale, flash=flash)
+        flash = name == "flash" and (backend == "flash" or q.shape[2] >= SHORTEST_FLASH)
+        out = dense_attention(q, k, v, causal=request.causal, scale=scale, flash=flash)
         return (out, q.new_ones((), dtype=torch.float32)) if return_density else out
+    count("dense" if request.dense else name)
+    out, lse, density = attend(name, (q, k, v), request)
+    results = (out, *((lse,) if return_lse else ()), *((density.mean(),) if return_density else ()))
+    return results if len(results) > 1 else out
 
-    facts = {"plain_mask": mask_mod is None, "for_backward": for_backward, "softcap": softcap is not None}
-    kernel = choose_kernel(backend, q, v, config.block_sizes, **facts)
-    count("dense" if dense else kernel)
-    # The CPU's kernel has no log-sum-exp to correct by: there the sinks are a key.
-    sink_keys = sinks if kernel == "cpu" else None
-    corrected = sinks is not None and sink_keys is None
-    # FLASH can't be asked by other queries what a mask of the caller's own shows.
-    at_once = dense or for_backward or (kernel == "flash" and mask_mod is not None)
-    apart = 0 if at_once else rows_apart(q.shape[2], k.shape[2], config, kernel)
-    wanted = Wanted(dense, return_lse or corrected, return_density, for_backward, apart)
-    cap = cap_as_tensor(softcap, q.device)
-    level, q_offset, head_offset = device_arguments(q, k, config, q_offset, head_offset)
-    attend = attend_with_flash if kernel == "flash" else attend_with_flex
-    parts = [
-        attend(*strip, config, mask, causal, scale, cap, None if sink_keys is None else sink_keys[heads], wanted)
-        for heads, *strip, mask in in_head_slices(q, (k, v), level, q_offset, head_offset, config, mask_mod)
-    ]
+
+def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> Attended:
+    """A request answered by the kernel of this name, a slice of heads at a time."""
+    q, k, v = qkv
+    sinks = request.sinks
+    corrected = sinks is not None and q.device.type != "cpu"
+    if corrected and "lse" not in request.returns:
+        request = replace(request, returns=(*request.returns, "lse"))
+    request = replace(request, rows_apart=rows_taken_apart(name, q, k, request))
+    parts = [KERNELS[name].attend(*own_qkv, own) for _, own, own_qkv in in_head_slices(request, q, k, v)]
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
     )
-    if corrected:
-        out = beside_sinks(out, lse, sinks)
-    results = (out, *((lse,) if return_lse else ()), *((density.mean(),) if return_density else ()))
-    return results if len(results) > 1 else out
+    return Attended(beside_sinks(out, lse, sinks) if corrected else out, lse, density)
 
 
 def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) -> int:
@@ -111,5 +120,5 @@ def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) 
 
 
 def count(way: str) -> None:
-    if not torch.compiler.is_compiling():
+    if not traced():
         calls[way] += 1

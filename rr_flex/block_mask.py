@@ -6,6 +6,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from mask_mods.spans import MaskMod, buffered
+from rr_flex.runtime.is_kept import is_kept
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # count and indices of partial blocks, then of full ones
 
 
 def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"], Int[Tensor, "B H nQ nK"]]:
@@ -23,6 +26,11 @@ def list_blocks(kept: Bool[Tensor, "B H nQ nK"]) -> tuple[Int[Tensor, "B H nQ"],
     return buffered(place[..., -1].contiguous()), buffered(indices.scatter(-1, slot, column))[..., :nK]
 
 
+def list_partial_and_full(kept: Bool[Tensor, "B H nQ nK"], whole: Bool[Tensor, "#B #H nQ nK"]) -> Lists:
+    """`list_blocks` of the kept blocks that the mask cuts, and of those that it leaves whole."""
+    return *list_blocks(kept & ~whole), *list_blocks(kept & whole)
+
+
 def build_block_mask(
     kept: Bool[Tensor, "B H nQ nK"],
     whole: Bool[Tensor, "#B #H nQ nK"],
@@ -30,26 +38,19 @@ def build_block_mask(
     *,
     block_size: tuple[int, int],
     seq_lengths: tuple[int, int],
-    look_up: bool = True,
     for_backward: bool = False,
 ) -> BlockMask:
-    """The BlockMask that shows exactly what `mask_mod` shows inside the `kept` blocks.
+    """The BlockMask that shows exactly what `mask_mod` shows inside the `kept` blocks, whoever runs it.
 
-    `whole` blocks (every pair visible) go to the full list, the others to the partial one. With `look_up` the mask's
-    own mask_mod looks up `kept` too, so that eager flex_attention, which ignores the lists, means the same; without
-    it only the compiled kernel is right. `for_backward` adds the query-side lists.
+    `whole` blocks (every pair visible) go to the full list, the others to the partial one. The mask's own mask_mod
+    looks `kept` up too, for whoever ignores lists (see runtime/is_kept.py). `for_backward` adds the query-side lists.
     """
-    q_block, k_block = block_size
-    looked_up = buffered(kept)
-
-    def kept_mask_mod(b, h, q_idx, kv_idx):
-        return looked_up[b, h, q_idx // q_block, kv_idx // k_block] & mask_mod(b, h, q_idx, kv_idx)
-
-    block_mask = block_mask_of_lists(
-        list_partial_and_full(kept, whole),
-        kept_mask_mod if look_up else mask_mod,
-        block_size=block_size,
+    block_mask = BlockMask.from_kv_blocks(
+        *list_partial_and_full(kept, whole),
+        BLOCK_SIZE=block_size,
+        mask_mod=within_kept(kept, mask_mod, block_size),
         seq_lengths=seq_lengths,
+        compute_q_blocks=False,
     )
     if for_backward:
         names = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
@@ -58,26 +59,12 @@ def build_block_mask(
     return block_mask
 
 
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]  # count and indices of partial blocks, then of full ones
+def within_kept(kept: Bool[Tensor, "B H nQ nK"], mask_mod: MaskMod, block_size: tuple[int, int]) -> MaskMod:
+    """`mask_mod` inside the kept blocks, nothing outside."""
+    q_block, k_block = block_size
+    kept = buffered(kept)
 
+    def kept_mask_mod(b, h, q_idx, kv_idx):
+        return is_kept(kept, b, h, q_idx // q_block, kv_idx // k_block) & mask_mod(b, h, q_idx, kv_idx)
 
-def list_partial_and_full(kept: Bool[Tensor, "B H nQ nK"], whole: Bool[Tensor, "#B #H nQ nK"]) -> Lists:
-    """`list_blocks` of the kept blocks that the mask cuts, and of those that it leaves whole."""
-    return *list_blocks(kept & ~whole), *list_blocks(kept & whole)
-
-
-def block_mask_of_lists(
-    lists: Lists,
-    mask_mod: MaskMod,
-    *,
-    block_size: tuple[int, int],
-    seq_lengths: tuple[int, int],
-) -> BlockMask:
-    """The BlockMask of lists that were made elsewhere; right in the compiled kernel only."""
-    return BlockMask.from_kv_blocks(
-        *lists,
-        BLOCK_SIZE=block_size,
-        mask_mod=mask_mod,
-        seq_lengths=seq_lengths,
-        compute_q_blocks=False,
-    )
+    return kept_mask_mod

@@ -31,18 +31,14 @@ class Selection:
         """The BlockMask of the kept blocks; it means the same in eager and in compiled flex_attention."""
         return self.build_block_mask()
 
-    def build_block_mask(self, *, look_up: bool = True, for_backward: bool = False) -> BlockMask:
-        """`block_mask`, built anew: what a compiled function uses, where nothing can be cached.
-
-        The options are those of `rr_flex.block_mask.build_block_mask`.
-        """
+    def build_block_mask(self, *, for_backward: bool = False) -> BlockMask:
+        """`block_mask`, built anew: what a compiled function uses, where nothing can be cached."""
         return build_block_mask(
             self.kept,
             self.whole,
             self.mask_mod,
             block_size=self.block_size,
             seq_lengths=self.seq_lengths,
-            look_up=look_up,
             for_backward=for_backward,
         )
 

@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from rr_flex.registry import budget
+
 DENSITY_RANGE = (-40.0, 1.0)  # natural logarithms of the shares between which select_density seeks its threshold
 DENSITY_PASSES = 7
 
@@ -79,6 +81,21 @@ def select_density(
     return torch.where(told & ~everything, (share > threshold) & visible | mandatory, visible)
 
 
+@budget("top_tau", level="tau", reads=("mandatory",))
+def _top_tau(mass, level, visible, mandatory, config):
+    return select_top_tau(mass, level, visible, mandatory, count_mandatory=config.mandatory == "count")
+
+
+@budget("threshold", level="threshold")
+def _threshold(mass, level, visible, mandatory, config):
+    return select_threshold(mass, level, visible, mandatory)
+
+
+@budget("density", level="target_density")
+def _density(mass, level, visible, mandatory, config):
+    return select_density(mass, level[0, 0], visible, mandatory)
+
+
 def _prepare(mass: Tensor, visible: Tensor | None, mandatory: Tensor | None):
     """Mass of visible blocks without NaN, both masks, the row total and whether that total says anything."""
     visible = torch.ones_like(mass, dtype=torch.bool) if visible is None else visible.expand_as(mass)
@@ -107,6 +124,8 @@ def largest_by_sort(mass: Float[Tensor, "... nK"], need: Float[Tensor, "... 1"])
 def largest_by_bits(mass: Float[Tensor, "... nK"], need: Float[Tensor, "... 1"]) -> Bool[Tensor, "... nK"]:
     """`_largest_reaching` without a sort: non-negative floats are ordered as their bits are, so the cut between kept
     and dropped is found one bit at a time."""
+    if mass.dtype in (torch.bfloat16, torch.float16):
+        mass, need = mass.float(), need.float()
     whole = {torch.float32: torch.int32, torch.float64: torch.int64}[mass.dtype]
     bits = mass.contiguous().view(whole)
     cut = torch.zeros_like(need, dtype=whole)

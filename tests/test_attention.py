@@ -33,7 +33,7 @@ def allowed_pairs(q, k, mask=None, block_size=(128, 128), **chosen):
     """The pairs that the mask shows and the selection keeps: bool [B, Hq, Lq, Lk]."""
     (B, Hq, Lq, _), Lk = q.shape, k.shape[2]
     shown = oracle.pairs(mask or oracle.causal_element(Lk - Lq), B, Hq, Lq, Lk)
-    kept = select_blocks(q, k, mask_mod=mask, block_size=block_size, **chosen).kept
+    kept = select_blocks(q, k, mask_mod=mask, causal=mask is None, block_size=block_size, **chosen).kept
     return shown & oracle.expand(kept, (Lq, Lk), block_size)
 
 
@@ -80,7 +80,7 @@ def test_any_mask_attends_as_float64(name):
         q, k, v = tensors(SQUARE, seed)
         mask, _ = mask_by_name(name, SQUARE, seed)
         with no_compile() if seed else contextlib.nullcontext():
-            out = rr_attention(q, k, v, mask_mod=mask, tau=0.5, **FREE)
+            out = rr_attention(q, k, v, mask_mod=mask, causal=mask is None, tau=0.5, **FREE)
         assert_attends(out, q, k, v, allowed_pairs(q, k, mask, tau=0.5, **FREE))
 
 
@@ -88,7 +88,7 @@ def test_a_new_window_compiles_anew_and_attends_right():
     drawn = mask_by_name("sliding_window", SQUARE)[0]  # compiled above
     for mask in (drawn, both(causal(), sliding_window(40))):
         q, k, v = tensors(SQUARE)
-        out = rr_attention(q, k, v, mask_mod=mask, tau=0.5, **FREE)
+        out = rr_attention(q, k, v, mask_mod=mask, causal=mask is None, tau=0.5, **FREE)
         assert_attends(out, q, k, v, allowed_pairs(q, k, mask, tau=0.5, **FREE))
 
 
@@ -101,9 +101,9 @@ def test_what_padding_holds_never_matters_and_its_rows_are_zero(side, seed):
     at_real = real[:, None, :, None]
     others = [50 * x for x in tensors(SQUARE, seed + 1)]
     changed = [torch.where(at_real, x, y) for x, y in zip((q, k, v), others, strict=True)]
-    out = rr_attention(q, k, v, mask_mod=mask, tau=0.5, **FREE)
+    out = rr_attention(q, k, v, mask_mod=mask, causal=mask is None, tau=0.5, **FREE)
     assert (out.masked_fill(at_real, 0) == 0).all()
-    assert torch.equal(rr_attention(*changed, mask_mod=mask, tau=0.5, **FREE), out)
+    assert torch.equal(rr_attention(*changed, mask_mod=mask, causal=mask is None, tau=0.5, **FREE), out)
 
 
 def test_causal_with_a_mask_means_both():

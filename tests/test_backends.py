@@ -1,12 +1,17 @@
 """Which kernel a call gets, and what an impossible choice says. What FLASH computes is tested in test_gpu.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import SQUARE, tensors
 
-from rr_flex import rr_attention
-from rr_flex.kernels import choose as backends
-from rr_flex.kernels.choose import FlashCheck, choose_kernel
+from mask_mods import document
+from rr_flex import RRConfig, rr_attention
+from rr_flex.kernels import flash as backends
+from rr_flex.kernels.choose import choose_kernel
+from rr_flex.kernels.flash import FlashCheck
+from rr_flex.request import make_request
 
 
 class Cuda:
@@ -17,8 +22,11 @@ class Cuda:
 
 
 def choose(backend="auto", q=None, block_size=(128, 128), plain_mask=True, for_backward=False, softcap=False):
-    q, facts = q or Cuda(), {"plain_mask": plain_mask, "for_backward": for_backward, "softcap": softcap}
-    return choose_kernel(backend, q, q, block_size, **facts)
+    q, (some_q, some_k, _) = q or Cuda(), tensors(SQUARE)
+    options = {"mask_mod": None if plain_mask else document(torch.zeros(300, dtype=torch.int64))}
+    options["softcap"] = 9.0 if softcap else None
+    request = make_request(some_q, some_k, RRConfig(block_size=block_size), options)
+    return choose_kernel(backend, q, q, replace(request, backward=for_backward))
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def test_auto_takes_flash_where_it_is_right(flash):
 )
 def test_where_flash_can_t_run_auto_is_triton_and_flash_an_error(flash, case, reason):
     assert choose(**case) == "triton"
-    with pytest.raises(RuntimeError, match=rf"^backend must be 'auto' or 'triton' here, got 'flash': .*{reason}"):
+    with pytest.raises(RuntimeError, match=rf"^backend must be 'auto' or another kernel here, got 'flash': .*{reason}"):
         choose("flash", **case)
 
 
@@ -67,7 +75,7 @@ def test_a_failed_self_check_is_remembered_and_named(flash, monkeypatch):
 
 
 def test_inside_a_caller_s_graph_it_is_triton(flash, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(backends, "traced", lambda: True)
     assert choose() == "triton"
     with pytest.raises(RuntimeError, match="inside a caller's"):
         choose("flash")

@@ -22,8 +22,8 @@ from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
 from benchmarks.workloads import captured, structured
 from rr_flex import RRConfig, select_blocks
-from rr_flex.config import LEVELS
 from rr_flex.evaluation.true_mass import true_block_mass
+from rr_flex.registry import BUDGETS
 from rr_flex.tasks.results import Cell
 from rr_flex.tasks.ruler import TASKS
 
@@ -125,7 +125,7 @@ def test_level_gives_the_density(inputs, budget):
     mass = true_block_mass(inputs.q, inputs.k)
     for wanted in (0.5, 0.7):
         found = stages.config_for_density(mass, config, 2048, wanted)
-        level = getattr(found, LEVELS[budget])
+        level = getattr(found, BUDGETS[budget].level)
         assert stages.without_level(found) == config
         assert abs(stages.density_at(mass, level, config, 2048) - wanted) < 0.02
 

@@ -32,7 +32,9 @@ def test_lists_hold_the_kept_blocks_and_nothing_else(data, shape, layout, tau, s
     q, k, _ = tensors(shape, seed)
     mask = None if name == "causal" else mask_by_name(name, shape, seed)[0]
     (sq, sk), block_size = layout
-    selection = select_blocks(q, k, mask_mod=mask, query_stride=sq, key_stride=sk, block_size=block_size, tau=tau)
+    selection = select_blocks(
+        q, k, mask_mod=mask, causal=mask is None, query_stride=sq, key_stride=sk, block_size=block_size, tau=tau
+    )
     block_mask = selection.block_mask
     assert isinstance(block_mask, BlockMask)
     assert tuple(block_mask.BLOCK_SIZE) == block_size and tuple(block_mask.seq_lengths) == (shape.Lq, shape.Lk)
@@ -67,7 +69,7 @@ def test_eager_attention_sees_the_kept_blocks_only(shape, tau, seed, name):
     """Eager flex_attention reads the mask_mod alone, so the mask_mod must know the choice."""
     q, k, v = tensors(shape, seed)
     mask = None if name == "causal" else mask_by_name(name, shape, seed)[0]
-    selection = select_blocks(q, k, mask_mod=mask, tau=tau)
+    selection = select_blocks(q, k, mask_mod=mask, causal=mask is None, tau=tau)
     shown = oracle.pairs(mask or oracle.causal_element(shape.Lk - shape.Lq), *shape[:2], shape.Lq, shape.Lk)
     allowed = shown & oracle.expand(selection.kept, (shape.Lq, shape.Lk), (128, 128))
     assert_attends(eager_flex(q, k, v, selection.block_mask), q, k, v, allowed)

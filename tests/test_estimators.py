@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from mask_mods import causal
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.config import PRESETS
-from rr_flex.mass import block_mass
+from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
-from rr_flex.sampling import moments, pooled_query_features, sample_queries, second_order_features
+from rr_flex.sampling import moments, pooled_features, sample_queries, with_square, with_variance
 from rr_flex.selection import select_density, select_threshold
 
 
@@ -64,7 +64,9 @@ def test_pooled_queries_are_their_formula(block_size, shape, query_pool, second,
     shown = shown_by(oracle.causal_element(shape.Lk - shape.Lq), shape)
     facts = {"scale": 0.2, "query_pool": query_pool or block_size[0], "block_size": block_size} | second
     expected = mass_of_pooled_queries(q, k, shown, **facts)
-    torch.testing.assert_close(select_blocks(q, k, **chosen).mass.double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        select_blocks(q, k, mask_mod=mask, causal=False, **chosen).mass.double(), expected, rtol=0, atol=2e-5
+    )
 
 
 @settings(max_examples=8)
@@ -75,8 +77,17 @@ def test_pooled_queries_obey_any_mask(name, shape, seed):
     mask, _ = mask_by_name(name, shape, seed)
     facts = {"scale": shape.D**-0.5, "query_pool": 64, "block_size": (128, 64), "order": 2}
     expected = mass_of_pooled_queries(q, k, shown_by(mask, shape), **facts)
-    chosen = {"mask_mod": mask, "pool": "queries", "query_pool": 64, "block_size": (128, 64), "order": 2}
-    torch.testing.assert_close(select_blocks(q, k, **chosen).mass.double(), expected, rtol=0, atol=2e-5)
+    chosen = {
+        "mask_mod": mask,
+        "causal": False,
+        "pool": "queries",
+        "query_pool": 64,
+        "block_size": (128, 64),
+        "order": 2,
+    }
+    torch.testing.assert_close(
+        select_blocks(q, k, mask_mod=mask, causal=False, **chosen).mass.double(), expected, rtol=0, atol=2e-5
+    )
 
 
 @settings(max_examples=20)
@@ -93,29 +104,18 @@ def test_both_is_the_mean_of_two_shares(shape, layout, second, seed):
     torch.testing.assert_close(mass.double(), (keys + queries) / 2, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("phase", "step"),
-    [
-        ("head", lambda h, i: h % 8),
-        ("skew", lambda h, i: (h + 5 * i) % 8),
-        ("first", lambda h, i: 0),
-        ("middle", lambda h, i: 4),
-        ("last", lambda h, i: 7),
-    ],
-)
-def test_a_phase_samples_its_token(phase, step):
+def test_a_head_samples_its_own_token_of_a_stride():
     q, k, _ = tensors(Shape(Lq=300, Lk=300))
-    sampled = sample_queries(q, 8, 3, phase)
+    sampled = sample_queries(q, 8, 3)
+    index = torch.tensor([[min(8 * i + (h + 3) % 8, 299) for i in range(38)] for h in range(4)])
     for h in range(4):
-        index = [min(8 * i + step(h + 3, i), 299) for i in range(38)]
-        assert torch.equal(sampled[:, h], q[:, h, index])
+        assert torch.equal(sampled[:, h], q[:, h, index[h]])
     # The estimate looks from where the sampled query stands.
-    mass = select_blocks(q, k, phase=phase, head_offset=3).mass
+    mass = select_blocks(q, k, head_offset=3).mass
     keys = moments(k, 8)[0].repeat_interleave(2, 1).double()
     scores = sampled.double() @ keys.mT / 4
     for h in range(4):
-        position = torch.tensor([min(8 * i + step(h + 3, i), 299) for i in range(38)])
-        share = scores[:, h].masked_fill(torch.arange(38) * 8 > position[:, None], -math.inf).softmax(-1)
+        share = scores[:, h].masked_fill(torch.arange(38) * 8 > index[h][:, None], -math.inf).softmax(-1)
         torch.testing.assert_close(mass[:, h, 0, 0].double(), share[:, :16, :16].sum((1, 2)), rtol=0, atol=2e-5)
 
 
@@ -123,7 +123,7 @@ def test_a_phase_samples_its_token(phase, step):
 def test_order_two_is_exact_where_a_stride_s_keys_are_equal(seed):
     q, k, _ = tensors(Shape(Lq=64, Lk=256), seed)
     k = k[:, :, ::8].repeat_interleave(8, 2)
-    queries, keys = second_order_features(q, *moments(k, 8), 0.25)
+    queries, keys = with_square(q, 0.5 * 0.25), with_variance(moments(k, 8), q.dtype)
     exact = q @ k[:, :, ::8].repeat_interleave(2, 1).mT
     torch.testing.assert_close(queries @ keys.repeat_interleave(2, 1).mT, exact, rtol=1e-4, atol=1e-4)
 
@@ -137,9 +137,9 @@ def test_order_two_is_nearer_to_log_mean_exp_on_gaussian_strides(side):
     exact = (few @ many.mT * scale).unflatten(-1, (64, 128)).logsumexp(-1) - math.log(128)
     first = few @ moments(many, 128)[0].mT * scale
     if side == "keys":
-        a, b = second_order_features(few, *moments(many, 128), scale)
+        a, b = with_square(few, 0.5 * scale), with_variance(moments(many, 128), many.dtype)
     else:
-        b, a = pooled_query_features(many, few, 128, 2, scale)
+        b, a = pooled_features(many, 128, 2), with_square(few, 0.5 * scale)
     second = a @ b.mT * scale
     assert (second - exact).abs().mean() < 0.2 * (first - exact).abs().mean()
 
@@ -150,13 +150,13 @@ def test_pooled_queries_as_attention_equal_the_strips(name, query_pool, seed):
     shape = Shape(Lq=300, Lk=700)
     q, k, _ = tensors(shape, seed)
     mask = causal(400) if name == "causal" else mask_by_name(name, shape, seed)[0]
-    queries, keys = pooled_query_features(q, k, query_pool, 2, 0.25)
-    facts = {"mask_mod": mask, "Lq": 300, "Lk": 700, "strides": (query_pool, 1), "block_size": (128, 64)}
-    facts |= {"scale": 0.25, "phase": "pooled"}
+    queries, keys = pooled_features(q, query_pool, 2), with_square(k, 0.5 * 0.25)
+    facts = {"seq_lengths": (300, 700), "strides": (query_pool, 1), "block_size": (128, 64), "stands_for": "all"}
+    samples = Samples(queries, keys, **facts, mask_mod=mask, scale=0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
-        attention = block_mass_by_attention(queries, keys, **facts)
-    torch.testing.assert_close(attention, block_mass(queries, keys, **facts), rtol=0, atol=1e-5)
+        attention = block_mass_by_attention(samples)
+    torch.testing.assert_close(attention, block_mass(samples), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["queries", "both"])
@@ -240,10 +240,10 @@ def test_an_unknown_preset_is_refused():
         RRConfig.from_preset("better")
 
 
-@pytest.mark.parametrize("budget", [{}, {"budget": "density", "target_density": 0.6}])
+@pytest.mark.parametrize("budget", [{"threshold": 0.1}, {"budget": "density", "target_density": 0.6}])
 def test_the_best_preset_attends_to_what_it_selects(budget):
     q, k, v = tensors(Shape())
-    chosen = {"preset": "best", "dense_last_rows": 0, "sink_blocks": 0, "threshold": 0.1} | budget
+    chosen = {"preset": "best", "dense_last_rows": 0, "sink_blocks": 0} | budget
     out = rr_attention(q, k, v, **chosen)
     kept = select_blocks(q, k, **chosen).kept
     assert kept.float().mean() < 1

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mask_mods import SpanMask, both, causal
-from rr_flex import RRConfig, pipeline, rr_attention, select_blocks
+from rr_flex import RRConfig, rr_attention, select_blocks
+from rr_flex.request import in_head_slices, make_request
 from rr_flex.runtime import head_slices
 
 pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
 M = 2**20
+CPU = torch.device("cpu")
 
 
 @given(
@@ -23,7 +25,7 @@ M = 2**20
     stride=st.sampled_from([8, 16]),
 )
 def test_strips_cover_the_heads_and_share_keys_rightly(B, group, Hkv, L, stride):
-    strips = head_slices.head_slices(B, Hkv * group, Hkv, L, L, RRConfig(stride=stride))
+    strips = head_slices.head_slices((B, Hkv * group, Hkv), (L, L), RRConfig(stride=stride), CPU)
     covered = [head for heads, _ in strips for head in range(heads.start, heads.stop)]
     assert covered == list(range(Hkv * group))
     assert len({(heads.stop - heads.start, keys.stop - keys.start) for heads, keys in strips}) == 1
@@ -36,7 +38,7 @@ def test_strips_cover_the_heads_and_share_keys_rightly(B, group, Hkv, L, stride)
 
 def test_the_sizes_that_occur():
     def strips(L, **settings):
-        return len(head_slices.head_slices(1, 32, 8, L, L, RRConfig(**settings)))
+        return len(head_slices.head_slices((1, 32, 8), (L, L), RRConfig(**settings), CPU))
 
     assert strips(M // 8) == 1 and strips(M // 4) == 1  # 128K and 256K need none
     assert strips(M, query_stride=16, key_stride=8) == 8  # a key head and its four query heads
@@ -55,7 +57,7 @@ def strips_of(request, monkeypatch):
 
 def pipeline_strips(size, monkeypatch):
     monkeypatch.setattr(head_slices, "SLICE_BYTES", size)
-    return len(head_slices.head_slices(SQUARE.B, 4, 2, SQUARE.Lq, SQUARE.Lk, RRConfig()))
+    return len(head_slices.head_slices((SQUARE.B, 4, 2), (SQUARE.Lq, SQUARE.Lk), RRConfig(), CPU))
 
 
 def window_per_head():
@@ -70,8 +72,8 @@ def plain_per_head(b, h, q_idx, kv_idx):
 @pytest.mark.parametrize("mask_mod", [None, window_per_head(), plain_per_head], ids=["causal", "spans", "plain"])
 def test_a_selection_in_strips_is_the_selection(strips_of, monkeypatch, mask_mod):
     q, k, _ = tensors(SQUARE)
-    chosen = {"mask_mod": mask_mod, "tau": [0.3, 0.6, 0.2, 0.9], "head_offset": 3, **FREE}
-    assert len(list(pipeline.in_head_slices(q, (k,), torch.zeros(4), 0, 0, RRConfig(), None))) == 4 // strips_of
+    chosen = {"mask_mod": mask_mod, "causal": True, "tau": [0.3, 0.6, 0.2, 0.9], "head_offset": 3, **FREE}
+    assert len(list(in_head_slices(make_request(q, k, RRConfig(), {}), q, k))) == 4 // strips_of
     strips = select_blocks(q, k, **chosen)
     monkeypatch.undo()
     whole = select_blocks(q, k, **chosen)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rr_flex.kernels.options import TUNED, attention_options, estimate_options
-from rr_flex.runtime import compiling
-from rr_flex.runtime.compiling import RECOMPILE_LIMIT, compile_whole
+from rr_flex.runtime import private
+from rr_flex.runtime.compiling import compile_whole
+from rr_flex.runtime.private import RECOMPILE_LIMIT
 
 
 def elsewhere(head_dim):
@@ -40,7 +41,7 @@ def test_the_table_names_cards_head_dims_and_dtypes():
 
 
 def test_past_the_limit_a_call_raises(monkeypatch):
-    monkeypatch.setattr(compiling, "RECOMPILE_LIMIT", 2)
+    monkeypatch.setattr(private, "RECOMPILE_LIMIT", 2)
     scaled = compile_whole(lambda x, factors: x * len(factors))
     x = torch.ones(3)
     assert scaled(x, [1]).sum() == 3 and scaled(x, [1, 2]).sum() == 6

@@ -45,7 +45,8 @@ def test_the_last_rows_are_dense():
 
 def test_causal_cuts_a_mask_that_looks_ahead():
     ahead, cut = (
-        select_blocks(*tensors(EIGHT)[:2], mask_mod=prefix(600), causal=causal).visible[0, 0] for causal in (None, True)
+        select_blocks(*tensors(EIGHT)[:2], mask_mod=prefix(600), causal=causal).visible[0, 0]
+        for causal in (False, True)
     )
     assert ahead[0, :5].all()
     assert torch.equal(cut, torch.ones(8, 8, dtype=torch.bool).tril())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mask_mods import causal, visible_keys
 from rr_flex import mass
-from rr_flex.mass import block_mass
+from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
 from rr_flex.sampling import pool_keys, sample_queries
 
@@ -21,11 +21,11 @@ def both_forms(shape, mask_mod, strides, block_size, head_offset=0, seed=0, vali
     """Eager on both sides: FlexAttention's own eager form, which does return the log-sum-exp on a CPU."""
     q, k, _ = tensors(shape, seed)
     sampled, pooled = sample_queries(q, strides[0], head_offset), pool_keys(k, strides[1], valid)
-    facts = {"mask_mod": mask_mod, "Lq": shape.Lq, "Lk": shape.Lk, "strides": strides, "block_size": block_size}
-    facts |= {"scale": 0.25, "head_offset": head_offset, "valid_keys": valid}
+    facts = {"mask_mod": mask_mod, "seq_lengths": (shape.Lq, shape.Lk), "strides": strides, "block_size": block_size}
+    samples = Samples(sampled, pooled, **facts, scale=0.25, head_offset=head_offset, valid_keys=valid)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
-        return block_mass(sampled, pooled, **facts), block_mass_by_attention(sampled, pooled, **facts)
+        return block_mass(samples), block_mass_by_attention(samples)
 
 
 @few
@@ -65,10 +65,11 @@ def test_nan_stays_in_its_row_and_nothing_visible_is_0(form):
     shape = Shape(Lq=256, Lk=256)
     q, k, _ = tensors(shape)
     q[0, 0, 200] = torch.nan
-    facts = {"mask_mod": causal(-100), "Lq": 256, "Lk": 256, "strides": (8, 8), "block_size": (64, 64), "scale": 0.25}
+    facts = {"mask_mod": causal(-100), "seq_lengths": (256, 256), "strides": (8, 8), "block_size": (64, 64)}
+    samples = Samples(sample_queries(q, 8), pool_keys(k, 8), **facts, scale=0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = (block_mass, block_mass_by_attention)[form](sample_queries(q, 8), pool_keys(k, 8), **facts)
+        found = (block_mass, block_mass_by_attention)[form](samples)
     assert (found[:, :, 0] == 0).all()
     assert found[0, 0, 3].isnan().all() and found.isnan().sum() == 4
 
@@ -87,8 +88,9 @@ def test_segments_are_merged_exactly(Lk):
 def test_the_size_of_a_strip_never_matters(seed, strip):
     q, k, _ = tensors(Shape(Lq=700, Lk=900), seed)
     sampled, pooled = sample_queries(q, 8), pool_keys(k, 8)
-    facts = {"mask_mod": causal(200), "Lq": 700, "Lk": 900, "strides": (8, 8), "block_size": (128, 64), "scale": 0.25}
-    whole = block_mass(sampled, pooled, **facts)
+    facts = {"mask_mod": causal(200), "seq_lengths": (700, 900), "strides": (8, 8), "block_size": (128, 64)}
+    samples = Samples(sampled, pooled, **facts, scale=0.25)
+    whole = block_mass(samples)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mass, "STRIP_ELEMENTS", strip)
-        torch.testing.assert_close(block_mass(sampled, pooled, **facts), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(block_mass(samples), whole, rtol=0, atol=1e-5)

@@ -129,7 +129,9 @@ def test_any_mask_selects_as_the_oracle(data, name, layout, shape, seed):
     mask, key_valid = mask_by_name(name, shape, seed)
     rule = data.draw(kept_by_rule(shape.Hq))
     expected = oracle.select(q, k, mask, key_valid=key_valid, **oracle_settings(layout, order=2, **rule))
-    assert_selects(select_blocks(q, k, mask_mod=mask, order=2, **layout_settings(layout), **rule), expected)
+    assert_selects(
+        select_blocks(q, k, mask_mod=mask, causal=mask is None, order=2, **layout_settings(layout), **rule), expected
+    )
 
 
 @settings(max_examples=10)
@@ -153,7 +155,7 @@ def every_other_head_looks_back(b, h, q_idx, kv_idx):
 @pytest.mark.parametrize("mask", [in_runs_of_37, every_other_head_looks_back])
 def test_a_plain_function_is_a_mask(mask):
     q, k, _ = tensors(Shape(Lq=500, Lk=500))
-    assert_selects(select_blocks(q, k, mask_mod=mask, tau=0.7), oracle.select(q, k, mask, tau=0.7))
+    assert_selects(select_blocks(q, k, mask_mod=mask, causal=mask is None, tau=0.7), oracle.select(q, k, mask, tau=0.7))
 
 
 def test_not_causal_sees_everything():

@@ -9,8 +9,8 @@ from rr_flex.config import RRConfig
 from rr_flex.evaluation.equal_density import Spending
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.rules import Case, Rule, cost_of
-from rr_flex.pipeline import row_share
-from rr_flex.sampling import moments, sample_queries, second_order_features
+from rr_flex.mass import row_share
+from rr_flex.sampling import moments, pooled_features, sample_queries, with_square
 
 Share = Float[Tensor, "B Hq nQ nK"]
 
@@ -145,7 +145,7 @@ def calibrated(config: RRConfig, thresholds: dict[int, list[float]]) -> Rule:
 def _probabilities(case: Case, strides: tuple[int, int], k_block: int) -> Float[Tensor, "B Hq nq nK"]:
     """Each sampled query's probability of each key block, keys pooled at order 2."""
     scale = case.q.shape[3] ** -0.5
-    mean, variance = moments(case.k, strides[1])
-    queries, keys = second_order_features(sample_queries(case.q, strides[0]), mean, variance, scale)
+    queries = with_square(sample_queries(case.q, strides[0]), 0.5 * scale)
+    keys = pooled_features(case.k, strides[1], 2)
     scores, position = scores_of(queries, keys) * scale, sampled_positions(case, strides[0])
     return mass_of(scores, position, *strides, (strides[0], k_block))

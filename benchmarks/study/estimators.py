@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rr_flex.evaluation.equal_density import Spending
 from rr_flex.evaluation.rules import Case, Rule
-from rr_flex.pipeline import row_share
+from rr_flex.mass import row_share
 from rr_flex.sampling import moments, sample_queries
 
 

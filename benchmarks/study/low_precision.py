@@ -9,9 +9,8 @@ from torch import Tensor
 from mask_mods import causal
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.rules import Case, Rule, cost_of
-from rr_flex.mass import block_mass
-from rr_flex.pipeline import row_share
-from rr_flex.sampling import moments, pooled_query_features, sample_queries, second_order_features
+from rr_flex.mass import Samples, block_mass, row_share
+from rr_flex.sampling import pooled_features, sample_queries, with_square
 
 Precision = Literal["fp8", "int8"]
 
@@ -35,18 +34,21 @@ def in_low_precision(config: RRConfig, precision: Precision) -> Rule:
 
     def weigh(case: Case) -> Tensor:
         L, scale = case.q.shape[2], case.q.shape[3] ** -0.5
-        facts = {"mask_mod": causal(), "Lq": L, "Lk": L, "block_size": config.block_sizes, "scale": scale}
+        facts = {"mask_mod": causal(), "seq_lengths": (L, L), "block_size": config.block_sizes, "scale": scale}
         queries = sample_queries(case.q, config.strides[0])
-        mean, variance = moments(case.k, config.strides[1])
-        keys = mean
+        keys = pooled_features(case.k, config.strides[1], config.order)
         if config.order == 2:
-            queries, keys = second_order_features(queries, mean, variance, scale, config.variance_weight)
-        pairs = [(queries, keys, config.strides, "head")]
+            queries = with_square(queries, config.variance_weight * scale)
+        pairs = [(queries, keys, config.strides, "one")]
         pooled = config.tokens_per_pooled_query
-        pairs.append((*pooled_query_features(case.q, case.k, pooled, 1, scale), (pooled, 1), "pooled"))
+        pairs.append((pooled_features(case.q, pooled, 1), case.k, (pooled, 1), "all"))
         shares = [
-            row_share(block_mass(*(round_rows(x, precision) for x in (a, b)), strides=strides, phase=phase, **facts))
-            for a, b, strides, phase in pairs
+            row_share(
+                block_mass(
+                    Samples(*(round_rows(x, precision) for x in (a, b)), strides=strides, stands_for=which, **facts)
+                )
+            )
+            for a, b, strides, which in pairs
         ]
         return sum(shares) / 2
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
-from rr_flex.config import Budget, Mandatory, Phase, Pool, Preset, RRConfig
+from rr_flex.config import Mandatory, Preset, RRConfig
+from rr_flex.registry import BUDGETS, ESTIMATORS
 
 # Exit codes of every subcommand. FAILED: it ran, and what it found is bad (a check of `doctor`, a failed case).
 DONE, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -62,7 +63,6 @@ SETTINGS_HELP = {
     "stride": "tokens per sampled query and per pooled key",
     "query_stride": "tokens per sampled query; the stride without it",
     "key_stride": "tokens per pooled key; the stride without it",
-    "phase": "which token of a stride is sampled",
     "pool": "what is pooled before it is scored: a stride's keys, a block's queries, or both in turn",
     "query_pool": "tokens per pooled query; the query block without it",
     "block_size": "64, 128 or QUERYxKEY tokens, as in 128x64",
@@ -85,9 +85,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings of the selection (RRConfig)")
     presets = {"choices": get_args(Preset), "default": "rr", "help": "where unsaid settings come from [%(default)s]"}
     settings.add_argument("--preset", **presets)
-    types = {"block_size": block_size} | dict.fromkeys(("budget", "mandatory", "phase", "pool"), str)
-    choices = {"budget": get_args(Budget), "mandatory": get_args(Mandatory), "order": (1, 2)}
-    choices |= {"phase": get_args(Phase), "pool": get_args(Pool)}
+    types = {"block_size": block_size} | dict.fromkeys(("budget", "mandatory", "pool"), str)
+    choices = {"budget": tuple(BUDGETS), "mandatory": get_args(Mandatory), "order": (1, 2), "pool": tuple(ESTIMATORS)}
     for field in dataclasses.fields(RRConfig):
         kind = types.get(field.name, float if isinstance(field.default, float) else int)
         text = SETTINGS_HELP[field.name] + ("" if field.default is None else f" [{field.default}]")

@@ -75,7 +75,7 @@ def visible_and_mandatory(L: int, size: tuple[int, int], device: torch.device) -
     row = torch.arange(ceil_div(L, size[0]), device=device)[:, None]
     column = torch.arange(ceil_div(L, size[1]), device=device)
     visible = column * size[1] < (row + 1) * size[0]
-    mandatory = (column == 0) | diagonal_blocks(row, column, L, size, 0, 0) | (row == row.max())
+    mandatory = (column == 0) | diagonal_blocks((row, column), L, size, 0, 0) | (row == row.max())
     return visible[None, None], (visible & mandatory)[None, None]
 
 

@@ -1,12 +1,15 @@
 """The library's selection without its compiled kernels: for judging rules, where a graph a rule would cost minutes."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mask_mods.spans import MaskMod
 from rr_flex.config import RRConfig
-from rr_flex.pipeline import device_arguments, is_short, select
+from rr_flex.pipeline import is_short, select
+from rr_flex.request import make_request
 from rr_flex.result import Selection
 
 
@@ -20,6 +23,5 @@ def plain_selection(
     scale: float | None = None,
 ) -> Selection:
     """What `select_blocks` chooses, by uncompiled operations in float32 on any device; scores are stored in strips."""
-    level, q_offset, head_offset = device_arguments(q, k, config, None, 0)
-    dense = is_short(k, config.min_length)
-    return select(q, k, level, q_offset, head_offset, config, mask_mod, None, scale, dense=dense, plain=True)
+    request = make_request(q, k, config, {"mask_mod": mask_mod, "scale": scale})
+    return select(q, k, replace(request, estimate="none" if is_short(k, config.min_length) else "plain"))

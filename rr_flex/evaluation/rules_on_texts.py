@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
 from rr_flex.evaluation.judging import Record, judge_text
 from rr_flex.evaluation.language_model import compare_logits
 from rr_flex.evaluation.predictions import Prediction
@@ -104,7 +104,7 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
 
 
 def _budget(config: RRConfig, level: float) -> dict[str, float]:
-    return {LEVELS[config.budget]: level}
+    return {config.level_field: level}
 
 
 def keeping(kept: dict, layers: Collection[int]):

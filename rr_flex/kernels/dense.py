@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mask_mods.spans import Index, MaskMod
+from rr_flex.runtime.tracing import traced
 
 CHECK_LENGTH = 300  # tokens of the check of FlashAttention 4: two blocks and a part of one
 CHECK_ERROR = 1e-2  # relative, in half precision
@@ -47,7 +48,7 @@ def dense_attention(
     if flash and _flash_is_right(q, v):
         return _flash_attention(q, k, v, causal, scale)
     settings = {"is_causal": causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if q.device.type != "cuda" or torch.compiler.is_compiling():
+    if q.device.type != "cuda" or traced():
         return F.scaled_dot_product_attention(q, k, v, **settings)
     with sdpa_kernel(PRIORITY, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, **settings)

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from mask_mods.spans import MaskMod, buffered
+from mask_mods.spans import buffered
 from rr_flex.block_mask import build_block_mask
+from rr_flex.result import Selection
 
 ScoreMod = Callable[..., Tensor]  # FlexAttention's: (score, b, h, q_idx, kv_idx) -> score
 
@@ -17,16 +18,6 @@ ScoreMod = Callable[..., Tensor]  # FlexAttention's: (score, b, h, q_idx, kv_idx
 def soft_cap(score: Tensor, cap: Tensor | float | None) -> Tensor:
     """cap · tanh(score / cap), which lies within ± cap; None leaves the score."""
     return score if cap is None else cap * torch.tanh(score / cap)
-
-
-def cap_as_tensor(cap: float | None, device: torch.device) -> Tensor | float | None:
-    """The cap as a 0-dim tensor: a new value compiles nothing anew.
-
-    In a caller's graph on a CPU it stays a number, since its kernel can't capture a constant made in the graph.
-    """
-    if cap is None or (torch.compiler.is_compiling() and device.type == "cpu"):
-        return cap
-    return torch.full((), cap, dtype=torch.float32, device=device)
 
 
 def score_mod_of(cap: Tensor | float | None, sinks: Float[Tensor, " Hq"] | None = None) -> ScoreMod | None:
@@ -43,33 +34,27 @@ def score_mod_of(cap: Tensor | float | None, sinks: Float[Tensor, " Hq"] | None 
 
 
 def with_sink_block(
-    k: Float[Tensor, "B Hkv Lk D"],
-    v: Float[Tensor, "B Hkv Lk Dv"],
-    kept: Tensor,
-    whole: Tensor,
-    mask_mod: MaskMod,
-    *,
-    block_size: tuple[int, int],
-    seq_lengths: tuple[int, int],
+    k: Float[Tensor, "B Hkv Lk D"], v: Float[Tensor, "B Hkv Lk Dv"], chosen: Selection
 ) -> tuple[Tensor, Tensor, BlockMask]:
     """k, v and the BlockMask of the kept blocks with a block of zero keys and values in front.
 
     Its key 0 is seen by every query and its others by none: with the sink as its logit it adds exp(sink) to the
     softmax's sum and nothing to the output. Exact, for a kernel that gives no log-sum-exp to correct by.
     """
-    k_block = block_size[1]
+    k_block = chosen.block_size[1]
+    mask_mod = chosen.mask_mod
 
     def behind_the_sink(b, h, q_idx, kv_idx):
         seen = mask_mod(b, h, q_idx, torch.clamp(kv_idx - k_block, min=0))
         return (kv_idx == 0) | ((kv_idx >= k_block) & seen)
 
+    Lq, Lk = chosen.seq_lengths
     mask = build_block_mask(
-        F.pad(kept, (1, 0), value=True),
-        F.pad(whole, (1, 0), value=False),
+        F.pad(chosen.kept, (1, 0), value=True),
+        F.pad(chosen.whole, (1, 0), value=False),
         behind_the_sink,
-        block_size=block_size,
-        seq_lengths=(seq_lengths[0], seq_lengths[1] + k_block),
-        look_up=False,
+        block_size=chosen.block_size,
+        seq_lengths=(Lq, Lk + k_block),
     )
     return F.pad(k, (0, 0, k_block, 0)), F.pad(v, (0, 0, k_block, 0)), mask
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.choose import Backend
 from rr_flex.models.records import LayerRecord
@@ -102,7 +102,7 @@ def base_of(config: RRConfig | None, settings: dict[str, Any]) -> RRConfig:
 def check_heads(plan: Plan, heads: int) -> None:
     """ValueError for levels by head, of tau or threshold, that are not as many as the model's query heads."""
     for config in filter(None, (plan.default, *plan.layers.values())):
-        name = LEVELS[config.budget]
+        name = config.level_field
         level = getattr(config, name)
         if not isinstance(level, float | int) and len(level) != heads:
             raise ValueError(f"{name} must be one number or one a query head ({heads}), got {len(level)}")

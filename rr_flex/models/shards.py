@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
 
 
 def head_offset_of(module: nn.Module, Hq: int, config: RRConfig) -> tuple[int, RRConfig]:
@@ -19,7 +19,7 @@ def head_offset_of(module: nn.Module, Hq: int, config: RRConfig) -> tuple[int, R
             f"sharded query heads must come with a device mesh at q_proj, got {Hq} of {heads} heads and no mesh"
         )
     first = mesh.get_local_rank() * Hq
-    name = LEVELS[config.budget]
+    name = config.level_field
     level = getattr(config, name)
     if not isinstance(level, float | int):
         config = config.with_settings({name: level[first : first + Hq]})

@@ -30,7 +30,7 @@ class Profile:
         write_atomically(Path(path), lambda stream: stream.write(document.encode()))
 
     def settings_by_layer(self, model: Any = None) -> dict[int, dict[str, Any]]:
-        """Layer -> fields of RRConfig. With a transformers model or config, ValueError where the profile is another's."""
+        """Layer -> fields of RRConfig. With a transformers model or config, ValueError where it is another's."""
         if model is not None:
             self.check(model)
         settings = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}

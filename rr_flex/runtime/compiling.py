@@ -1,4 +1,4 @@
-"""How this library compiles: one graph or an error, never the silent return to eager, which is dense."""
+"""How this library compiles: one graph or an error, never the silent return to eager, which is slow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,10 +6,8 @@ from functools import wraps
 from typing import TypeVar
 
 import torch
-import torch.fx.experimental._config
 
-# Every combination of settings, dtypes and mask code is a graph of its own; past the limit fullgraph raises.
-RECOMPILE_LIMIT = 256
+from rr_flex.runtime.private import compiler_settings
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -23,12 +21,7 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
     chance (as many blocks as heads) are no rule for later ones.
     """
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
-
-    settings = (
-        (torch._dynamo.config, "recompile_limit", RECOMPILE_LIMIT),
-        (torch._dynamo.config, "specialize_int", specialize_int),
-        (torch.fx.experimental._config, "use_duck_shape", not dynamic),
-    )
+    settings = compiler_settings(specialize_int, use_duck_shape=not dynamic)
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -40,8 +33,8 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
 
 @contextmanager
 def _holding(settings: tuple[tuple[object, str, object], ...]) -> Iterator[None]:
-    """The compiler's settings at these values for a while, as its own `patch` would; that takes a tenth of a
-    millisecond of each call."""
+    """The compiler's settings at these values for a while, in this thread (they are context variables), as its own
+    `patch` would; that takes a tenth of a millisecond of each call."""
     changed = [(*setting, before) for setting in settings if (before := getattr(*setting[:2])) != setting[2]]
     for where, name, value, _ in changed:
         setattr(where, name, value)

@@ -1,0 +1,204 @@
+"""FlashAttention 4 through FlexAttention (backend FLASH): when it can run, whether it is right, and how it attends."""
+
+import importlib.util
+import math
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from mask_mods import causal
+from mask_mods.spans import MaskMod
+from rr_flex.block_mask import Lists, list_partial_and_full
+from rr_flex.kernels.flex import Attended, flex, with_last_rows
+from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_queries, take_apart
+from rr_flex.kernels.options import attention_options
+from rr_flex.pipeline import select
+from rr_flex.request import Request
+from rr_flex.runtime.compiling import compile_whole
+from rr_flex.runtime.tracing import eager_may_run, traced
+
+BLOCK = (128, 128)
+CHECK_LENGTH = 712  # tokens of the self-check: five blocks and a part of one
+CHECK_ERROR = 1e-2  # relative, of the output in half precision; a dropped or extra block gives above 0.1
+CHECK_LSE_ERROR = 1e-2  # absolute, in nats
+# flash-attn-4's log-sum-exp comes in nats, or from torch 2.11's template in nats · ln 2.
+LSE_FACTORS = (1.0, 1 / math.log(2))
+
+
+@dataclass(frozen=True)
+class FlashCheck:
+    """What a small problem through FlexAttention's FLASH backend showed."""
+
+    refused: str | None  # why it can't be used; None: its output is right
+    lse_factor: float = 1.0  # that turns its log-sum-exp into nats
+
+
+_checks: dict[tuple, FlashCheck] = {}
+
+
+def why_not(q: Tensor, v: Tensor, request: Request) -> str | None:
+    """What speaks against FLASH, or None."""
+    if q.device.type != "cuda":
+        return f"it runs on CUDA, not on {q.device.type}"
+    if traced():
+        return "inside a caller's torch.compile its mask can't capture what the graph computes"
+    if eager_may_run():
+        return "torch.compile is off or may run eagerly (TORCH_COMPILE_DISABLE, set_stance)"
+    if not flash_is_installed():
+        return "flash-attn-4 is not installed"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if request.config.block_sizes != BLOCK:
+        q_block, k_block = request.config.block_sizes
+        return f"it takes blocks of 128 × 128 tokens, not {q_block} × {k_block}"
+    if request.backward:
+        return "gradients are taken with Triton's kernel"
+    if request.softcap is not None:
+        return "a soft cap is Triton's, as a score_mod"
+    return check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).refused
+
+
+@cache  # a search for what is absent takes tens of microseconds
+def flash_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
+    """One slice of heads, without soft cap, in two graphs.
+
+    In one its kernel would read what its mask captures after the graph has freed it, if anything else in the graph uses
+    that too (torch 2.11: its reads are unknown to the scheduler).
+    """
+    lists, lists_of_pieces, density = _lists_compiled(q, k, request)
+    q_block, rows = request.config.block_sizes[0], request.rows_apart
+    options = attention_options(q, request.config.block_sizes, "flash")
+    settings = {"scale": request.scale, "kernel_options": options}
+    in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
+
+    def mask_from(start: int) -> MaskMod:
+        return request.mask_at(offset_per_batch(request.q_offset + start, q.shape[0]))
+
+    # FLASH can't capture an int that may change; a plain causal mask has none.
+    lengths = "any" if request.own_mask is None and request.causal else "one"
+    if not rows:
+        want_lse = "lse" in request.returns
+        out, lse = FLEX[lengths](q, k, v, lists, mask_from(0), settings, want_lse)
+        return Attended(out, lse * in_nats if want_lse else None, density)
+    first = first_query(q.shape[2], rows, q_block)
+    # Made here: in the graph a single batch would have a stride of 0, and of the output's that FLASH made from it one
+    # that it refuses.
+    pieces = piece_queries(q, rows, q_block), lists_of_pieces, mask_from(first)
+    out, lse, last_rows = FLEX_APART[lengths]((q, lists, mask_from(0)), pieces, k, v, settings, in_nats)
+    return with_last_rows(Attended(out, lse, density), last_rows, request)
+
+
+def _lists(q: Tensor, k: Tensor, request: Request) -> tuple[Lists, Lists | None, Tensor | None]:
+    """The lists of all block rows, or of all but the last and of these in pieces; the density if it is wanted."""
+    chosen = select(q, k, request)
+    density = chosen.density_per_head if "density" in request.returns else None
+    if not request.rows_apart:
+        return list_partial_and_full(chosen.kept, chosen.whole), None, density
+    B, H, nQ, nK = chosen.kept.shape
+    kept, pieces = take_apart(chosen.kept, request.rows_apart)
+    last = chosen.whole.expand(B, H, nQ, nK)[:, :, nQ - request.rows_apart :]
+    of_pieces = list_partial_and_full(pieces, last.repeat_interleave(pieces.shape[1] // H, 1))
+    return list_partial_and_full(kept, chosen.whole), of_pieces, density
+
+
+def block_mask_of(lists: Lists, mask_mod: MaskMod, Lq: int, Lk: int) -> BlockMask:
+    """The BlockMask of lists that were made elsewhere; right in a compiled kernel only, which is all that FLASH is."""
+    return BlockMask.from_kv_blocks(
+        *lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(Lq, Lk), compute_q_blocks=False
+    )
+
+
+def _flex(q, k, v, lists, mask_mod, settings, lse):
+    return flex(q, k, v, block_mask_of(lists, mask_mod, q.shape[2], k.shape[2]), settings, lse=lse)
+
+
+def _flex_apart(whole, pieces, k, v, settings, in_nats):
+    """out, lse, and (out, lse) of the last block rows; `whole` and `pieces` are (queries, lists, mask)."""
+    (out, lse), (of_pieces, lse_of_pieces) = (
+        _flex(q, k, v, lists, mask_mod, settings, True) for q, lists, mask_mod in (whole, pieces)
+    )
+    return out, lse * in_nats, merge_pieces(of_pieces, lse_of_pieces * in_nats)
+
+
+_lists_compiled = compile_whole(_lists)
+FLEX = {
+    "any": compile_whole(_flex, dynamic=True, specialize_int=False),
+    "one": compile_whole(_flex, dynamic=False),
+}
+FLEX_APART = {
+    "any": compile_whole(_flex_apart, dynamic=True, specialize_int=False),
+    "one": compile_whole(_flex_apart, dynamic=False),
+}
+
+
+def offset_per_batch(offset: Tensor, B: int) -> Tensor:
+    """A 0-dim offset as [B], or [2] for a single batch: FLASH's mask can't load an element that needs no index."""
+    return offset.expand(max(B, 2)).contiguous()
+
+
+def check_flash(device: torch.device, head_dim: int, value_dim: int, dtype: torch.dtype) -> FlashCheck:
+    """The self-check for these head dims and dtype: run at first use, remembered afterwards.
+
+    Not if memory was what it lacked: that says nothing about the kernel.
+    """
+    key = (device.index, head_dim, value_dim, dtype)
+    if key not in _checks:
+        try:
+            _checks[key] = _run_check(device, head_dim, value_dim, dtype)
+        except torch.OutOfMemoryError as error:
+            return FlashCheck(f"its self-check ran out of memory, and is run again: {str(error)[:200]}")
+    return _checks[key]
+
+
+@torch.no_grad()
+def _run_check(device: torch.device, head_dim: int, value_dim: int, dtype: torch.dtype) -> FlashCheck:
+    """Grouped heads, a ragged length, dropped blocks, against float32; the output and the log-sum-exp."""
+    L = CHECK_LENGTH
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, head_dim), (2, head_dim), (2, value_dim))
+    q, k, v = (torch.randn(1, heads, L, D, generator=generator).to(device, dtype) for heads, D in sizes)
+    nQ = -(-L // 128)
+    order = torch.arange(nQ)
+    diagonal = order[:, None] == order
+    kept = (order[:, None] >= order) & (torch.rand(1, 4, nQ, nQ, generator=generator) < 0.4) | diagonal
+    shown = kept.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :L, :L].tril().to(device)
+    scores = (q.float() @ k.float().repeat_interleave(2, 1).mT) * head_dim**-0.5
+    scores = scores.masked_fill(~shown, -torch.inf)
+    exact, exact_lse = scores.softmax(-1) @ v.float().repeat_interleave(2, 1), scores.logsumexp(-1)
+    offset = offset_per_batch(torch.zeros((), dtype=torch.int64, device=device), 1)
+    lists = list_partial_and_full(kept.to(device), (~diagonal).to(device).expand(1, 1, nQ, nQ))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own deprecations are no reason against it
+            out, aux = torch.compile(flex_attention, fullgraph=True, dynamic=False)(
+                q,
+                k,
+                v,
+                block_mask=block_mask_of(lists, causal(offset), L, L),
+                enable_gqa=True,
+                return_aux=AuxRequest(lse=True),
+                kernel_options={"BACKEND": "FLASH"},
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a beta's compilation may fail in any way
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return FlashCheck(f"its self-check stopped with {type(error).__name__}: {reason}")
+    found = ((out - exact).norm() / exact.norm()).item()
+    if not found < CHECK_ERROR:
+        return FlashCheck(f"its self-check was off by {found:.2g} of the output's norm")
+    for factor in LSE_FACTORS:
+        if (aux.lse * factor - exact_lse).abs().amax() < CHECK_LSE_ERROR:
+            return FlashCheck(None, factor)
+    return FlashCheck("its self-check found a log-sum-exp that is neither in nats nor in nats · ln 2")

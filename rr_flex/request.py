@@ -1,0 +1,175 @@
+"""What one call asks for, settled once: the record that every step takes beside its tensors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mask_mods import bidirectional, both, from_head
+from mask_mods import causal as causal_mask
+from mask_mods.spans import Index, MaskMod
+from rr_flex.checks import FARTHEST, check_flag, check_numbers, check_offset
+from rr_flex.config import RRConfig
+from rr_flex.runtime.head_slices import head_slices
+from rr_flex.runtime.tracing import traced
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """One call, checked. Ints and strings in it are compiled in; tensors are not, so new values compile nothing."""
+
+    config: RRConfig
+    own_mask: MaskMod | None  # the caller's
+    causal: bool  # whether the causal mask holds, beside the caller's
+    level: Float[Tensor, " Hq"]  # the budget's number
+    q_offset: Index  # position of query 0 among the keys
+    head_offset: Index  # global index of head 0
+    scale: float  # of the logits
+    softcap: Tensor | float | None = None  # c of c·tanh(logit / c)
+    sinks: Float[Tensor, " Hq"] | None = None  # logits beside the others
+    # How mass is found. "none": attention is dense, every visible block is kept; "plain": without a kernel of its own,
+    # for where nothing is compiled.
+    estimate: Literal["by kernel", "plain", "none"] = "by kernel"
+    pooled_keys: Float[Tensor, "B Hkv nk E"] | None = None  # of a PrefillState; None: pooled here
+    mass: Float[Tensor, "B Hq nQ nK"] | None = None  # where it is estimated ahead of the graph
+    returns: tuple[str, ...] = ()  # beside the output: "lse", "density"
+    backward: bool = False
+    rows_apart: int = 0  # block rows at the end that attend by themselves, see kernels/last_rows.py
+
+    @property
+    def mask_mod(self) -> MaskMod:
+        """The one mask that holds."""
+        return self.mask_at(self.q_offset)
+
+    def mask_at(self, q_offset: Index) -> MaskMod:
+        """The same where query 0 stands at another position, or at the same said in another shape ([B])."""
+        own = self.own_mask
+        if own is None:
+            return causal_mask(q_offset) if self.causal else bidirectional()
+        own = own.placed(q_offset) if hasattr(own, "placed") else own
+        return both(causal_mask(q_offset), own) if self.causal else own
+
+    @property
+    def dense(self) -> bool:
+        return self.estimate == "none"
+
+    @property
+    def plain_softmax(self) -> bool:
+        """Whether logits are neither capped nor beside sinks."""
+        return self.softcap is None and self.sinks is None
+
+    def of_heads(self, heads: slice) -> "Request":
+        """The request of a slice of the query heads; pooled keys are left to the caller."""
+        own = self.own_mask
+        if own is not None:
+            own = from_head(own, torch.full((), heads.start, dtype=torch.int64, device=self.level.device))
+        sinks = None if self.sinks is None else self.sinks[heads]
+        head_offset = self.head_offset + heads.start
+        return replace(self, own_mask=own, level=self.level[heads], head_offset=head_offset, sinks=sinks)
+
+
+def make_request(q: Tensor, k: Tensor, config: RRConfig, options: dict[str, Any]) -> Request:
+    """The request of a public call on q and k that are checked; `options` are its other arguments by name.
+
+    ValueError or TypeError naming the argument.
+    """
+    known = dict(mask_mod=None, causal=True, scale=None, softcap=None, q_offset=None, head_offset=0) | options
+    mask_mod, causal = known["mask_mod"], known["causal"]
+    if causal is None:
+        causal = True
+    check_flag("causal", causal)
+    check_numbers(known["scale"], known["softcap"])
+    Lq, Lk = q.shape[2], k.shape[2]
+    q_offset = Lk - Lq if known["q_offset"] is None else known["q_offset"]
+    check_offset("q_offset", q_offset, min(0, Lk - Lq), Lk)
+    check_offset("head_offset", known["head_offset"], 0, FARTHEST)
+    check_mask(mask_mod, q, k, q_offset)
+    on_device = _ints_as_tensors(q.device)
+    return Request(
+        config=config,
+        own_mask=mask_mod,
+        causal=causal,
+        level=level_per_head(config, q.shape[1], q.device),
+        q_offset=on_device(q_offset),
+        head_offset=on_device(known["head_offset"]),
+        scale=q.shape[3] ** -0.5 if known["scale"] is None else float(known["scale"]),
+        softcap=_number_on(known["softcap"], q.device),
+    )
+
+
+def check_mask(mask_mod: MaskMod | None, q: Tensor, k: Tensor, q_offset: Index) -> None:
+    """The one place where a mask is held against a call: TypeError or ValueError naming what is wrong with it."""
+    if mask_mod is None:
+        return
+    if not callable(mask_mod):
+        shown = f"a tensor of shape {tuple(mask_mod.shape)}" if isinstance(mask_mod, Tensor) else repr(mask_mod)
+        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {shown}")
+
+
+def level_per_head(config: RRConfig, Hq: int, device: torch.device) -> Float[Tensor, " Hq"]:
+    """The budget's number, of the field that it goes by, as float32 on `device`; reads no tensor on an accelerator.
+
+    An entry out of range keeps every visible block.
+    """
+    name, level = config.level_field, config.level
+    if not isinstance(level, Tensor) and not traced():
+        return _kept_level(level, Hq, device, name)
+    return _level_tensor(level, Hq, device, name)
+
+
+# Uploading a tuple stalls the device, and a call has the same one as the last: kept.
+@lru_cache(maxsize=4096)
+def _kept_level(level: float | tuple[float, ...], Hq: int, device: torch.device, name: str) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not enter a call that is differentiated
+        return _level_tensor(level, Hq, device, name)
+
+
+def _level_tensor(level: object, Hq: int, device: torch.device, name: str) -> Tensor:
+    if isinstance(level, float | int):
+        return torch.full((Hq,), level, dtype=torch.float32, device=device)
+    level = torch.as_tensor(level, dtype=torch.float32, device=device)
+    if level.shape != (Hq,):
+        raise ValueError(f"{name} must be one number or one a query head ({Hq}), got shape {tuple(level.shape)}")
+    if name == "threshold":
+        return torch.where((level >= 0) & (level < 1), level, -1.0)
+    return torch.where((level > 0) & (level <= 1), level, 1.0)
+
+
+def _number_on(number: float | None, device: torch.device) -> Tensor | float | None:
+    """As a 0-dim tensor: a new value compiles nothing anew.
+
+    In a caller's graph on a CPU it stays a number, since its kernel can't capture a constant made in the graph.
+    """
+    if number is None or (device.type == "cpu" and traced()):
+        return number
+    return torch.full((), number, dtype=torch.float32, device=device)
+
+
+def _ints_as_tensors(device: torch.device):
+    def on_device(x: Index) -> Index:
+        if isinstance(x, Tensor):
+            return x.to(device)
+        if device.type == "cpu" and traced():
+            return x  # see _number_on
+        return torch.full((), x, dtype=torch.int64, device=device)
+
+    return on_device
+
+
+def in_head_slices(request: Request, q: Tensor, *keys: Tensor) -> Iterator[tuple[slice, Request, tuple[Tensor, ...]]]:
+    """For each of `head_slices` the slice of query heads, its request, and its q and `keys`."""
+    B, Hq, Lq = q.shape[:3]
+    Hkv, Lk = keys[0].shape[1:3]
+    slices = head_slices((B, Hq, Hkv), (Lq, Lk), request.config, q.device)
+    if len(slices) == 1:
+        yield slice(None), request, (q, *keys)
+        return
+    for heads, key_heads in slices:
+        own = request.of_heads(heads)
+        if request.pooled_keys is not None:
+            own = replace(own, pooled_keys=request.pooled_keys[:, key_heads])
+        yield heads, own, (q[:, heads], *(x[:, key_heads] for x in keys))

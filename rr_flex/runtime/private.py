@@ -1,0 +1,76 @@
+"""Every part of torch that is not public and that this library needs, in one place, each with what breaks without it.
+
+Tested with torch 2.11 to 2.14. Where a release moves a part, the error says so and names these versions.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+TESTED = "2.11 to 2.14"
+
+
+def inductor_parts() -> SimpleNamespace:
+    """What tells the compiler that a kept block is kept (`is_kept`). Without it kernels would look blocks up."""
+    with _named(
+        "torch._inductor.lowering.register_lowering, torch._inductor.ir.Pointwise, torch._inductor.virtualized.ops"
+    ):
+        from torch._inductor.ir import Pointwise
+        from torch._inductor.lowering import register_lowering
+        from torch._inductor.virtualized import ops
+    return SimpleNamespace(Pointwise=Pointwise, register_lowering=register_lowering, ops=ops)
+
+
+def compiler_settings(specialize_int: bool, use_duck_shape: bool) -> tuple[tuple[object, str, object], ...]:
+    """(module, name, value) of the compiler's settings that our graphs need.
+
+    Without the limit a ninth graph of a function is an error; without the others lengths become constants of a graph.
+    """
+    with _named("torch._dynamo.config.recompile_limit, .specialize_int, torch.fx.experimental._config.use_duck_shape"):
+        import torch.fx.experimental._config as shapes
+        from torch._dynamo import config as dynamo
+
+        settings = (
+            (dynamo, "recompile_limit", RECOMPILE_LIMIT),
+            (dynamo, "specialize_int", specialize_int),
+            (shapes, "use_duck_shape", use_duck_shape),
+        )
+        for module, name, _ in settings:
+            getattr(module, name)
+    return settings
+
+
+# Every combination of settings, dtypes and mask code is a graph of its own; past the limit fullgraph raises.
+RECOMPILE_LIMIT = 256
+
+
+def proxy_mode() -> object | None:
+    """The tracer that records this thread's operations, if one does: non-strict export. Without it: see `traced`."""
+    return _get_proxy_mode()
+
+
+def stance() -> str:
+    """`torch.compiler.set_stance`'s word. Without it: FLASH could run uncompiled, which it cannot."""
+    found = getattr(torch._dynamo.eval_frame, "_stance", None)
+    return "force_eager" if torch._dynamo.config.disable else getattr(found, "stance", "default")
+
+
+class _named:
+    """Turns what a moved part raises into an ImportError that names the parts and the tested versions."""
+
+    def __init__(self, parts: str) -> None:
+        self.parts = parts
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, ImportError | AttributeError):
+            raise ImportError(
+                f"torch must have {self.parts} where rr_flex looks for them (tested with torch {TESTED}), got torch "
+                f"{torch.__version__}: {error}"
+            ) from error
+
+
+with _named("torch.fx.experimental.proxy_tensor.get_proxy_mode"):
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode as _get_proxy_mode
