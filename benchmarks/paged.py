@@ -128,9 +128,9 @@ def rows_of(served: Served, first: tuple, heads: tuple, device: torch.device, se
         def attend(_: int, settings=settings, pooled=pooled) -> Tensor:
             return attend_sparse(step, settings, served.query, keys, values, pooled)
 
-        def select(_: int, settings=settings) -> Tensor:
+        def select(_: int, settings=settings, pooled=pooled) -> list:
             q = served.query.transpose(0, 1)[None].contiguous()
-            return [select_piece(part, piece, table, settings, keys) for part, piece, table in parts(step, q)]
+            return [select_piece(part, piece, table, settings, keys, pooled) for part, piece, table in parts(step, q)]
 
         out, counted = attend(0)
         mine = out[: served.chunk].transpose(0, 1)[None, :, rows - (served.context - served.chunk)].float()
@@ -146,10 +146,10 @@ def rows_of(served: Served, first: tuple, heads: tuple, device: torch.device, se
 
 def pooled_keys(keys: Tensor, config: RRConfig) -> PooledPages:
     """Every page's pooled keys, as the server has them from the steps before."""
-    pages, Hkv, P, D = keys.shape
-    stride = config.strides[1]
-    mean = torch.zeros(pages, Hkv, P // stride, D, dtype=keys.dtype, device=keys.device)
-    pooled = PooledPages(mean=mean, variance=torch.zeros_like(mean) if config.order == 2 else None, stride=stride)
+    (pages, Hkv, P, D), stride = keys.shape, config.strides[1]
+    shape = (pages, Hkv, P // stride, D * config.order)
+    features = torch.zeros(shape, dtype=keys.dtype, device=keys.device)
+    pooled = PooledPages(features=features, stride=stride, order=config.order)
     pooled.rewrite(keys, torch.arange(0, pages * P, stride, device=keys.device))
     return pooled
 

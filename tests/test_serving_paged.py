@@ -87,8 +87,7 @@ def test_a_step_attends_as_each_request_alone(pools_of):
     keys, values = pools_of(random_cache("heads outermost", 5))
     step, table, query = step_of([(100, 700), (0, 300), (640, 1200)], generator)
     assert [(piece.start, piece.stop) for piece in step.sparse] == [(128, 640), (0, 256), (640, 1152)]
-    empty = torch.zeros(PAGES, Hkv, P // 8, D)
-    pooled = PooledPages(mean=empty, variance=None, stride=8)
+    pooled = PooledPages(features=torch.zeros(PAGES, Hkv, P // 8, D), stride=8, order=1)
     pooled.rewrite(keys, torch.arange(PAGES * P))
     for kept_pages in (None, pooled):
         out, counted = attend_sparse(step, Heads.layer_settings, query, keys, values, kept_pages)

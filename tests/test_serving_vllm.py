@@ -69,7 +69,7 @@ def served(config, impl_class, builder_class):
     config.compilation_config.static_forward_context["model.layers.0.self_attn.attn"] = layer
     side = getattr(impl, "side", None)
     if side is not None:
-        side.bind_kv_cache(torch.zeros(PAGES, Hkv, PAGE // side.stride, side.moments * D))
+        side.bind_kv_cache(torch.zeros(PAGES, Hkv, PAGE // side.stride, side.order * D))
     names = ["model.layers.0.self_attn.attn"]
     return impl, layer, builder_class(SPEC, names, config, torch.device("cpu"))
 
@@ -128,7 +128,7 @@ def test_random_schedules_at_tau_1_are_vllm_s_own_attention(config, monkeypatch)
                 for piece in metadata.rr_flex.step.sparse:
                     table = torch.tensor(chunks[piece.request].request.table[: piece.stop // PAGE])
                     fresh, _ = moments(read_pages(pools_of_cpu(layer.kv_cache)[0], table), 8)
-                    torch.testing.assert_close(impl.side.pooled.read(table)[0], fresh, atol=1e-6, rtol=0)
+                    torch.testing.assert_close(impl.side.pooled.read(table), fresh, atol=1e-6, rtol=0)
                     pooled_pages += len(table)
             server.finish(chunks)
     assert sparse_steps > 40 and pooled_pages > 100
@@ -177,7 +177,7 @@ def test_pooled_keys_are_pages_of_the_same_group(config, monkeypatch):
     monkeypatch.setenv("RR_FLEX", '{"preset": "best"}')
     impl, _, _ = served(config, SparseCPUImpl, SparseCPUBuilder)
     side = impl.side
-    assert (side.stride, side.moments) == (32, 2) and isinstance(side, PooledKeys)
+    assert (side.stride, side.order) == (32, 2) and isinstance(side, PooledKeys)
     spec = side.get_kv_cache_spec(config)
     # A mean and a variance for 32 keys and values.
     assert spec.page_size_bytes * 32 == SPEC.page_size_bytes

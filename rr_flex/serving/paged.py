@@ -9,24 +9,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from rr_flex.block_mask import Lists, block_mask_of_lists
+from mask_mods.spans import MaskMod
+from rr_flex.block_mask import Lists
 from rr_flex.kernels.options import attention_options
 from rr_flex.kernels.score_mods import score_mod_of
 from rr_flex.runtime.compiling import compile_whole
+from rr_flex.runtime.is_kept import is_kept
 from rr_flex.serving.pages import Pool
 from rr_flex.serving.rows import ROW
 
 LARGEST_POOL = 2**31  # elements, keys and values together, that the kernels' int32 offsets reach (torch 2.13)
 
 
-def within_row(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """The mask_mod of blocks on the diagonal: causal inside their row. Other blocks are listed as full."""
-    return kv_idx % ROW <= q_idx % ROW
+def within_row(nothing: Bool[Tensor, "1 1 0 0"]) -> MaskMod:
+    """The mask_mod of blocks on the diagonal, causal inside their row; other blocks are listed as full.
+
+    A pool's mask has no meaning but its lists. Whoever ignores them looks a block up in an empty map: an error, and not
+    an answer from pages of other requests.
+    """
+
+    def causal_in_row(b, h, q_idx, kv_idx):
+        listed = is_kept(nothing, b, h, q_idx // ROW, kv_idx // ROW)
+        return listed & (kv_idx % ROW <= q_idx % ROW)
+
+    return causal_in_row
 
 
 def folds_heads(pool: Pool) -> bool:
@@ -77,7 +88,14 @@ def attend_pages(
         # The CPU's kernel wants lists as wide as the pool.
         width = k.shape[2] // k_block
         lists = lists[0], _widened(lists[1], width), lists[2], _widened(lists[3], width)
-    block_mask = block_mask_of_lists(lists, within_row, block_size=(ROW, k_block), seq_lengths=(q.shape[2], k.shape[2]))
+    nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=q.device)
+    block_mask = BlockMask.from_kv_blocks(
+        *lists,
+        BLOCK_SIZE=(ROW, k_block),
+        mask_mod=within_row(nothing),
+        seq_lengths=(q.shape[2], k.shape[2]),
+        compute_q_blocks=False,
+    )
     return _attend_compiled(q, k, v, block_mask, scale, softcap, attention_options(q, (ROW, k_block)))
 
 

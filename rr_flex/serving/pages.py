@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rr_flex.block_mask import Lists
-from rr_flex.sampling import moments
+from rr_flex.sampling import pooled_features
 
 Pool = Float[Tensor, "pages Hkv P D"]
 
@@ -37,20 +37,15 @@ def read_pages(pool: Pool, table: Int[Tensor, " n"]) -> Float[Tensor, "1 Hkv n*P
 
 @dataclass(frozen=True, kw_only=True)
 class PooledPages:
-    """Mean, and for second order variance, of each run of `stride` keys, by physical page.
+    """`pooled_features` of each run of `stride` keys by physical page: its mean, at order 2 with its variance.
 
     A page's pooled keys are right once all its tokens have been written and given to `rewrite`; a whole block row needs
-    whole pages only. Both have the cache's dtype, to which the estimate rounds them anyway.
+    whole pages only.
     """
 
-    mean: Float[Tensor, "pages Hkv P/stride D"]
-    variance: Float[Tensor, "pages Hkv P/stride D"] | None
+    features: Float[Tensor, "pages Hkv P/stride E"]  # in the cache's dtype
     stride: int  # tokens
-
-    @classmethod
-    def of_cache(cls, cache: Float[Tensor, "pages Hkv P/stride E"], D: int, stride: int) -> "PooledPages":
-        """Views of a side cache with a mean for each run, and a variance behind it where E is 2·D."""
-        return cls(mean=cache[..., :D], variance=cache[..., D:] if cache.shape[-1] > D else None, stride=stride)
+    order: int
 
     def rewrite(self, keys: Pool, slots: Int[Tensor, " n"]) -> None:
         """Pools anew every stride that holds one of `slots` (page · P + place in the page, none negative)."""
@@ -58,16 +53,12 @@ class PooledPages:
         run = slots // self.stride
         page, run = run // runs, run % runs
         written = keys.unflatten(2, (runs, self.stride))[page, :, run]  # n Hkv stride D
-        mean, variance = moments(written, self.stride)
-        self.mean[page, :, run] = mean[:, :, 0].to(self.mean.dtype)
-        if self.variance is not None:
-            largest = min(torch.finfo(dtype).max for dtype in (variance.dtype, self.variance.dtype))
-            self.variance[page, :, run] = variance[:, :, 0].clamp(max=largest).to(self.variance.dtype)
+        pooled = pooled_features(written, self.stride, self.order)[:, :, 0]  # n Hkv E
+        self.features[page, :, run] = pooled.to(self.features.dtype)
 
-    def read(self, table: Int[Tensor, " n"]) -> tuple[Tensor, Tensor | None]:
-        """Mean and variance of the pages in `table`: [1, Hkv, n · P/stride, D]."""
-        variance = None if self.variance is None else read_pages(self.variance, table)
-        return read_pages(self.mean, table), variance
+    def read(self, table: Int[Tensor, " n"]) -> Float[Tensor, "1 Hkv n*P/stride E"]:
+        """The pooled keys of the pages in `table`, in its order."""
+        return read_pages(self.features, table)
 
 
 def tokens_to_pool(

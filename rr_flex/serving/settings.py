@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rr_flex.config import LEVELS, RRConfig
+from rr_flex.config import RRConfig
 from rr_flex.profiles import load_profile
 from rr_flex.serving.rows import ROW
 
@@ -33,8 +33,7 @@ class ServingSettings:
         config = self.config or self.layers.get(layer)
         if config is None:
             return None
-        name = LEVELS[config.budget]
-        level = getattr(config, name)
+        name, level = config.level_field, config.level
         if isinstance(level, tuple):
             if len(level) < first_head + heads:
                 raise ValueError(f"{name} must have a number for each query head, got {len(level)} in layer {layer}")
@@ -86,7 +85,7 @@ def _settings_of(document: dict[str, Any], source: str, model_config: Any) -> Se
     profile = settings.pop("profile", None)
     config, layers = None, {}
     if profile is None:
-        config = RRConfig().with_settings(settings)
+        config = RRConfig.resolve(None, settings)
     else:
         if "preset" in settings:
             raise ValueError(f"settings must have a preset or a profile, got both in {source}")
@@ -126,13 +125,9 @@ def described(settings: ServingSettings) -> str:
     """What is on, for one line of a log: the fields of RRConfig that differ from its defaults."""
     config = settings.any_config()
     default = RRConfig()
-    changed = {
-        field.name: getattr(config, field.name)
-        for field in fields(config)
-        if getattr(config, field.name) != getattr(default, field.name)
-    }
+    own = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {name: value for name, value in own.items() if value not in (None, getattr(default, name))}
+    changed[config.level_field] = "by layer and head" if settings.layers else config.level
     if settings.layers:
-        changed |= {"layers": len(settings.layers), LEVELS[config.budget]: "by layer and head"}
-    elif LEVELS[config.budget] not in changed:
-        changed |= {LEVELS[config.budget]: getattr(config, LEVELS[config.budget])}
+        changed["layers"] = len(settings.layers)
     return ", ".join(f"{name} {value}" for name, value in changed.items())

@@ -1,7 +1,7 @@
 """One step of a server in one layer: its sparse pieces selected, attended and counted, over pages of any layout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from rr_flex.block_mask import list_partial_and_full
 from rr_flex.config import RRConfig
-from rr_flex.pipeline import select_blocks
+from rr_flex.pipeline import join, select
+from rr_flex.request import in_head_slices, make_request
+from rr_flex.result import Selection
+from rr_flex.runtime.compiling import compile_whole
 from rr_flex.serving.paged import attend_pages, folds_heads, side_by_side
 from rr_flex.serving.pages import Pool, PooledPages, onto_pages, read_pages
 from rr_flex.serving.rows import DenseBatch, Piece, dense_batch
@@ -70,10 +73,11 @@ def attend_sparse(
     """Outputs of the step's sparse queries, in the order of `step.tokens`, and how many blocks they kept.
 
     Keys and values of the step must be in their pages. Pools whose tokens are not one sequence (`folds_heads`) are
-    gathered: a copy of each piece's pages.
+    gathered: a copy of each piece's pages. `pooled`: the layer's, with all that was written in them; None: the keys of
+    each piece are pooled anew.
     """
     q = query[step.tokens].transpose(0, 1)[None].contiguous()  # 1 Hq n D
-    chosen = [select_piece(part, piece, table, layer, keys) for part, piece, table in parts(step, q)]
+    chosen = [select_piece(part, piece, table, layer, keys, pooled) for part, piece, table in parts(step, q)]
     tables, keys, values = in_sequence(step.tables, keys, values)
     k_block = layer.config.block_sizes[1]
     blocks_per_page = keys.shape[2] // k_block
@@ -95,18 +99,26 @@ def parts(step: SparseStep, q: Tensor):
     return zip(q.split(sizes, dim=2), step.sparse, step.tables, strict=True)
 
 
-def select_piece(q: Tensor, piece: Piece, table: Tensor, layer: Layer, keys: Pool):
+def select_piece(
+    q: Tensor, piece: Piece, table: Tensor, layer: Layer, keys: Pool, pooled: PooledPages | None = None
+) -> Selection:
     """The Selection of one piece: rows on the absolute grid, so that of the request alone."""
-    k = read_pages(keys, table)[:, :, : piece.stop]
-    return select_blocks(
-        q,
-        k,
-        config=layer.config,
-        scale=layer.scale,
-        softcap=layer.softcap,
-        q_offset=piece.start,
-        head_offset=layer.head_offset,
-    )
+    _, Hkv, _, D = keys.shape
+    if pooled is not None and layer.config.pool == "keys":
+        # Nothing reads more of the keys than their shape.
+        k = q.new_zeros(()).expand(1, Hkv, piece.stop, D)
+    else:
+        k = read_pages(keys, table)[:, :, : piece.stop]
+    options = {"q_offset": piece.start, "head_offset": layer.head_offset}
+    options |= {"scale": layer.scale, "softcap": layer.softcap}
+    request = make_request(q, k, layer.config, options)
+    if pooled is not None:
+        pooled_keys = pooled.read(table)[:, :, : piece.stop // pooled.stride]
+        request = replace(request, pooled_keys=pooled_keys)
+    # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
+    choose = select if q.device.type == "cpu" else _select_compiled
+    chosen = [choose(*qk, own) for _, own, qk in in_head_slices(request, q, k)]
+    return chosen[0] if len(chosen) == 1 else join(chosen, request.mask_mod)
 
 
 def in_sequence(tables: Sequence[Tensor], keys: Pool, values: Pool) -> tuple[Sequence[Tensor], Pool, Pool]:
@@ -119,3 +131,6 @@ def in_sequence(tables: Sequence[Tensor], keys: Pool, values: Pool) -> tuple[Seq
         places = torch.arange(len(pages), device=pages.device).split(sizes)
         return places, keys.index_select(0, pages).contiguous(), values.index_select(0, pages).contiguous()
     return tables, keys, values
+
+
+_select_compiled = compile_whole(select)

@@ -15,10 +15,10 @@ FIRST_INDEX = 100_000  # vLLM reads a layer's number from its name; no model has
 
 
 class PooledKeys(AttentionLayerBase):
-    """A side cache [pages, Hkv, P / stride, D, or 2·D with variances] beside one attention layer's."""
+    """A side cache [pages, Hkv, P / stride, D · order] beside one attention layer's."""
 
-    def __init__(self, Hkv: int, D: int, stride: int, moments: int) -> None:
-        self.Hkv, self.D, self.stride, self.moments = Hkv, D, stride, moments
+    def __init__(self, Hkv: int, D: int, stride: int, order: int) -> None:
+        self.Hkv, self.D, self.stride, self.order = Hkv, D, stride, order
         self.kv_cache = torch.tensor([])
         self.pooled: PooledPages | None = None
         layers = get_current_vllm_config().compilation_config.static_forward_context
@@ -28,7 +28,7 @@ class PooledKeys(AttentionLayerBase):
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         self.kv_cache = kv_cache
-        self.pooled = PooledPages.of_cache(kv_cache, self.D, self.stride) if kv_cache.numel() else None
+        self.pooled = PooledPages(features=kv_cache, stride=self.stride, order=self.order) if kv_cache.numel() else None
 
     def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
         dtype = vllm_config.model_config.dtype
@@ -38,7 +38,7 @@ class PooledKeys(AttentionLayerBase):
             head_size=self.D,
             dtype=dtype,
             tokens_per_state=self.stride,
-            state_content_bytes=self.moments * self.D * dtype.itemsize,
+            state_content_bytes=self.order * self.D * dtype.itemsize,
         )
 
     def get_attn_backend(self) -> type[AttentionBackend]:
