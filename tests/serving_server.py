@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of a model")
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--longest", type=int, default=1500, help="tokens of the longest prompt")
-    parser.add_argument("--model-length", type=int, default=4096)
+    parser.add_argument("--model-length", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=16, help="tokens of a completion")
     parser.add_argument("--budget", type=int, default=512, help="tokens of a step")
     parser.add_argument("--sequences", type=int, default=8)
