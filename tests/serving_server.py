@@ -10,10 +10,7 @@ other settings the prompts' NLL must be within half a percent of the plain one's
 import argparse
 import asyncio
 import json
-import math
 import os
-import pydoc_data.topics
-import random
 import re
 import signal
 import subprocess
@@ -21,21 +18,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-from dataclasses import dataclass, field
 from pathlib import Path
 
-NAME = "smollm2"
+from serving_client import NAME, Answer, ask_all, prompts_of
+
 NLL_BOUND = 0.005  # relative
-EDGES = (1, 127, 128, 129, 256, 257)  # tokens of prompts where a row or a page just ends
-
-
-@dataclass
-class Answer:
-    tokens: list[int] = field(default_factory=list)
-    nll: float | None = None  # nats a prompt token
-    finished: bool = False
-    cancelled: bool = False
-    error: str | None = None
 
 
 class Server:
@@ -87,63 +74,6 @@ class Server:
         self.log.close()
 
 
-def prompts_of(model: str, count: int, longest: int) -> list[list[int]]:
-    """Token ids from Python's own manual: lengths spread evenly in their logarithm, two in three with a shared head."""
-    from transformers import AutoTokenizer
-
-    draw = random.Random(0)
-    text = "\n".join(pydoc_data.topics.topics.values())
-    ids = AutoTokenizer.from_pretrained(model).encode(text[:400_000])
-    heads = [ids[:longest], ids[30_000 : 30_000 + longest]]
-    lengths = [*EDGES, longest]
-    lengths += [round(math.exp(draw.uniform(math.log(20), math.log(longest)))) for _ in range(count - len(lengths))]
-    prompts = []
-    for length in lengths[:count]:
-        shared = draw.randint(0, length) if draw.random() < 2 / 3 else 0
-        at = draw.randrange(0, len(ids) - longest)
-        prompts.append(draw.choice(heads)[:shared] + ids[at : at + length - shared])
-    # Every position but the last past a prefix hit, and a prompt twice.
-    prompts += [heads[0][:513], heads[0][:513]]
-    draw.shuffle(prompts)
-    return prompts
-
-
-async def ask(client, number: int, prompt: list[int], arguments: argparse.Namespace) -> Answer:
-    """One request: a third with the prompt's log-probabilities, of the others half as streams, some cancelled."""
-    answer = Answer()
-    options = {"model": NAME, "prompt": prompt, "max_tokens": arguments.tokens, "temperature": 0}
-    try:
-        if number % 3 == 0:
-            extra = {"prompt_logprobs": 0, "return_token_ids": True}
-            reply = await client.completions.create(**options, extra_body=extra)
-            held = [next(iter(each.values())) for each in reply.choices[0].prompt_logprobs[1:]]
-            answer.tokens = list(reply.choices[0].token_ids)
-            answer.nll = -sum(each["logprob"] for each in held) / max(1, len(held))
-        elif number % 3 == 1:
-            reply = await client.completions.create(**options, extra_body={"return_token_ids": True})
-            answer.tokens = list(reply.choices[0].token_ids)
-        else:
-            stream = await client.completions.create(**options, stream=True, extra_body={"return_token_ids": True})
-            async for part in stream:
-                answer.tokens += part.choices[0].token_ids or []
-                if number % 9 == 2 and len(answer.tokens) >= 2:
-                    answer.cancelled = True
-                    await stream.close()
-                    break
-        answer.finished = not answer.cancelled
-    except Exception as error:  # whatever it is, the others must be right
-        answer.error = f"{type(error).__name__}: {error}"
-    return answer
-
-
-async def ask_all(port: int, prompts: list[list[int]], arguments: argparse.Namespace) -> list[Answer]:
-    from openai import AsyncOpenAI
-
-    where = f"http://127.0.0.1:{port}/v1"
-    async with AsyncOpenAI(base_url=where, api_key="none", timeout=arguments.patience) as client:
-        return await asyncio.gather(*(ask(client, *numbered, arguments) for numbered in enumerate(prompts)))
-
-
 def metrics_of(server: Server) -> dict[str, float]:
     names = "rr_flex_|vllm:num_preemptions_total|vllm:prefix_cache_hits_total"
     pattern = re.compile(rf"^((?:{names})[^ ]*) ([0-9.e+]+)$", re.M)
@@ -164,6 +94,33 @@ def run(settings: str | None, port: int, prompts: list[list[int]], arguments: ar
         server.stop()
     lines = [line.split("rr_flex: ", 1)[1] for line in server.text().splitlines() if "rr_flex: " in line]
     return {"start": server.took, "took": took, "answers": answers, "metrics": metrics, "lines": lines}
+
+
+def kill_worker(settings: str, port: int, prompt: list[int], arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """A worker is killed while it answers: every client gets an error, and the server ends; nothing hangs."""
+    import psutil
+
+    server = Server(arguments.model, port, settings, arguments, folder)
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    workers = [child for child in family if "Worker" in child.name() or "Worker" in " ".join(child.cmdline())]
+    if not workers:
+        server.stop()
+        return ["no worker was found to kill"]
+
+    async def kill_soon() -> list[Answer]:
+        asking = asyncio.ensure_future(ask_all(port, [prompt] * 4, arguments))
+        await asyncio.sleep(1)
+        workers[0].kill()
+        return await asyncio.wait_for(asking, 120)
+
+    try:
+        answers = asyncio.run(kill_soon())
+        server.process.wait(120)
+    except (asyncio.TimeoutError, subprocess.TimeoutExpired) as error:
+        return [f"something hung after a worker was killed: {error!r}"]
+    finally:
+        server.stop()
+    return [f"an answer came from a dead worker: {answer}" for answer in answers if answer.finished]
 
 
 def compare(settings: str, plain: dict, found: dict) -> list[str]:
@@ -207,11 +164,13 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--cache", type=int, default=192 << 20, help="bytes")
     parser.add_argument("--patience", type=float, default=900, help="seconds for a start, and for a request")
+    parser.add_argument("--kill", action="store_true", help="at the end kill a worker while it answers")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--logs", type=Path, help="folder of the servers' logs; a temporary one unless given")
     arguments = parser.parse_args()
     folder = arguments.logs or Path(tempfile.mkdtemp())
-    prompts = prompts_of(arguments.model, arguments.requests, arguments.longest)
+    most = arguments.model_length - arguments.tokens
+    prompts = prompts_of(arguments.model, arguments.requests, arguments.longest, most)
     print(f"{len(prompts)} prompts of {sum(map(len, prompts))} tokens; logs in {folder}", flush=True)
     plain = run(None, arguments.port, prompts, arguments, folder)
     wrong = [f"plain request {n} was lost: {a.error}" for n, a in enumerate(plain["answers"]) if a.error]
@@ -220,6 +179,9 @@ def main() -> None:
         found = run(settings, arguments.port + number, prompts, arguments, folder)
         wrong += [f"{settings}: {each}" for each in compare(settings, plain, found)]
         print("\n".join(found["lines"]), found["metrics"], sep="\n", flush=True)
+    if arguments.kill:
+        settings, port = arguments.settings[0], arguments.port + len(arguments.settings) + 1
+        wrong += kill_worker(settings, port, prompts[0][:1] * most, arguments, folder)
     print("\n".join(wrong) or "all right")
     sys.exit(bool(wrong))
 
