@@ -60,11 +60,12 @@ def test_a_request_without_queries_has_no_piece():
 
 
 def test_the_dense_batch_has_single_queries_first():
-    found = pieces_of_step([0, 128 + 90, 219], [128 + 90, 700], [True, False])
+    found = pieces_of_step([0, 128 + 90, 219, 224], [128 + 90, 700, 5], [True, False, True])
     dense = dense_batch(found)
-    assert dense.tokens.tolist() == [218, *range(128, 218)]
-    assert dense.query_starts.tolist() == [0, 1, 91] and dense.longest == 90
-    assert dense.lengths.tolist() == [700, 218] and dense.requests.tolist() == [1, 0]
+    # The others stay in their order.
+    assert dense.tokens.tolist() == [218, *range(128, 218), *range(219, 224)]
+    assert dense.query_starts.tolist() == [0, 1, 91, 96] and dense.longest == 90
+    assert dense.lengths.tolist() == [700, 218, 5] and dense.requests.tolist() == [1, 0, 2]
     assert dense_batch(pieces_of_step([0, 128], [128], [True])) is None
 
 
