@@ -1,5 +1,7 @@
 """Attention over a pool of pages is attention over the gathered keys, however the pages lie."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from rr_flex.block_mask import list_partial_and_full
 from rr_flex.serving.paged import as_sequence, attend_pages, folds_heads, side_by_side
 from rr_flex.serving.pages import PooledPages, onto_pages, pools_of_cpu, pools_of_flash, read_pages
 from rr_flex.serving.rows import pieces_of_step
-from rr_flex.serving.step import Layer, SparseStep, attend_sparse
+from rr_flex.serving.step import Layer, SparseStep, attend_sparse, select_piece
 from rr_flex.serving.warmup import compile_graphs, graphs, synthetic_step
 
 P, Hq, Hkv, D, PAGES = 128, 4, 2, 16, 24
@@ -103,6 +105,36 @@ def test_a_step_attends_as_each_request_alone(pools_of):
             torch.testing.assert_close(out[at : at + len(piece)].double(), expected, atol=2e-6, rtol=0)
             kept, visible, at = kept + int(alone.kept.sum()), visible + int(alone.visible.sum()) * Hq, at + len(piece)
         assert (int(counted.kept), int(counted.visible)) == (kept, visible) and kept < visible
+
+
+def test_ranks_of_tensor_parallelism_select_as_one():
+    """Each rank has its query heads, their key heads, and the global index of its first head."""
+    generator = torch.Generator().manual_seed(8)
+    keys, _ = pools_of_cpu(random_cache("heads outermost", 9))
+    step, _, query = step_of([(128, 1152)], generator)
+    q, (piece,), (table,) = query[step.tokens].transpose(0, 1)[None], step.sparse, step.tables
+    whole = select_piece(q, piece, table, Heads.layer_settings, keys).kept
+    ranks = [
+        select_piece(q[:, first : first + 2], piece, table, layer, keys[:, first // 2 : first // 2 + 1]).kept
+        for first, layer in ((0, Heads.layer_settings), (2, replace(Heads.layer_settings, head_offset=2)))
+    ]
+    assert torch.equal(torch.cat(ranks, 1), whole) and not whole.all()
+
+
+def test_pooled_keys_of_pages_select_as_keys_pooled_anew():
+    """At both orders, and beside pooled queries, which read the keys themselves too."""
+    generator = torch.Generator().manual_seed(10)
+    keys, _ = pools_of_cpu(random_cache("heads outermost", 11))
+    step, _, query = step_of([(256, 1152)], generator)
+    q, (piece,), (table,) = query[step.tokens].transpose(0, 1)[None], step.sparse, step.tables
+    for settings in ({"tau": 0.7}, {"tau": 0.7, "order": 2, "key_stride": 16}, {"preset": "best", "threshold": 0.05}):
+        config = RRConfig.resolve(None, settings | {"dense_last_rows": 0, "min_length": 0})
+        layer, stride = replace(Heads.layer_settings, config=config), config.strides[1]
+        features = torch.zeros(PAGES, Hkv, P // stride, D * config.order)
+        pooled = PooledPages(features=features, stride=stride, order=config.order)
+        pooled.rewrite(keys, torch.arange(PAGES * P))
+        fresh = select_piece(q, piece, table, layer, keys).kept
+        assert torch.equal(select_piece(q, piece, table, layer, keys, pooled).kept, fresh) and not fresh.all()
 
 
 def test_after_the_warm_up_no_step_compiles():
