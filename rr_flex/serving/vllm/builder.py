@@ -65,13 +65,17 @@ class SparseBuilder:
         lengths = m.seq_lens_cpu_upper_bound.tolist()[: len(starts) - 1]
         prefilling = [False] * len(lengths) if m.is_prefilling is None else m.is_prefilling.tolist()
         self.remember(m, starts, lengths, prefilling)
+        counters = self.started.counters if self.started.counts else None
+        if counters is not None and (line := counters.line_if_due()):
+            logger.info(line)
+        if not any(prefilling):
+            if counters is not None:
+                counters.add("decode", starts[-1])
+            return None
         causal = m.causal is True and not m.mm_req_doc_ranges
         shortest = self.started.min_length
         pieces = pieces_of_step(starts, lengths, prefilling, min_length=shortest, causal=causal)
-        counters = self.started.counters if self.started.counts else None
         if counters is not None:
-            if line := counters.line_if_due():
-                logger.info(line)
             for piece in pieces:
                 counters.add(piece.reason, len(piece))
         step = SparseStep.of(pieces, m.block_table_tensor, self.started.page)
