@@ -8,8 +8,9 @@ from rr_flex.attention import rr_attention
 from rr_flex.config import RRConfig
 from rr_flex.pipeline import create_rr_block_mask, select_blocks
 from rr_flex.result import Selection
+from rr_flex.state import PrefillState
 
-__all__ = ["RRConfig", "Selection", "create_rr_block_mask", "enable", "rr_attention", "select_blocks"]
+__all__ = ["PrefillState", "RRConfig", "Selection", "create_rr_block_mask", "enable", "rr_attention", "select_blocks"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from rr_flex.kernels.score_mods import beside_sinks
 from rr_flex.pipeline import is_short
 from rr_flex.request import Request, in_head_slices, make_request
 from rr_flex.runtime.tracing import traced
+from rr_flex.state import PrefillState, check_state
 
 # How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
 # torch.compile is not counted.
@@ -45,6 +46,7 @@ def rr_attention(
     sinks: Float[Tensor, " Hq"] | None = None,
     q_offset: int | Tensor | None = None,
     head_offset: int | Tensor = 0,
+    state: PrefillState | None = None,
     return_lse: bool = False,
     return_density: bool = False,
     backend: Backend = "auto",
@@ -82,6 +84,8 @@ def rr_attention(
     request = replace(request, sinks=sinks, backward=backward, returns=returns)
     if is_short(k, shortest_sparse(q, request.config, plain_softmax=request.plain_softmax)):
         request = replace(request, estimate="none")
+    elif state is not None:
+        request = check_state(state).pool(q, k, request)
     name = choose_kernel(backend, q, v, request)
     if request.dense and request.plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")

@@ -19,6 +19,7 @@ from rr_flex.request import Request, in_head_slices, make_request
 from rr_flex.result import Selection
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.runtime.tracing import traced
+from rr_flex.state import PrefillState, check_state
 
 
 def create_rr_block_mask(q: Tensor, k: Tensor, **options: Any) -> BlockMask:
@@ -40,6 +41,7 @@ def select_blocks(
     softcap: float | None = None,
     q_offset: int | Tensor | None = None,
     head_offset: int | Tensor = 0,
+    state: PrefillState | None = None,
     **settings: Any,
 ) -> Selection:
     """The blocks of the attention map that hold most of its mass, estimated from q and k (arXiv 2602.05853).
@@ -52,6 +54,7 @@ def select_blocks(
     `q_offset`: position of the first query among the keys, Lk − Lq unless given. The causal mask, the diagonal and
     every mask of mask_mods without an offset of its own stand there.
     `head_offset`: global index of the first query head, under tensor parallelism.
+    `state`: what the prompt's earlier chunks have left, see PrefillState; k holds the keys of all its tokens so far.
     ValueError, TypeError or NotImplementedError name the argument, the rule and the value.
     """
     check_queries_and_keys(q, k)
@@ -61,6 +64,8 @@ def select_blocks(
     request = make_request(q, k, RRConfig.resolve(config, settings), options)
     if is_short(k, request.config.min_length):
         request = replace(request, estimate="none")
+    elif state is not None:
+        request = check_state(state).pool(q, k, request)
     # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
     choose = _select_compiled if q.device.type != "cpu" and not traced() else select
     with torch.no_grad():

@@ -24,6 +24,7 @@ LINES = [
     ["rr_flex.mass"],
     ["rr_flex.mass_by_attention"],
     ["rr_flex.estimate"],
+    ["rr_flex.state"],
     ["rr_flex.pipeline"],
     ["rr_flex.kernels.flex"],
     ["rr_flex.kernels.flash"],
