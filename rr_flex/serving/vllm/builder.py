@@ -42,6 +42,7 @@ class SparseBuilder:
         self.of_dense_pieces = type(self).parent(kv_cache_spec, layer_names, vllm_config, device)
         self.started: Started = start(self, layer_names, vllm_config)
         self.pending: list[Tensor] = []
+        self.waiting = 0  # slots in them
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -124,16 +125,17 @@ class SparseBuilder:
         if not tokens:
             return
         self.pending.append(m.slot_mapping[torch.tensor(tokens, device=m.slot_mapping.device)])
-        if sum(len(slots) for slots in self.pending) > MOST_PENDING + starts[-1]:
+        self.waiting += len(tokens)
+        if self.waiting > MOST_PENDING + len(tokens):
             # The last entry is of this step, whose keys are not written yet.
             *earlier, latest = self.pending
             for impl in self.started.layers:
                 impl.rewrite_pooled(torch.cat(earlier))
-            self.pending = [latest]
+            self.pending, self.waiting = [latest], len(latest)
 
     def slots_to_pool(self) -> Tensor | None:
         if not self.pending:
             return None
         slots = torch.cat(self.pending)
-        self.pending = []
+        self.pending, self.waiting = [], 0
         return slots
