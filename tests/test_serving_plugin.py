@@ -108,6 +108,12 @@ def test_pages_and_page_layouts_are_checked():
         ValueError, match="block size must be a multiple of 128 tokens, got 16: start with --block-size"
     ):
         support.check_page(16)
+    support.check_pool(8192, 128 * 8 * 256)
+    support.check_pool(None, 128 * 8 * 256)
+    with pytest.raises(
+        ValueError, match="KV cache must have at most 8192 blocks, got 8193: --num-gpu-blocks-override 81"
+    ):
+        support.check_pool(8193, 128 * 8 * 256)
     support.check_isa("vec")
     with pytest.raises(NotImplementedError, match="page layout must be one of vec, vec16 on a CPU, got amx"):
         support.check_isa("amx")

@@ -15,7 +15,7 @@ from rr_flex.kernels.options import break_even
 from rr_flex.serving.settings import ServingSettings, described, settings_of_environment
 from rr_flex.serving.step import Layer
 from rr_flex.serving.vllm.counters import FOLDER, Counters
-from rr_flex.serving.vllm.support import check_isa, check_page, installed_version, why_dense
+from rr_flex.serving.vllm.support import check_isa, check_page, check_pool, installed_version, why_dense
 from rr_flex.serving.warmup import compile_graphs
 
 logger = init_logger("vllm.rr_flex")
@@ -56,6 +56,9 @@ def start(builder: Any, layer_names: list[str], vllm_config: Any) -> Started:
     if hasattr(builder, "isa"):
         check_isa(builder.isa)
     first = started.layers[0]
+    if builder.device.type != "cpu":  # there pages are gathered
+        elements = page * first.num_kv_heads * 2 * first.head_size
+        check_pool(vllm_config.cache_config.num_gpu_blocks, elements)
     if first.side is not None:
         started.pooled_stride = first.side.stride
     sample = torch.empty(1, 1, 1, first.head_size, dtype=vllm_config.model_config.dtype, device=builder.device)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+from rr_flex.serving.paged import LARGEST_POOL
 from rr_flex.serving.rows import ROW
 from rr_flex.serving.settings import VARIABLE
 
@@ -83,6 +84,13 @@ def _refused(config: Any) -> Iterator[str]:
 def check_page(page: int) -> None:
     if page % ROW:
         raise ValueError(f"block size must be a multiple of {ROW} tokens, got {page}: start with --block-size {ROW}")
+
+
+def check_pool(pages: int | None, page_elements: int) -> None:
+    """ValueError where a layer's pool is too large for the kernels' offsets; `pages` None: not known yet."""
+    most = LARGEST_POOL // page_elements
+    if pages is not None and pages > most:
+        raise ValueError(f"KV cache must have at most {most} blocks, got {pages}: --num-gpu-blocks-override {most}")
 
 
 def check_isa(isa: str) -> None:
