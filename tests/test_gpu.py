@@ -1,6 +1,8 @@
 """What only an accelerator's kernels do: the estimate as attention, log-sum-exp, gradients, dynamic lengths."""
 
 import math
+import warnings
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -11,11 +13,10 @@ from torch._dynamo.utils import counters
 import rr_flex
 from mask_mods import both, causal, padding, visible_keys
 from rr_flex import attention, create_rr_block_mask, rr_attention, select_blocks
-from rr_flex.kernels import choose as backends
-from rr_flex.kernels import last_rows
-from rr_flex.mass import block_mass
+from rr_flex.kernels import choose
+from rr_flex.kernels import flash as backends
+from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
-from rr_flex.pipeline import resolve_mask
 from rr_flex.runtime import head_slices
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.sampling import pool_keys, sample_queries
@@ -47,18 +48,19 @@ def allowed_pairs(q, k, mask_mod=None, block_size=(128, 128), **chosen):
     """The pairs that the mask shows and the selection keeps, on the CPU: bool [B, Hq, Lq, Lk]."""
     (B, Hq, Lq, _), Lk = q.shape, k.shape[2]
     kept = select_blocks(q, k, block_size=block_size, mask_mod=mask_mod, **chosen).kept.cpu()
-    mask_mod = resolve_mask(mask_mod, None, torch.tensor(Lk - Lq))
-    return oracle.pairs(mask_mod, B, Hq, Lq, Lk) & oracle.expand(kept, (Lq, Lk), block_size)
+    shown = oracle.pairs(causal(Lk - Lq), B, Hq, Lq, Lk)
+    if mask_mod is not None:
+        shown = shown & oracle.pairs(mask_mod, B, Hq, Lq, Lk)
+    return shown & oracle.expand(kept, (Lq, Lk), block_size)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 def test_the_estimate_as_attention_equals_the_strips(dtype, error):
     q, k, _ = on_gpu(Shape(B=2, Lq=300, Lk=128 * 130, D=64), dtype=dtype)
-    facts = {"mask_mod": causal(128 * 130 - 300), "Lq": 300, "Lk": 128 * 130, "strides": (8, 8)}
-    facts |= {"block_size": (128, 128), "scale": 0.125}
-    sampled, pooled = sample_queries(q, 8), pool_keys(k, 8)
-    attention = compile_whole(lambda sampled, pooled: block_mass_by_attention(sampled, pooled, **facts))
-    torch.testing.assert_close(attention(sampled, pooled), block_mass(sampled, pooled, **facts), rtol=0, atol=error)
+    facts = {"mask_mod": causal(128 * 130 - 300), "seq_lengths": (300, 128 * 130), "strides": (8, 8)}
+    samples = Samples(sample_queries(q, 8), pool_keys(k, 8), **facts, block_size=(128, 128), scale=0.125)
+    found = compile_whole(block_mass_by_attention)(samples)
+    torch.testing.assert_close(found, block_mass(samples), rtol=0, atol=error)
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -70,11 +72,10 @@ def test_strides_count_by_their_real_keys_in_both_forms(dtype, error, batches):
     real = torch.tensor([Lk - 15, 901], device="cuda")[:batches]
     mask = both(causal(Lk - 300), padding(real, side="left", total=Lk, offset=Lk - 300))
     valid = visible_keys(mask, 2, 1, Lk, "cuda")[:batches]
-    facts = {"mask_mod": mask, "Lq": 300, "Lk": Lk, "strides": (8, 8), "block_size": (128, 128), "scale": 0.125}
-    sampled, pooled = sample_queries(q, 8), pool_keys(k, 8, valid)
-    attention = compile_whole(lambda *args, valid: block_mass_by_attention(*args, valid_keys=valid, **facts))
-    expected = block_mass(sampled, pooled, valid_keys=valid, **facts)
-    torch.testing.assert_close(attention(sampled, pooled, valid=valid), expected, rtol=0, atol=error)
+    facts = {"mask_mod": mask, "seq_lengths": (300, Lk), "strides": (8, 8), "block_size": (128, 128), "scale": 0.125}
+    samples = Samples(sample_queries(q, 8), pool_keys(k, 8, valid), **facts, valid_keys=valid)
+    found = compile_whole(block_mass_by_attention)(samples)
+    torch.testing.assert_close(found, block_mass(samples), rtol=0, atol=error)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +261,9 @@ def test_last_rows_by_themselves(monkeypatch, backend, rows, B):
     q, k, v = on_gpu(LONG._replace(B=B), dtype=torch.bfloat16)
     chosen = {"tau": 0.5, "dense_last_rows": rows}
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "rows_apart", lambda *_: 0)
+        patch.setattr(choose, "rows_apart", lambda *_: 0)
         at_once = rr_attention(q, k, v, return_lse=True, backend=backend, **chosen)
-    monkeypatch.setattr(last_rows, "LEAST_KEYS", 0)
+    monkeypatch.setitem(choose.KERNELS, "triton", replace(choose.KERNELS["triton"], least_keys_apart=0))
     out, lse = rr_attention(q, k, v, return_lse=True, backend=backend, **chosen)
     first = (8 - rows) * 128  # of eight block rows
     assert torch.equal(out[:, :, :first], at_once[0][:, :, :first])
@@ -305,7 +306,7 @@ def test_a_soft_cap_is_triton_s_and_holds_for_the_estimate_too(chosen, dtype):
 
 def test_flash_refuses_a_soft_cap():
     q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"^backend must be 'auto' or 'triton' here, got 'flash'"):
+    with pytest.raises(RuntimeError, match=r"^backend must be 'auto' or another kernel here, got 'flash'"):
         rr_attention(q, k, v, softcap=3.0, backend="flash")
 
 
@@ -338,3 +339,42 @@ def test_models_with_sinks_and_soft_caps_say_what_dense_ones_say(family):
     with rr_flex.enable(model, tau=0.4, block_size=64, dense_last_rows=0) as on:
         generate(model, ids)
     assert on.report().density < 0.95
+
+
+@pytest.mark.parametrize("run", ["eager", "aot_eager", "force_eager", "export"])
+def test_whoever_runs_the_graph_attends_to_the_kept_blocks(run):
+    q, k, v = on_gpu(LONG)
+    call = lambda q, k, v: rr_attention(q, k, v, tau=0.5)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
+        if run == "force_eager":
+            with torch.compiler.set_stance("force_eager"):
+                out = call(q, k, v)
+        elif run == "export":
+            module = torch.nn.Module()
+            module.forward = call
+            out = torch.export.export(module, (q, k, v)).module()(q, k, v)
+        else:
+            out = torch.compile(call, backend=run)(q, k, v)
+    assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, tau=0.5))
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+def test_chunks_with_a_state_and_offsets_of_their_own(backend):
+    shape = Shape(B=1, Hq=4, Hkv=2, Lq=4096, Lk=4096, D=64)
+    q, k, v = on_gpu(shape, dtype=torch.bfloat16)
+    state, chosen = rr_flex.PrefillState(), {"tau": 0.4, "dense_last_rows": 0}
+    for start, end in ((0, 1024), (1024, 2048), (2048, 2560), (2560, 4000), (4000, 4096)):
+        own = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        out = rr_attention(*own, q_offset=start, state=state, backend=backend, **chosen)
+        allowed = allowed_pairs(*own[:2], q_offset=start, **chosen)
+        assert_attends(out.cpu(), *(x.cpu() for x in own), allowed)
+
+
+def test_the_lookup_of_kept_blocks_is_not_in_the_kernel():
+    q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    _, code = run_and_get_code(lambda: rr_attention(q, k, v, tau=0.4, backend="triton"))
+    assert "is_kept" not in "".join(code)
