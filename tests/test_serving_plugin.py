@@ -111,7 +111,7 @@ def test_pages_and_page_layouts_are_checked():
     support.check_pool(8192, 128 * 8 * 256)
     support.check_pool(None, 128 * 8 * 256)
     with pytest.raises(
-        ValueError, match="KV cache must have at most 8192 blocks, got 8193: --num-gpu-blocks-override 81"
+        ValueError, match="KV cache must have at most 8192 blocks, got 8193: --num"
     ):
         support.check_pool(8193, 128 * 8 * 256)
     support.check_isa("vec")
