@@ -59,6 +59,12 @@ class SparseBuilder:
         metadata.rr_flex = None
         return metadata
 
+    def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> Any:
+        # Layers of a draft model are dense, and what waits to be pooled is the other layers'.
+        metadata = super().build(0, common_attn_metadata, True)
+        metadata.rr_flex = None
+        return metadata
+
     def plan(self, m: Any, fast_build: bool) -> Plan | None:
         starts = m.query_start_loc_cpu.tolist()
         if m.seq_lens_cpu_upper_bound is None or starts[-1] == 0:
