@@ -1,4 +1,4 @@
-"""What vLLM calls once in each of its processes. Without RR_FLEX in the environment it does and imports nothing.
+"""What vLLM calls once in each of its processes. Without RR_FLEX in the environment it does nothing, nor imports.
 
 vLLM finds this function by the entry point in the distribution's metadata. It overrides members of vLLM's own registry
 of attention backends: a new name would be unknown to its `Attention` layer, and on a CPU the choice is ignored anyway.
