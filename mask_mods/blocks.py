@@ -7,8 +7,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mask_mods.spans import Index, MaskMod, SpanMask, buffered, check_count, larger, smaller
+from mask_mods.checks import LARGEST, check_count
+from mask_mods.spans import Index, MaskMod, SpanMask, buffered, larger, smaller
 
+FEW_SPANS = 4  # a query, up to which merging them in pairs is less work than sorting them
 STRIP_PAIRS = 2**26  # pairs of a plain mask_mod that are evaluated at once in eager mode
 
 
@@ -30,7 +32,7 @@ def any_key_visible(
 
 def hides_keys(mask_mod: MaskMod) -> bool:
     """Whether there may be keys that no query may see, as far as the mask says (`SpanMask.keys`)."""
-    return isinstance(mask_mod, SpanMask) and mask_mod.keys is not None
+    return getattr(mask_mod, "keys", None) is not None
 
 
 def visible_keys(mask_mod: MaskMod, B: int, H: int, Lk: int, device: torch.device | str) -> Bool[Tensor, "b h Lk"]:
@@ -40,8 +42,36 @@ def visible_keys(mask_mod: MaskMod, B: int, H: int, Lk: int, device: torch.devic
     b = torch.arange(B, device=device).view(B, 1, 1)
     h = torch.arange(H, device=device).view(1, H, 1)
     kv_idx = torch.arange(Lk, device=device).view(1, 1, Lk)
-    visible = mask_mod.keys(b, h, kv_idx)
+    # Buffered: inductor (2.13) cannot pad a comparison of int64 that it has not computed yet to fewer than 8 keys.
+    visible = buffered(mask_mod.keys(b, h, kv_idx))
     return visible.expand(torch.broadcast_shapes(visible.shape, kv_idx.shape))
+
+
+def seeing_queries(
+    mask_mod: MaskMod, B: int, H: int, Lq: int, Lk: int, device: torch.device | str
+) -> Bool[Tensor, "b h Lq"]:
+    """False for queries that see no key, such as padded ones; b is B or 1, h is H or 1.
+
+    Closed form for a SpanMask; a plain function is evaluated on all Lq·Lk pairs, as in `block_visibility`.
+    """
+    if not isinstance(mask_mod, SpanMask):
+        sizes = {"B": B, "H": H, "Lq": Lq, "Lk": Lk, "block_size": (1, Lk), "device": device}
+        return block_visibility(mask_mod, **sizes)[0].squeeze(-1)
+    b, h = torch.arange(B, device=device).view(B, 1, 1), torch.arange(H, device=device).view(1, H, 1)
+    first_key = torch.zeros((), dtype=torch.int64, device=device)
+    sees = any_key_visible(mask_mod, b, h, torch.arange(Lq, device=device), first_key, Lk, Lk)
+    return sees.expand(torch.broadcast_shapes(sees.shape, (1, 1, Lq)))
+
+
+def last_queries(mask_mod: MaskMod, B: int, H: int, Lq: int, Lk: int, device: torch.device | str) -> Int[Tensor, "b h"]:
+    """The last query of each sequence that is no padding: Lq − 1 unless the mask hides keys; −1 where none is left.
+
+    b is B or 1, h is H or 1.
+    """
+    if not hides_keys(mask_mod):
+        return torch.full((1, 1), Lq - 1, dtype=torch.int64, device=device)
+    query = torch.arange(Lq, device=device)
+    return torch.where(seeing_queries(mask_mod, B, H, Lq, Lk, device), query, -1).amax(-1)
 
 
 def block_visibility(
@@ -90,6 +120,8 @@ def _blocks_of_spans(spans, q_idx: Int[Tensor, " queries"], Lk: int, block_size:
 
 def _merge(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """The same keys as disjoint spans with gaps between them; those that others swallowed come back empty."""
+    if len(spans) > FEW_SPANS:
+        return _merge_sorted(spans)
     merged = []
     for first, last in spans:
         # Each pass extends the span by at least one of those that overlap or touch it, so m − 1 passes reach the end.
@@ -107,6 +139,19 @@ def _merge(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
                 swallowed = swallowed | (starts_before & (other_last == last))
         kept.append((first, torch.where(swallowed, -1, last)))
     return kept
+
+
+def _merge_sorted(spans: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """`_merge` in the order of the spans' first keys, whose work does not grow with the cube of their number."""
+    first, last = (torch.stack(bounds) for bounds in zip(*spans, strict=True))
+    first, last = torch.where(first <= last, first, 2 * LARGEST), torch.where(first <= last, last, -1)
+    first, order = first.sort(0)
+    reached = last.gather(0, order).cummax(0).values
+    starts = torch.cat([torch.ones_like(first[:1], dtype=torch.bool), first[1:] > reached[:-1] + 1])
+    # A stretch reaches as far as the last of its spans, the one before the next start.
+    ends_here = torch.cat([starts[1:], torch.ones_like(starts[:1])])
+    end = torch.where(ends_here, reached, 2 * LARGEST).flip(0).cummin(0).values.flip(0)
+    return list(zip(first.unbind(), torch.where(starts, end, -1).unbind(), strict=True))
 
 
 def _count_queries(ranges: list[tuple[Tensor, Tensor]], q_block: int, nK: int) -> Int[Tensor, "b h nQ nK"]:

@@ -1,17 +1,22 @@
 """Causal mask."""
 
-from mask_mods.spans import Index, SpanMask, check_per_batch, per_batch, show
+from dataclasses import dataclass
+
+from mask_mods.positions import PositionMask
+from mask_mods.spans import Index, called
 
 
-def causal(offset: Index = 0) -> SpanMask:
-    """Key j is visible to query i when j ≤ i + offset: query i stands at position i + offset.
+@dataclass(frozen=True, eq=False, repr=False)
+class Causal(PositionMask):
+    """See `causal`."""
 
-    `offset` is an int or an integer tensor, 0-dim or [B]. A new tensor causes no recompile, a new int does. Under
-    `dynamic=True` an offset that depends on the lengths must be a tensor.
-    """
-    check_per_batch("offset", offset)
+    def spans(self, b, h, q_idx):
+        return ((0, self.position(b, q_idx)),)
 
-    def spans(b, h, q_idx):
-        return ((0, q_idx + per_batch(offset, b)),)
+    def __repr__(self) -> str:
+        return called("causal", offset=self.offset)
 
-    return SpanMask(spans, label=lambda: f"causal(offset={show(offset)})")
+
+def causal(offset: Index | None = None) -> PositionMask:
+    """Key j is visible to query i when j ≤ i + offset: query i stands at position i + offset (see PositionMask)."""
+    return Causal(offset=offset)

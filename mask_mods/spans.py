@@ -1,38 +1,101 @@
 """The one idea behind every mask here: for each query, the visible keys are a union of a few intervals."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from types import FunctionType
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from mask_mods.checks import ask, check_arity, check_device, recorded, show
 
 Index = Int[Tensor, "..."] | int
 Span = tuple[Index, Index]  # first and last visible key, both inclusive; first > last is empty
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class SpanMask:
     """A FlexAttention `mask_mod` that also knows its spans: key j is visible where first ≤ j ≤ last for one of them.
 
     The spans alone decide. `keys` only summarises them for whoever pools or counts keys: it is False for keys that
     no query may see (padding).
     The query heads that share a key head should agree on it: pooled keys are one and the same for all of them.
+    Built from functions, or a subclass that defines `spans` (and `keys`) as methods. `q_idx` is the query's index, as
+    everywhere in FlexAttention; a mask over positions is a PositionMask.
     """
 
-    spans: Callable[[Tensor, Tensor, Tensor], tuple[Span, ...]]  # of b, h, q_idx; one or more, broadcast against these
     keys: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # of b, h, kv_idx; None: no key is hidden from all
-    label: Callable[[], str] = lambda: "SpanMask()"  # called by repr only, so that building a mask reads no tensor
+
+    def __init__(
+        self,
+        spans: Callable[[Tensor, Tensor, Tensor], tuple[Span, ...]],  # of b, h, q_idx; one or more, broadcast to these
+        keys: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        label: Callable[[], str] | None = None,  # called by repr only, so that building a mask reads no tensor
+    ):
+        for name, function in (("spans", spans), ("keys", keys), ("label", label)):
+            if not callable(function) and (function is not None or name == "spans"):
+                raise TypeError(f"{name} must be a function, got {show(function)}")
+        self.spans, self.keys, self.label = spans, keys, label
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Bool[Tensor, "..."]:
         inside = [(kv_idx >= first) & (kv_idx <= last) for first, last in self.spans(b, h, q_idx)]
         return reduce(or_, inside)
 
+    def placed(self, q_offset: Index) -> "SpanMask":
+        """The mask for queries that begin at position `q_offset`: itself, whose spans are of the queries' indices."""
+        return self
+
+    def check(self, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
+        """ValueError or TypeError where the mask does not fit a call of these sizes on `device`: see checks.py."""
+        if recorded():
+            return
+        check_arity("spans", self.spans, ("b", "h", "q_idx"))
+        ask(self.spans, (B, Hq, Lq), device, lambda spans: _check_spans(spans, device))
+        if self.keys is not None:
+            check_arity("keys", self.keys, ("b", "h", "kv_idx"))
+
     def __repr__(self) -> str:
-        return self.label()
+        label = self.__dict__.get("label")
+        return f"{type(self).__name__}()" if label is None else label()
+
+    def __copy__(self) -> "SpanMask":
+        return self  # nothing changes a mask
+
+    def __deepcopy__(self, memo: dict) -> "SpanMask":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: int):
+        for name in ("spans", "keys", "label"):
+            function = self.__dict__.get(name)
+            if isinstance(function, FunctionType) and "<" in function.__qualname__:
+                raise TypeError(
+                    f"{name} must be a function of a module's top level to be pickled, got {function.__qualname__}; a"
+                    " subclass of SpanMask or PositionMask, whose spans is a method, can be too"
+                )
+        return super().__reduce_ex__(protocol)
+
+
+def _check_spans(spans: object, device: torch.device | str) -> None:
+    rule = "spans must return one or more (first, last) of ints or integer tensors"
+    if not isinstance(spans, tuple | list) or not spans:
+        raise TypeError(f"{rule}, got {show(spans)}")
+    for span in spans:
+        if not isinstance(span, tuple | list) or len(span) != 2:
+            raise TypeError(f"{rule}, got {show(span)} for one")
+        for bound in span:
+            whole = isinstance(bound, int | torch.SymInt) and not isinstance(bound, bool)
+            if isinstance(bound, Tensor):
+                whole = not (bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool)
+                check_device("spans", bound, device)
+                if bound.ndim:
+                    raise ValueError(f"{rule} of the indices' shape, got {show(bound)} for 0-dim indices")
+            if not whole:
+                raise TypeError(f"{rule}, got {show(bound)}")
 
 
 def per_batch(value: Index, b: Tensor) -> Index:
@@ -63,34 +126,7 @@ def smaller(x: Index, y: Index) -> Index:
     return torch.where(x < y, x, y) if tensors else min(x, y)
 
 
-def check_count(name: str, value: int, minimum: int) -> None:
-    """Raise unless `value` is an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def check_integers(name: str, value: Tensor, dims: tuple[int, ...], shape: str) -> None:
-    """Raise unless `value` is an integer tensor of one of the given numbers of dims; its values are never read."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {value!r}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got dtype {value.dtype}")
-    if value.ndim not in dims:
-        raise ValueError(f"{name} must be an integer tensor of shape {shape}, got shape {list(value.shape)}")
-
-
-def check_per_batch(name: str, value: Index) -> None:
-    """Raise unless `value` is an int, or an integer tensor of shape [] or [B]."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Tensor)):
-        raise TypeError(f"{name} must be an int or an integer tensor of shape [] or [B], got {value!r}")
-    if isinstance(value, Tensor):
-        check_integers(name, value, (0, 1), "[] or [B]")
-
-
-def show(value: object) -> str:
-    """repr, but a tensor by dtype and shape: printing a mask must not wait for a GPU."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return repr(value)
+def called(name: str, *values: object, **named: object) -> str:
+    """The call that makes a mask, for its repr; arguments of None are left out."""
+    shown = [*map(show, values), *(f"{key}={show(value)}" for key, value in named.items() if value is not None)]
+    return f"{name}({', '.join(shown)})"

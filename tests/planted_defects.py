@@ -37,6 +37,10 @@ class Defect(NamedTuple):
 EACH = "test_mask_mods.py::test_each_mask_equals_its_definition"
 BLOCKS = "test_mask_mods.py::test_block_rule_of_each_mask_equals_brute_force"
 COMPOSED = "test_mask_mods.py::test_block_rule_of_compositions_equals_brute_force"
+PLACED = "test_mask_mods.py::test_each_mask_stands_where_the_call_stands"
+PARTS = "test_mask_mods.py::test_compositions_and_runs_of_heads_place_their_parts"
+REFUSED = "test_mask_checks.py::test_masks_of_another_call_are_refused"
+SEQUENCES = "test_mask_sequences.py::test_masks_one_after_another_attend_as_alone"
 ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
 MASKED = "test_selection.py::test_any_mask_selects_as_the_oracle"
 ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
@@ -59,20 +63,36 @@ PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
 DEFECTS = [
     Defect("mask_mods/spans.py", "(kv_idx <= last)", "(kv_idx < last)", EACH),
     Defect("mask_mods/spans.py", "value[0] if value.shape[0] == 1 else value[b]", "value[0]", EACH),
-    Defect("mask_mods/causal.py", "q_idx + per_batch(offset, b)", "q_idx + 1 + per_batch(offset, b)", EACH),
-    Defect("mask_mods/sliding_window.py", "position - (window - 1)", "position - window", EACH),
+    Defect("mask_mods/causal.py", "self.position(b, q_idx)", "self.position(b, q_idx) + 1", EACH),
+    Defect("mask_mods/sliding_window.py", "position - (self.window - 1)", "position - self.window", EACH),
     Defect("mask_mods/document.py", "torch.where(token == position, last, -1)", "last", EACH),
-    Defect("mask_mods/prefix.py", "per_batch(length, b) - 1", "per_batch(length, b)", EACH),
+    Defect("mask_mods/prefix.py", "per_batch(self.length, b) - 1", "per_batch(self.length, b)", EACH),
     Defect("mask_mods/padding.py", "torch.where(real, last, first - 1)", "last", EACH),
-    Defect("mask_mods/sink.py", "(0, count - 1)", "(0, count)", EACH),
-    Defect("mask_mods/frames.py", "(frame - past) * tokens_per_frame", "(frame - past + 1) * tokens_per_frame", EACH),
-    Defect("mask_mods/bidirectional.py", "((0, _BEYOND", "((1, _BEYOND", EACH),
+    Defect("mask_mods/sink.py", "(0, self.count - 1)", "(0, self.count)", EACH),
+    Defect("mask_mods/frames.py", "(frame - self.past)", "(frame - self.past + 1)", EACH),
+    Defect("mask_mods/bidirectional.py", "((0, 2 * LARGEST", "((1, 2 * LARGEST", EACH),
     Defect(
         "mask_mods/compose.py",
         "reduce(smaller, [last for",
         "reduce(larger, [last for",
         "test_mask_mods.py::test_compositions_equal_their_definition",
     ),
+    Defect("mask_mods/positions.py", "offset=q_offset) if", "offset=0) if", PLACED),
+    Defect(
+        "mask_mods/positions.py", "if self.offset is None else self", "", "test_mask_mods.py::test_an_offset_of_its_own"
+    ),
+    Defect("mask_mods/compose.py", "[place(mask, q_offset) for mask in", "[mask for mask in", PARTS),
+    Defect("mask_mods/heads.py", "place(self.mask_mod, q_offset)", "self.mask_mod", PARTS),
+    Defect("mask_mods/checks.py", "value.shape[0] != B", "value.shape[0] > B", REFUSED),
+    Defect(
+        "mask_mods/compose.py",
+        "for mask in self.masks:\n            check_mask_mod",
+        "for mask in self.masks[:1]:\n            check_mask_mod",
+        REFUSED,
+    ),
+    Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
+    Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
+    Defect("rr_flex/runtime/flex_names.py", "[*names, *(symbol", "[*names, *(() and symbol", SEQUENCES),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
     Defect("mask_mods/blocks.py", "other_first <= last + 1,", "other_first <= last,", COMPOSED),
@@ -159,8 +179,8 @@ DEFECTS = [
         "column < config.sink_blocks",
         "test_mandatory.py::test_the_sink_of",
     ),
-    Defect("mask_mods/heads.py", "mask_mod.spans(b, h + first, q_idx)", "mask_mod.spans(b, h, q_idx)", STRIPS),
-    Defect("mask_mods/heads.py", "mask_mod(b, h + first, q_idx", "mask_mod(b, h, q_idx", STRIPS),
+    Defect("mask_mods/heads.py", "mask_mod.spans(b, h + self.first, q_idx)", "mask_mod.spans(b, h, q_idx)", STRIPS),
+    Defect("mask_mods/heads.py", "mask_mod(b, h + self.first, q_idx", "mask_mod(b, h, q_idx", STRIPS),
     Defect("rr_flex/pipeline.py", "head_offset + heads.start, mask", "head_offset, mask", STRIPS),
     Defect("rr_flex/pipeline.py", "level[heads], q_offset", "level[: len(level[heads])], q_offset", STRIPS),
     Defect(

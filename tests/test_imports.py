@@ -14,6 +14,7 @@ PACKAGES = ("mask_mods", "rr_flex")
 LINES = [
     ["mask_mods"],
     ["rr_flex.runtime.private", "rr_flex.runtime.writing", "rr_flex.registry", "rr_flex.geometry"],
+    ["rr_flex.runtime.flex_names"],
     ["rr_flex.runtime.tracing", "rr_flex.runtime.compiling", "rr_flex.runtime.is_kept", "rr_flex.profiles"],
     ["rr_flex.config", "rr_flex.checks", "rr_flex.kernels.options", "rr_flex.kernels.dense"],
     ["rr_flex.sampling", "rr_flex.block_mask", "rr_flex.selection", "rr_flex.runtime.head_slices"],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mask_mods import (
@@ -19,7 +20,9 @@ from mask_mods import (
     documents_from_lengths,
     either,
     frames,
+    from_head,
     padding,
+    place,
     prefix,
     sink,
     sliding_window,
@@ -30,7 +33,9 @@ laws = partial(settings, deadline=None)
 
 
 class Case:
-    """A mask, the same mask as a loop over Python ints, and whether it depends on the batch and the head."""
+    """A mask, the same mask as a loop over Python ints, and whether it depends on the batch and the head.
+
+    The rule's last argument is where the call's queries begin: an int, or a tensor as for `at`."""
 
     def __init__(self, mask, rule, *values, uses_b=False, uses_h=False):
         self.mask, self.rule = mask, rule
@@ -46,27 +51,36 @@ def at(value, b):
     return int(value[b]) if isinstance(value, torch.Tensor) and value.ndim else int(value)
 
 
+def position(i, b, offset, start):
+    """Where query i stands: the mask's own offset goes before the call's start."""
+    return i + at(start if offset is None else offset, b)
+
+
 def per_batch_values(B, low, high):
     numbers = st.integers(low, high)
     return st.one_of(numbers, numbers.map(torch.tensor), st.lists(numbers, min_size=B, max_size=B).map(torch.tensor))
 
 
+def offsets(B, Lk):
+    return st.one_of(st.none(), per_batch_values(B, -6, Lk))
+
+
 def bidirectional_cases(B, Lk):
-    return st.just(Case(bidirectional(), lambda b, h, i, j: True))
+    return st.just(Case(bidirectional(), lambda b, h, i, j, start: True))
 
 
 @st.composite
 def causal_cases(draw, B, Lk):
-    offset = draw(per_batch_values(B, -6, Lk))
-    return Case(causal(offset), lambda b, h, i, j: j <= i + at(offset, b), offset)
+    offset = draw(offsets(B, Lk))
+    return Case(causal(offset), lambda b, h, i, j, start: j <= position(i, b, offset, start), offset)
 
 
 @st.composite
 def sliding_window_cases(draw, B, Lk):
-    window, symmetric, offset = draw(st.integers(1, Lk + 2)), draw(st.booleans()), draw(per_batch_values(B, -6, Lk))
+    window, symmetric, offset = draw(st.integers(1, Lk + 2)), draw(st.booleans()), draw(offsets(B, Lk))
 
-    def rule(b, h, i, j):
-        back = i + at(offset, b) - j
+    def rule(b, h, i, j, start):
+        back = position(i, b, offset, start) - j
         return abs(back) < window if symmetric else 0 <= back < window
 
     return Case(sliding_window(window, offset, symmetric=symmetric), rule, offset)
@@ -77,22 +91,22 @@ def document_cases(draw, B, Lk):
     row = st.lists(st.integers(0, 2), min_size=Lk, max_size=Lk)
     rows = st.one_of(row, row.map(sorted))
     ids = torch.tensor(draw(st.one_of(rows, st.lists(rows, min_size=B, max_size=B))))
-    offset = draw(per_batch_values(B, -6, Lk))
+    offset = draw(offsets(B, Lk))
 
-    def rule(b, h, i, j):
-        position, row = i + at(offset, b), (ids if ids.ndim == 1 else ids[b]).tolist()
-        between = row[min(position, j) : max(position, j) + 1]
-        return 0 <= position < Lk and len(set(between)) == 1
+    def rule(b, h, i, j, start):
+        place, row = position(i, b, offset, start), (ids if ids.ndim == 1 else ids[b]).tolist()
+        between = row[min(place, j) : max(place, j) + 1]
+        return 0 <= place < Lk and len(set(between)) == 1
 
     return Case(document(ids, offset), rule, offset, uses_b=ids.ndim == 2)
 
 
 @st.composite
 def prefix_cases(draw, B, Lk):
-    length, offset = draw(per_batch_values(B, 0, Lk + 2)), draw(per_batch_values(B, -6, Lk))
+    length, offset = draw(per_batch_values(B, 0, Lk + 2)), draw(offsets(B, Lk))
 
-    def rule(b, h, i, j):
-        return j < at(length, b) or j <= i + at(offset, b)
+    def rule(b, h, i, j, start):
+        return j < at(length, b) or j <= position(i, b, offset, start)
 
     return Case(prefix(length, offset), rule, length, offset)
 
@@ -100,12 +114,12 @@ def prefix_cases(draw, B, Lk):
 @st.composite
 def padding_cases(draw, B, Lk):
     lengths = torch.tensor(draw(st.lists(st.integers(0, Lk), min_size=B, max_size=B)))
-    side, offset = draw(st.sampled_from(["left", "right"])), draw(per_batch_values(B, -6, Lk))
+    side, offset = draw(st.sampled_from(["left", "right"])), draw(offsets(B, Lk))
 
-    def rule(b, h, i, j):
+    def rule(b, h, i, j, start):
         length = int(lengths[b])
         real = range(Lk - length, Lk) if side == "left" else range(length)
-        return i + at(offset, b) in real and j in real
+        return position(i, b, offset, start) in real and j in real
 
     return Case(padding(lengths, side, total=Lk, offset=offset), rule, lengths, offset)
 
@@ -113,16 +127,16 @@ def padding_cases(draw, B, Lk):
 @st.composite
 def sink_cases(draw, B, Lk):
     count = draw(st.integers(0, Lk + 2))
-    return Case(sink(count), lambda b, h, i, j: j < count)
+    return Case(sink(count), lambda b, h, i, j, start: j < count)
 
 
 @st.composite
 def frames_cases(draw, B, Lk):
     size, past = draw(st.integers(1, 7)), draw(st.one_of(st.none(), st.integers(0, 3)))
-    offset = draw(per_batch_values(B, -6, Lk))
+    offset = draw(offsets(B, Lk))
 
-    def rule(b, h, i, j):
-        back = (i + at(offset, b)) // size - j // size
+    def rule(b, h, i, j, start):
+        back = position(i, b, offset, start) // size - j // size
         return back >= 0 and (past is None or back <= past)
 
     return Case(frames(size, past, offset), rule, offset)
@@ -136,7 +150,7 @@ def stripes_cases(draw, B, Lk):
     def spans(b, h, q_idx):
         return tuple((q_idx + start, q_idx + start + length - 1) for start in (2 * period, -period, 0, period))
 
-    def rule(b, h, i, j):
+    def rule(b, h, i, j, start):
         return any(0 <= j - i - start < length for start in (2 * period, -period, 0, period))
 
     return Case(SpanMask(spans), rule)
@@ -147,10 +161,10 @@ def plain_cases(draw, B, Lk):
     """A mask_mod that is no SpanMask, has no intervals, and may depend on batch and head."""
     uses_b, uses_h, period = draw(st.booleans()), draw(st.booleans()), draw(st.integers(1, 4))
 
-    def rule(b, h, i, j):
+    def mask(b, h, i, j):
         return (i + (b if uses_b else 0) + 2 * (h if uses_h else 0) + j * j) % period == 0
 
-    return Case(rule, rule, uses_b=uses_b, uses_h=uses_h)
+    return Case(mask, lambda b, h, i, j, start: mask(b, h, i, j), uses_b=uses_b, uses_h=uses_h)
 
 
 LEAVES = {
@@ -175,8 +189,8 @@ def composed_cases(draw, B, Lk, depth=2, plain=False):
     parts = draw(st.lists(composed_cases(B, Lk, depth - 1, plain), min_size=1, max_size=3))
     compose, quantifier = draw(st.sampled_from([(both, all), (either, any)]))
 
-    def rule(b, h, i, j):
-        return quantifier(part.rule(b, h, i, j) for part in parts)
+    def rule(b, h, i, j, start):
+        return quantifier(part.rule(b, h, i, j, start) for part in parts)
 
     return Case(
         compose(*[part.mask for part in parts]),
@@ -193,15 +207,23 @@ def problems(draw, cases):
     return draw(cases(B, Lk)), B, H, Lq, Lk
 
 
+@st.composite
+def problems_elsewhere(draw, cases):
+    """A problem and where its queries begin."""
+    problem = draw(problems(cases))
+    return *problem, draw(per_batch_values(problem[1], -6, problem[4]))
+
+
 def element_rule(mask, B, H, Lq, Lk):
     """The mask as [B, H, Lq, Lk] booleans, from one call in broadcast indices."""
     b, h = torch.arange(B).view(B, 1, 1, 1), torch.arange(H).view(1, H, 1, 1)
     return mask(b, h, torch.arange(Lq).view(1, 1, Lq, 1), torch.arange(Lk)).expand(B, H, Lq, Lk)
 
 
-def definition(rule, B, H, Lq, Lk):
+def definition(rule, B, H, Lq, Lk, start=0):
+    pairs = [[(i, j) for j in range(Lk)] for i in range(Lq)]
     return torch.tensor(
-        [[[[bool(rule(b, h, i, j)) for j in range(Lk)] for i in range(Lq)] for h in range(H)] for b in range(B)]
+        [[[[bool(rule(b, h, i, j, start)) for i, j in row] for row in pairs] for h in range(H)] for b in range(B)]
     )
 
 
@@ -251,6 +273,43 @@ def test_block_rule_of_each_mask_equals_brute_force(name):
     law()
 
 
+@pytest.mark.parametrize("name", LEAVES)
+def test_each_mask_stands_where_the_call_stands(name):
+    @laws(max_examples=60)
+    @given(problem=problems_elsewhere(LEAVES[name]))
+    def law(problem):
+        case, *sizes, start = problem
+        assert torch.equal(element_rule(place(case.mask, start), *sizes), definition(case.rule, *sizes, start))
+
+    law()
+
+
+@laws(max_examples=200)
+@given(
+    problem=problems_elsewhere(partial(composed_cases, plain=True)),
+    first=st.integers(0, 3),
+    q_block=block_sizes,
+    k_block=block_sizes,
+)
+def test_compositions_and_runs_of_heads_place_their_parts(problem, first, q_block, k_block):
+    case, B, H, Lq, Lk, start = problem
+    expected = definition(lambda b, h, *pair: case.rule(b, h + first, *pair), B, H, Lq, Lk, start)
+    run = place(from_head(case.mask, first), start)
+    assert isinstance(run, SpanMask) == isinstance(case.mask, SpanMask)
+    assert torch.equal(element_rule(run, B, H, Lq, Lk), expected)
+    assert torch.equal(element_rule(place(run, 99), B, H, Lq, Lk), expected), "placed a second time"
+    found = block_visibility(run, B=B, H=H, Lq=Lq, Lk=Lk, block_size=(q_block, k_block), device="cpu")
+    for block_rule, brute_force in zip(found, brute_force_blocks(expected, q_block, k_block), strict=True):
+        assert torch.equal(block_rule.expand(brute_force.shape), brute_force)
+
+
+def test_an_offset_of_its_own_goes_before_the_calls():
+    mask = both(causal(), sliding_window(3, offset=5), lambda b, h, q_idx, kv_idx: kv_idx != 0)
+    assert repr(mask.placed(2)).startswith("both(causal(offset=2), sliding_window(3, offset=5), <function")
+    assert repr(mask).startswith("both(causal(), sliding_window(3, offset=5), <function"), "placing changes nothing"
+    assert place(element_rule, 2) is element_rule
+
+
 @laws()
 @given(problem=problems(partial(composed_cases, plain=True)))
 def test_compositions_equal_their_definition(problem):
@@ -262,6 +321,16 @@ def test_compositions_equal_their_definition(problem):
 def test_block_rule_of_compositions_equals_brute_force(problem, q_block, k_block):
     assert isinstance(problem[0].mask, SpanMask)
     check_block_rule(problem, q_block, k_block)
+
+
+def test_unions_of_many_spans_are_whole_where_together_they_are():
+    """All of 12³ choices of a span: by pairs they would take hours to merge."""
+    many = [either(*[sliding_window(3, offset=step + 9 * part) for step in range(0, 36, 3)]) for part in range(3)]
+    mask = both(*many)
+    dense = element_rule(mask, 1, 1, 40, 60)
+    found = block_visibility(mask, B=1, H=1, Lq=40, Lk=60, block_size=(4, 8), device="cpu")
+    for block_rule, brute_force in zip(found, brute_force_blocks(dense, 4, 8), strict=True):
+        assert torch.equal(block_rule, brute_force) and block_rule.any()
 
 
 @laws()
@@ -288,6 +357,14 @@ def test_all_sees_a_block_that_only_a_chain_of_spans_covers():
 
     _, covered = block_visibility(SpanMask(spans), B=1, H=1, Lq=2, Lk=14, block_size=(2, 4), device="cpu")
     assert covered.flatten().tolist() == [True, True, True, False]
+
+
+@laws()
+@given(problem=problems(composed_cases), q_block=block_sizes, k_block=block_sizes)
+def test_block_rule_by_sorted_spans_equals_brute_force(problem, q_block, k_block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mask_mods.blocks.FEW_SPANS", 1)
+        check_block_rule(problem, q_block, k_block)
 
 
 @laws(max_examples=200)
@@ -347,19 +424,22 @@ def test_worked_example_of_the_block_rule():
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=5), spare=st.integers(1, 4))
 def test_document_ids_repeat_by_length(lengths, spare):
     expected = [document for document, length in enumerate([*lengths, spare]) for _ in range(length)]
-    assert documents_from_lengths(torch.tensor(lengths), len(expected)).tolist() == expected
-    assert documents_from_lengths(torch.tensor([lengths, lengths]), len(expected)).tolist() == [expected, expected]
+    assert documents_from_lengths(torch.tensor(lengths), len(expected), rest=True).tolist() == expected
+    both_rows = documents_from_lengths(torch.tensor([[*lengths, spare]] * 2), len(expected))
+    assert both_rows.tolist() == [expected, expected]
 
 
 @pytest.mark.parametrize(
     ("mask", "shown"),
     [
-        (causal(), "causal(offset=0)"),
-        (sliding_window(4, torch.tensor(3)), "sliding_window(4, offset=int64[], symmetric=False)"),
-        (document(torch.zeros(2, 5, dtype=torch.int32)), "document(int32[2, 5], offset=0)"),
-        (padding(torch.tensor([3])), "padding(int64[1], side='right', total=None, offset=0)"),
-        (both(causal(2), frames(3)), "both(causal(offset=2), frames(3, past=None, offset=0))"),
-        (prefix(3), "prefix(3, offset=0)"),
+        (causal(), "causal()"),
+        (sliding_window(4, torch.tensor(3)), "sliding_window(4, offset=int64[])"),
+        (sliding_window(4, symmetric=True), "sliding_window(4, symmetric=True)"),
+        (document(torch.zeros(2, 5, dtype=torch.int32)), "document(int32[2, 5])"),
+        (padding(torch.tensor([3])), "padding(int64[1], side='right')"),
+        (both(causal(2), frames(3)), "both(causal(offset=2), frames(3))"),
+        (either(from_head(sink(2), 1), bidirectional()), "either(from_head(sink(2), 1), bidirectional())"),
+        (prefix(3), "prefix(3)"),
         (SpanMask(lambda b, h, q_idx: ((0, q_idx),)), "SpanMask()"),
     ],
 )  # fmt: skip
@@ -376,6 +456,16 @@ def test_masks_print_readably(mask, shown):
         (lambda: causal(torch.zeros(2, 3, dtype=torch.int64)), ValueError, r"offset must be .* got shape \[2, 3\]"),
         (lambda: sliding_window(0), ValueError, "window must be at least 1, got 0"),
         (lambda: sliding_window(2.0), TypeError, "window must be an int, got 2.0"),
+        (lambda: sliding_window(2**70), ValueError, r"window must be at most 2\*\*30"),
+        (lambda: sliding_window(2, symmetric="no"), TypeError, "symmetric must be True or False, got 'no'"),
+        (lambda: causal(2**40), ValueError, r"offset must be within ± 2\*\*30, got 1099511627776"),
+        (lambda: prefix(torch.tensor(2, device="meta")), ValueError, "length must be a dense tensor with values"),
+        (lambda: documents_from_lengths(torch.tensor([2, 3]), 6), ValueError, "must sum to total 6, got 5; rest=True"),
+        (lambda: documents_from_lengths(torch.tensor([[6], [7]]), 6, rest=True), ValueError, "at most total 6, got 7"),
+        (lambda: documents_from_lengths(torch.tensor([7, -1]), 6), ValueError, "lengths must be at least 0, got -1"),
+        (lambda: padding(torch.zeros(0, dtype=torch.int64)), ValueError, r"lengths must be .* got shape \[0\]"),
+        (lambda: both(causal(), torch.zeros(2, 2)), TypeError, r"masks must be mask_mods.* got float32\[2, 2\]"),
+        (lambda: SpanMask(3), TypeError, "spans must be a function, got 3"),
         (lambda: document([0, 0, 1]), TypeError, "document_ids must be an integer tensor"),
         (lambda: document(torch.tensor(3)), ValueError, r"document_ids must be .* got shape \[\]"),
         (lambda: documents_from_lengths(torch.tensor([0.5]), 2), TypeError, "lengths must be an integer tensor"),
@@ -452,7 +542,7 @@ def test_compiled_flex_attention_equals_dense_attention():
     q, k, v = (torch.randn(2, 2, L, 16, generator=generator) for L in (200, 384, 384))
     compiled = torch.compile(attend, fullgraph=True)
     full_blocks = []
-    ids = documents_from_lengths(torch.tensor([[384, 0], [170, 100]]), 384)
+    ids = documents_from_lengths(torch.tensor([[384, 0], [170, 100]]), 384, rest=True)
     for lengths, offset in ((torch.tensor([384, 350]), torch.tensor(184)), (torch.tensor([37, 384]), torch.tensor(90))):
         visible = element_rule(everything(lengths, offset, ids, 384), 2, 2, 200, 384)
         full_blocks.append(brute_force_blocks(visible, 128, 128)[1].sum().item())
@@ -474,11 +564,50 @@ def test_block_rules_compile_in_one_graph_for_all_lengths():
         keys = visible_keys(spans, ids.shape[0], 2, Lk, ids.device)
         return *block_visibility(spans, **size), keys, *block_visibility(plain, **size)
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(visibilities, fullgraph=True, dynamic=True, backend=counter)
     for Lq, Lk, offset in ((100, 140, 40), (64, 64, 0), (33, 90, 12)):
-        ids = documents_from_lengths(torch.tensor([[30, 3, 40], [1, 50, 9]]), Lk)
+        ids = documents_from_lengths(torch.tensor([[30, 3, 40], [1, 50, 9]]), Lk, rest=True)
         arguments = ids, torch.tensor([Lk - 3, 20]), torch.tensor(offset), torch.zeros(Lq)
         for found, expected in zip(compiled(*arguments), visibilities(*arguments), strict=True):
             assert torch.equal(found, expected)
     assert counter.frame_count == 1
+
+
+def unlike(b, h, q_idx, kv_idx):
+    return q_idx != kv_idx
+
+
+# Of a length B and a new number each time: what new masks of one kind may differ in without another graph.
+KINDS = {
+    "causal": lambda step: causal(),
+    "its own offset": lambda step: causal(torch.tensor(step)),
+    "window": lambda step: sliding_window(3, symmetric=True),
+    "document": lambda step: document(torch.arange(9) // step),
+    "documents": lambda step: document(torch.arange(18).view(2, 9) // step),
+    "prefix": lambda step: prefix(torch.tensor([step, 3])),
+    "padding": lambda step: padding(torch.tensor([step, 9]), "left", total=9),
+    "frames": lambda step: frames(2, past=1),
+    "both": lambda step: both(causal(), either(sink(2), sliding_window(2)), padding(torch.tensor([step, 8]))),
+    "beside a function": lambda step: both(causal(), unlike, either(unlike, document(torch.arange(9) // step))),
+    "from a head": lambda step: from_head(both(causal(), bidirectional()), torch.tensor(step)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_masks_at_new_places_run_the_same_graph(kind):
+    torch._dynamo.reset()  # the graphs of all kinds count towards one limit
+    counter = CompileCounterWithBackend("eager")
+
+    @partial(torch.compile, fullgraph=True, backend=counter)
+    def shown_in_graph(mask, q_offset):
+        b, index = torch.arange(2).view(2, 1, 1, 1), torch.arange(9)
+        return mask.placed(q_offset)(b, b * 0, index[:, None], index)
+
+    for step in (2, 3, 4):
+        mask = KINDS[kind](step)
+        expected = element_rule(place(mask, step), 2, 1, 9, 9)
+        start = torch.tensor(step)
+        for found in (shown_in_graph(mask, start), shown_in_graph(mask.placed(start), start)):
+            assert torch.equal(found.expand(2, 1, 9, 9), expected)
+    assert counter.frame_count <= 2, "one for masks that the graph places, one for masks placed before"

@@ -44,6 +44,20 @@ def compiler_settings(specialize_int: bool, use_duck_shape: bool) -> tuple[tuple
 RECOMPILE_LIMIT = 256
 
 
+def cpu_flex_template() -> type | None:
+    """The CPU kernel's template, whose names `mend_flex_names` mends; None in a torch that has it no longer.
+
+    Without it masks that capture tensors may fail to compile on a CPU: tests/test_mask_sequences.py tells.
+    """
+    import torch._inductor.lowering  # noqa: F401  before the template, which alone is a circle
+
+    try:
+        from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate
+    except ImportError:
+        return None
+    return CppFlexAttentionTemplate
+
+
 def proxy_mode() -> object | None:
     """The tracer that records this thread's operations, if one does: non-strict export. Without it: see `traced`."""
     return _get_proxy_mode()
