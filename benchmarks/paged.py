@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from benchmarks.dense_kernels import exact_rows, sampled_rows
 from benchmarks.environment import describe
 from benchmarks.timing import measure, synchronize
-from benchmarks.workloads import structured
+from benchmarks.workloads import Shape, structured
 from rr_flex.config import RRConfig
 from rr_flex.serving.pages import PooledPages, pools_of_flash
 from rr_flex.serving.rows import pieces_of_step
@@ -67,7 +67,7 @@ def serve(context: int, chunk: int, batch: int, heads: tuple[int, int, int], dty
     storage = torch.zeros(batch * pages + 1, PAGE, Hkv, 2 * D, dtype=dtype, device=device)
     queries, first = [], None
     for request in range(batch):
-        q, k, v = structured(L=context, Hq=Hq, Hkv=Hkv, D=D, dtype=dtype, device=device, seed=request)
+        q, k, v = structured(Shape(context, Hq, Hkv, D), dtype=dtype, device=device, seed=request)
         tokens = torch.cat([k, v], -1)[0].transpose(0, 1).unflatten(0, (pages, PAGE))
         storage[table[request].long()] = tokens
         queries.append(q[0, :, context - chunk :].transpose(0, 1))
