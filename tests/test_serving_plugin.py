@@ -67,7 +67,7 @@ def test_batch_invariant_mode_is_refused(monkeypatch):
         support.check_configuration(config())
 
 
-@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0", "nightly", None])
+@pytest.mark.parametrize("version", ["0.30.4", "0.33.0", "1.0", "nightly", None])
 def test_untested_versions_are_refused(version, monkeypatch):
     def found(name):
         if version is None:
@@ -75,12 +75,12 @@ def test_untested_versions_are_refused(version, monkeypatch):
         return version
 
     monkeypatch.setattr(support.metadata, "version", found)
-    with pytest.raises(NotImplementedError, match=r"vLLM must be of version 0\.32"):
+    with pytest.raises(NotImplementedError, match=r"vLLM must be of version 0\.31 or 0\.32"):
         support.check_version()
 
 
 def test_tested_versions_are_not(monkeypatch):
-    for version in ("0.32.0", "0.32.0+cpu", "0.32.1"):
+    for version in ("0.31.0", "0.32.0", "0.32.0+cpu", "0.32.1"):
         monkeypatch.setattr(support.metadata, "version", lambda name, version=version: version)
         support.check_version()
 
@@ -91,7 +91,7 @@ def test_the_doctor_is_told_version_plugin_and_switch(monkeypatch):
     monkeypatch.setattr(support.metadata, "entry_points", lambda group: points)
     for version, found, remedy in (
         (None, "no vLLM here", "pip install 'rr-flex[vllm]'"),
-        ("0.31.0", "vLLM 0.31.0, which the plugin refuses; off: RR_FLEX is not set", "a vLLM of version 0.32"),
+        ("0.33.0", "vLLM 0.33.0, which the plugin refuses; off: RR_FLEX is not set", "a vLLM of version 0.31 or 0.32"),
         ("0.32.0", "vLLM 0.32.0, supported; off: RR_FLEX is not set", None),
     ):
         monkeypatch.setattr(support, "installed_version", lambda version=version: version)
@@ -110,9 +110,7 @@ def test_pages_and_page_layouts_are_checked():
         support.check_page(16)
     support.check_pool(8192, 128 * 8 * 256)
     support.check_pool(None, 128 * 8 * 256)
-    with pytest.raises(
-        ValueError, match="KV cache must have at most 8192 blocks, got 8193: --num"
-    ):
+    with pytest.raises(ValueError, match="KV cache must have at most 8192 blocks, got 8193: --num"):
         support.check_pool(8193, 128 * 8 * 256)
     support.check_isa("vec")
     with pytest.raises(NotImplementedError, match="page layout must be one of vec, vec16 on a CPU, got amx"):

