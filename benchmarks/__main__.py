@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import tables as report
-from benchmarks import task_tables as task_report
-from benchmarks import together
+from benchmarks import task_tables, together
 from benchmarks import tuning as tune
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
@@ -22,7 +21,7 @@ from benchmarks.workloads import captured
 from rr_flex.evaluation.texts import KINDS, sample_text
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent / "README.md"  # the page of speed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     capturing.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     capturing.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .pt file")
 
-    reporting = commands.add_parser("report", help="write the README's table and draw time against length")
+    reporting = commands.add_parser("report", help="write the page's tables and draw time against length")
     reporting.set_defaults(command=write_report)
     reporting.add_argument("--results", type=Path, default=RESULTS)
     reporting.add_argument("--readme", type=Path, default=README)
@@ -184,10 +183,11 @@ def write_report(options: argparse.Namespace) -> int:
     rows = report.load(options.results, options.suites)
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
-    report.write_readme(options.readme, rows, report.load_prefills(options.results), task_report.load(options.results))
+    report.write_readme(options.readme, rows, report.load_prefills(options.results))
+    task_tables.write_page(task_tables.load(options.results))
     (options.results / report.ALL_ROWS).write_text(report.every_row(rows))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
-    task_report.draw(options.results)
+    task_tables.draw(options.results)
     return 0
 
 

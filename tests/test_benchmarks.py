@@ -13,9 +13,8 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import dense_kernels as dense
-from benchmarks import rivals, stages, together
+from benchmarks import rivals, stages, task_tables, together
 from benchmarks import tables as report
-from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
@@ -255,7 +254,7 @@ def test_report_puts_table_and_picture(tmp_path):
         program.main(arguments)
 
 
-def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(tmp_path):
+def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_on_the_page(tmp_path):
     chief = FIXTURE | {"label": f"{report.CHIEF} triton", "backend": "triton"}
     ways = [chief, chief | {"in_turns": True}, chief | {"in_turns": True, "rest_s": 0.25, "total_ms": 77.7}]
     others = [FIXTURE | {"case": f"64K {i}", "length": 65536, "density": i / 10} for i in range(9)]
@@ -264,7 +263,7 @@ def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(t
     assert [report.timed(row) for row in rows[-3:]] == ["alone", "in turns", "rested"]
     shown = report.markdown(rows)
     assert shown.count("| alone |") == shown.count("| rested |") == 1 and "in turns" not in shown
-    assert f"10 other rows of this card: [all rows](benchmarks/results/{report.ALL_ROWS})" in shown
+    assert f"10 other rows of this card: [all rows](results/{report.ALL_ROWS})" in shown
     every = report.every_row(rows)
     assert [every.count(f"| {way} |") for way in ("alone", "in turns", "rested")] == [10, 1, 1]
     few = report.markdown(rows[-9:])
@@ -279,9 +278,16 @@ def test_the_readme_is_what_the_files_say(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(program.README.read_text())
     folder = program.RESULTS
-    report.write_readme(copy, report.load(folder), report.load_prefills(folder), task_report.load(folder))
+    report.write_readme(copy, report.load(folder), report.load_prefills(folder))
     assert copy.read_text() == program.README.read_text()
     assert (folder / "rows.md").read_text() == report.every_row(report.load(folder))
+
+
+def test_the_tasks_page_is_what_the_file_says(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(task_tables.PAGE.read_text())
+    task_tables.write_page(task_tables.load(program.RESULTS), page)
+    assert page.read_text() == task_tables.PAGE.read_text()
 
 
 def test_a_length_is_not_measured_only_if_no_run_of_it_has_rr_flex():
@@ -298,7 +304,7 @@ def test_task_cells_tell_what_was_not_run():
     sparse = {"attention": "tau=0.9 min_length=0", "density": 0.4}
     cells = [{}, sparse | {"score": 0.25}, {"task": "cwe"}, {"task": "cwe"} | sparse, {"task": "fwe"}]
     cells += [{"device": "CPU", "dtype": "float32", "length": 4096}]
-    gpu, cpu = task_report.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32**")
+    gpu, cpu = task_tables.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32**")
     assert "device not recorded" in gpu and "| 2,048 | vt | 4 | 50 | – | 25 (0.40) | – |" in gpu
     assert "2,048 tokens, 2 tasks: dense 50.0, τ = 0.90 37.5 (0.40)." in gpu
     assert "| 4,096 | vt | 4 | 50 | – | – | – |" in cpu and "Means" not in cpu
