@@ -5,8 +5,18 @@ import json
 import sys
 from pathlib import Path
 
-from rr_flex.cli.arguments import DONE, add_command, add_json, picture, share, show, told, whole, write_json
-from rr_flex.runtime.writing import write_atomically
+from rr_flex.cli.arguments import (
+    DONE,
+    add_command,
+    add_json,
+    picture,
+    save_figure,
+    share,
+    show,
+    told,
+    whole,
+    write_json,
+)
 
 EXAMPLES = """
 examples:
@@ -80,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         with told("viz"):
             from rr_flex.distributed.plot import draw
 
-            write_atomically(arguments.plot, lambda stream: draw(rows, stream))
+            save_figure(arguments.plot, draw(rows))
     return DONE
 
 

@@ -1,14 +1,14 @@
 """Pictures of `rr-flex plan`: time against ranks, measured beside predicted."""
 
-from typing import Any, BinaryIO
+from typing import Any
+
+from matplotlib.figure import Figure
 
 MARKS = "os^vDP*X<>"
 
 
-def draw(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
-    """A plan's rows as lines over ranks; checked rows as measured marks with a dash where the model puts them. PNG."""
-    from matplotlib.figure import Figure
-
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """A plan's rows as lines over ranks; checked rows as measured marks with a dash where the model puts them."""
     checked = "predicted_ms" in rows[0]
     groups = sorted({(row["length"], row["density"] or 1.0) for row in rows}) if checked else [None]
     figure = Figure(figsize=(5 + 0.12 * len(rows) * checked, 4.5), layout="constrained")
@@ -33,4 +33,4 @@ def draw(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("ms, slowest rank")
     axes.legend(fontsize=8)
-    figure.savefig(stream, format="png", dpi=150)
+    return figure
