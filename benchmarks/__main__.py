@@ -14,9 +14,10 @@ from benchmarks import server_suites, server_tables, together
 from benchmarks import tables as report
 from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
+from benchmarks.bench import Bench
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
-from benchmarks.runner import Bench, run, with_length
+from benchmarks.runner import run, with_length
 from benchmarks.timing import OutOfTime, Progress
 from benchmarks.workloads import captured
 from rr_flex.evaluation.texts import KINDS, sample_text

@@ -17,8 +17,9 @@ from benchmarks import rivals, stages, together
 from benchmarks import tables as report
 from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
+from benchmarks.bench import Bench
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
-from benchmarks.runner import STAGES, Bench, run
+from benchmarks.runner import STAGES, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
 from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
