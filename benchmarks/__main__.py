@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import server_suites, server_tables, together
+from benchmarks import server_suites, server_tables, task_tables, together
 from benchmarks import tables as report
-from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
 from benchmarks.bench import Bench
 from benchmarks.cases import SUITES, Case
@@ -190,10 +189,11 @@ def write_report(options: argparse.Namespace) -> int:
     rows = report.load(options.results, options.suites)
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
-    report.write_readme(options.readme, rows, report.load_prefills(options.results), task_report.load(options.results))
+    report.write_readme(options.readme, rows, report.load_prefills(options.results))
+    task_tables.write_page(task_tables.load(options.results))
     (options.results / report.ALL_ROWS).write_text(report.every_row(rows))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
-    task_report.draw(options.results)
+    task_tables.draw(options.results)
     server_rows = server_tables.load(options.results)
     if server_rows:
         server_tables.write_page(options.readme, server_rows)

@@ -275,15 +275,63 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/calibration/thresholds.py",
-        "curves.error * weights[:, None, None]",
-        "curves.error",
+        "cost.flip(2).argmin(2)",
+        "cost.flip(2).argmax(2)",
         "test_calibration.py::test_no_other_choice_of_that_density_has_less_error",
+    ),
+    Defect(
+        "rr_flex/tasks/results.py",
+        '"chat", "device", "dtype")',
+        '"chat", "dtype")',
+        "test_tasks.py::test_a_run_resumes",
+    ),
+    Defect(
+        "rr_flex/cli/arguments.py",
+        "lambda value: 0 < value <= 1)",
+        "lambda value: True)",
+        "test_evaluation_cli.py::test_calibrate_checks_before_it_loads",
     ),
     Defect(
         "rr_flex/profiles/__init__.py",
         "if own_heads != {heads}:",
         "if False:",
         "test_calibration.py::test_another_model_s_profile_is_refused",
+    ),
+    Defect(
+        "rr_flex/models/hf_masks.py",
+        "isinstance(captured.get(key), kind)",
+        "key in captured",
+        "test_models_masks.py::test_a_mask_of_another_form_is_dense_and_counted",
+    ),
+    Defect(
+        "rr_flex/models/hf_masks.py",
+        "q_idx + offset - (window - 1)",
+        "q_idx + offset - window",
+        "test_models_masks.py::test_masks_are_read_as_they_are",
+    ),
+    Defect(
+        "rr_flex/models/forward.py",
+        "        if not traced():\n            plan_of",
+        "        if not torch.compiler.is_compiling():\n            plan_of",
+        "test_models_threads.py::test_what_another_thread_compiles_changes_no_count",
+    ),
+    Defect(
+        "rr_flex/models/attention_by.py",
+        " and handed.thread == get_ident()",
+        "",
+        "test_models_threads.py::test_two_threads_at_once",
+    ),
+    Defect(
+        "rr_flex/models/states.py",
+        "        kept.state.trim(tokens)",
+        "        pass",
+        "test_models_states.py::test_a_crop_takes_back",
+    ),
+    Defect(
+        "rr_flex/models/switches.py",
+        "            switches[-1].apply()",
+        "            pass",
+        "test_models_threads.py::test_enabled_ends_in_any_order",
     ),
 ]
 

@@ -13,9 +13,8 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import dense_kernels as dense
-from benchmarks import rivals, stages, together
+from benchmarks import rivals, stages, task_tables, together
 from benchmarks import tables as report
-from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
 from benchmarks.bench import Bench
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
@@ -281,9 +280,16 @@ def test_the_readme_is_what_the_files_say(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(program.README.read_text())
     folder = program.RESULTS
-    report.write_readme(copy, report.load(folder), report.load_prefills(folder), task_report.load(folder))
+    report.write_readme(copy, report.load(folder), report.load_prefills(folder))
     assert copy.read_text() == program.README.read_text()
     assert (folder / "rows.md").read_text() == report.every_row(report.load(folder))
+
+
+def test_the_tasks_page_is_what_the_file_says(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(task_tables.PAGE.read_text())
+    task_tables.write_page(task_tables.load(program.RESULTS), page)
+    assert page.read_text() == task_tables.PAGE.read_text()
 
 
 def test_a_length_is_not_measured_only_if_no_run_of_it_has_rr_flex():
@@ -300,7 +306,7 @@ def test_task_cells_tell_what_was_not_run():
     sparse = {"attention": "tau=0.9 min_length=0", "density": 0.4}
     cells = [{}, sparse | {"score": 0.25}, {"task": "cwe"}, {"task": "cwe"} | sparse, {"task": "fwe"}]
     cells += [{"device": "CPU", "dtype": "float32", "length": 4096}]
-    gpu, cpu = task_report.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32**")
+    gpu, cpu = task_tables.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32**")
     assert "device not recorded" in gpu and "| 2,048 | vt | 4 | 50 | – | 25 (0.40) | – |" in gpu
     assert "2,048 tokens, 2 tasks: dense 50.0, τ = 0.90 37.5 (0.40)." in gpu
     assert "| 4,096 | vt | 4 | 50 | – | – | – |" in cpu and "Means" not in cpu

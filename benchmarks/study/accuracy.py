@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.study.rules import BEST, FAST, RULES
+from benchmarks.study.every_rule import BEST, FAST, RULES
+from benchmarks.study.study_file import write_records
 from benchmarks.workloads import Shape, structured
 from rr_flex.evaluation.judging import Record, judge_text
 from rr_flex.evaluation.rules import Rule
-from rr_flex.evaluation.summaries import summarise, write_records
+from rr_flex.evaluation.summaries import summarise
 
 COMPARED = (
     "rr",
