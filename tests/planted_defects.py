@@ -52,6 +52,14 @@ APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
 COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
+WHOLE_ROWS = "test_serving_rows.py::test_whole_rows_of_a_chunk_are_sparse"
+SHORT_ROWS = "test_serving_rows.py::test_rows_that_end_before_the_shortest_length_are_dense_wherever_the_prompt_is_cut"
+SINGLE_FIRST = "test_serving_rows.py::test_the_dense_batch_has_single_queries_first"
+POOLED_ONCE = "test_serving_pages.py::test_each_stride_is_pooled_once_when_its_last_token_is_written"
+ONTO_PAGES = "test_serving_pages.py::test_lists_name_the_pool_s_blocks"
+LAYOUTS = "test_serving_pages.py::test_the_layouts_of_a_server_are_views"
+PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
+
 DEFECTS = [
     Defect(
         "rr_flex/kernels/break_even.py", "rising + after * keys", "rising", "test_break_even.py::test_visible_pairs_are"
@@ -297,6 +305,19 @@ DEFECTS = [
         "if False:",
         "test_calibration.py::test_another_model_s_profile_is_refused",
     ),
+    Defect("rr_flex/serving/rows.py", "last = stop // row * row", "last = ceil_div(stop, row) * row", WHOLE_ROWS),
+    Defect("rr_flex/serving/rows.py", "first = ceil_div(start, row) * row", "first = start // row * row", WHOLE_ROWS),
+    Defect("rr_flex/serving/rows.py", "ceil_div(min_length, row) - 1", "ceil_div(min_length, row)", SHORT_ROWS),
+    Defect("rr_flex/serving/rows.py", "key=lambda piece: len(piece) > 1", "key=len", SINGLE_FIRST),
+    Defect("rr_flex/serving/pages.py", "(stride - 1 - start) % stride", "(stride - start) % stride", POOLED_ONCE),
+    Defect("rr_flex/serving/pages.py", "page = page * folded_heads + head", "page = page * folded_heads", ONTO_PAGES),
+    Defect(
+        "rr_flex/serving/pages.py",
+        "keys.unflatten(-1, (both // 2, P)).mT",
+        "keys.unflatten(-1, (P, both // 2))",
+        LAYOUTS,
+    ),
+    Defect("rr_flex/serving/vllm/support.py", "if page % ROW:", "if page < ROW:", PAGE_CHECKED),
     Defect(
         "rr_flex/models/hf_masks.py",
         "isinstance(captured.get(key), kind)",
