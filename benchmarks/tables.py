@@ -1,4 +1,4 @@
-"""Result rows to text: a table for the terminal, one for the README, and a picture of time against length."""
+"""Result rows to text: a table for the terminal, those of benchmarks/README.md, a picture of time against length."""
 
 import json
 from collections.abc import Callable, Collection, Iterable
@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 CHIEF = "rr query_stride=16 key_stride=8 order=2 budget=threshold"  # the setting that is shown of many
-LONG_TABLE = 10  # rows of a card; where there are more, the README has CHIEF's at one shape
+LONG_TABLE = 10  # rows of a card; where there are more, the page has CHIEF's at one shape
 ALL_ROWS = "rows.md"  # in the folder of results
 PREFILL_BEGIN, PREFILL_END = "<!-- prefill: begin -->", "<!-- prefill: end -->"
 
@@ -94,7 +94,7 @@ def text_table(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For the README: the tables of each card, those of the last measured first.
+    """For the page: the tables of each card, those of the last measured first.
 
     Of a card with more than LONG_TABLE rows only CHIEF's at the shape that has most of them, and the others' number.
     """
@@ -104,13 +104,13 @@ def markdown(rows: list[Row]) -> str:
         lines += [*heading(setting, shown), *tables(shown)]
         others = len(of_setting) - len(shown)
         if others:
-            lines += [f"{others} other rows of this card: [all rows](benchmarks/results/{ALL_ROWS}).", ""]
+            lines += [f"{others} other rows of this card: [all rows](results/{ALL_ROWS}).", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def every_row(rows: list[Row]) -> str:
     """A page of all tables."""
-    lines = ["# Every row of `python -m benchmarks run`", "", "Columns and terms: the README of the project.", ""]
+    lines = ["# Every row of `python -m benchmarks run`", "", "Columns and terms: [speed](../README.md).", ""]
     for setting, of_setting in by_setting(rows):
         lines += [*heading(setting, of_setting), *tables(of_setting)]
     return "\n".join(lines).rstrip() + "\n"
@@ -182,7 +182,7 @@ PREFILL_COLUMNS = {
 
 
 def prefill_markdown(rows: list[Row]) -> str:
-    """For the README: a table a model and length."""
+    """For the page: a table a model and length."""
     lines = []
     sparse = {prefilled(row) for row in rows if row["attention"] == "rr_flex"}
     for title in dict.fromkeys(prefill_title(row) for row in rows):

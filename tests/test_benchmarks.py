@@ -19,7 +19,7 @@ from benchmarks import tuning as tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
-from benchmarks.workloads import captured, structured
+from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.registry import BUDGETS
@@ -27,23 +27,24 @@ from rr_flex.tasks.results import Cell
 from rr_flex.tasks.ruler import TASKS
 
 CPU = torch.device("cpu")
-SHAPE = {"L": 2048, "Hq": 4, "Hkv": 2, "D": 64, "dtype": torch.float32, "device": "cpu"}
+SHAPE = Shape(2048, 4, 2, 64)
+MADE = {"dtype": torch.float32, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return structured(**SHAPE, seed=0)
+    return structured(SHAPE, **MADE, seed=0)
 
 
 def test_workload_is_decided_by_its_seed(inputs):
-    again, other = structured(**SHAPE, seed=0), structured(**SHAPE, seed=1)
+    again, other = structured(SHAPE, **MADE, seed=0), structured(SHAPE, **MADE, seed=1)
     assert all(torch.equal(x, y) for x, y in zip(inputs, again, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(inputs, other, strict=True))
     assert all(torch.isfinite(x).all() for x in inputs)
 
 
 def test_workload_has_a_sink_a_local_band_and_heavy_tails():
-    q, k, _ = structured(**SHAPE | {"L": 6144, "D": 128}, seed=3)
+    q, k, _ = structured(SHAPE._replace(L=6144, D=128), **MADE, seed=3)
     mass = true_block_mass(q, k)
     share = (mass / mass.sum(-1, keepdim=True))[0, :, 8:]  # heads, rows, columns
     kept = rivals.at_density(share[None], share[None] > 0, torch.zeros_like(share[None], dtype=torch.bool), 0.3)
@@ -254,7 +255,7 @@ def test_report_puts_table_and_picture(tmp_path):
         program.main(arguments)
 
 
-def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(tmp_path):
+def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_on_the_page(tmp_path):
     chief = FIXTURE | {"label": f"{report.CHIEF} triton", "backend": "triton"}
     ways = [chief, chief | {"in_turns": True}, chief | {"in_turns": True, "rest_s": 0.25, "total_ms": 77.7}]
     others = [FIXTURE | {"case": f"64K {i}", "length": 65536, "density": i / 10} for i in range(9)]
@@ -263,7 +264,7 @@ def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(t
     assert [report.timed(row) for row in rows[-3:]] == ["alone", "in turns", "rested"]
     shown = report.markdown(rows)
     assert shown.count("| alone |") == shown.count("| rested |") == 1 and "in turns" not in shown
-    assert f"10 other rows of this card: [all rows](benchmarks/results/{report.ALL_ROWS})" in shown
+    assert f"10 other rows of this card: [all rows](results/{report.ALL_ROWS})" in shown
     every = report.every_row(rows)
     assert [every.count(f"| {way} |") for way in ("alone", "in turns", "rested")] == [10, 1, 1]
     few = report.markdown(rows[-9:])
