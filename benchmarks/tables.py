@@ -5,9 +5,6 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import task_tables as task_report
-from rr_flex.tasks.results import Cell
-
 Row = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -205,13 +202,11 @@ def prefill_title(row: Row) -> str:
     return f"{prefilled(row)} ({setting_of(row)}, {about})"
 
 
-def write_readme(readme: Path, rows: list[Row], prefills: list[Row], cells: list[Cell]) -> None:
-    """Replaces what stands between the markers; of prefills and of tasks' cells only if there are some."""
+def write_readme(readme: Path, rows: list[Row], prefills: list[Row]) -> None:
+    """Replaces what stands between the markers; of prefills only if there are some."""
     text = replace_between(readme.read_text(), BEGIN, END, markdown(rows), readme)
     if prefills:
         text = replace_between(text, PREFILL_BEGIN, PREFILL_END, prefill_markdown(prefills), readme)
-    if cells:
-        text = replace_between(text, task_report.BEGIN, task_report.END, task_report.markdown(cells), readme)
     readme.write_text(text)
 
 

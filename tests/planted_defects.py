@@ -52,7 +52,30 @@ APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
 COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
+WHOLE_ROWS = "test_serving_rows.py::test_whole_rows_of_a_chunk_are_sparse"
+SHORT_ROWS = "test_serving_rows.py::test_rows_that_end_before_the_shortest_length_are_dense_wherever_the_prompt_is_cut"
+SINGLE_FIRST = "test_serving_rows.py::test_the_dense_batch_has_single_queries_first"
+POOLED_ONCE = "test_serving_pages.py::test_each_stride_is_pooled_once_when_its_last_token_is_written"
+ONTO_PAGES = "test_serving_pages.py::test_lists_name_the_pool_s_blocks"
+LAYOUTS = "test_serving_pages.py::test_the_layouts_of_a_server_are_views"
+PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
+
 DEFECTS = [
+    Defect(
+        "rr_flex/kernels/break_even.py", "rising + after * keys", "rising", "test_break_even.py::test_visible_pairs_are"
+    ),
+    Defect(
+        "rr_flex/kernels/break_even.py",
+        "Decision(density < most",
+        "Decision(density > most",
+        "test_break_even.py::test_sparse_is_chosen",
+    ),
+    Defect(
+        "rr_flex/kernels/break_even.py",
+        "if costs.host >= allowed:",
+        "if costs.host > 2 * allowed:",
+        "test_break_even.py::test_sparse_is_chosen",
+    ),
     Defect("mask_mods/spans.py", "(kv_idx <= last)", "(kv_idx < last)", EACH),
     Defect("mask_mods/spans.py", "value[0] if value.shape[0] == 1 else value[b]", "value[0]", EACH),
     Defect("mask_mods/causal.py", "self.position(b, q_idx)", "self.position(b, q_idx) + 1", EACH),
@@ -260,15 +283,76 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/calibration/thresholds.py",
-        "curves.error * weights[:, None, None]",
-        "curves.error",
+        "cost.flip(2).argmin(2)",
+        "cost.flip(2).argmax(2)",
         "test_calibration.py::test_no_other_choice_of_that_density_has_less_error",
+    ),
+    Defect(
+        "rr_flex/tasks/results.py",
+        '"chat", "device", "dtype")',
+        '"chat", "dtype")',
+        "test_tasks.py::test_a_run_resumes",
+    ),
+    Defect(
+        "rr_flex/cli/arguments.py",
+        "lambda value: 0 < value <= 1)",
+        "lambda value: True)",
+        "test_evaluation_cli.py::test_calibrate_checks_before_it_loads",
     ),
     Defect(
         "rr_flex/profiles/__init__.py",
         "if own_heads != {heads}:",
         "if False:",
         "test_calibration.py::test_another_model_s_profile_is_refused",
+    ),
+    Defect("rr_flex/serving/rows.py", "last = stop // row * row", "last = ceil_div(stop, row) * row", WHOLE_ROWS),
+    Defect("rr_flex/serving/rows.py", "first = ceil_div(start, row) * row", "first = start // row * row", WHOLE_ROWS),
+    Defect("rr_flex/serving/rows.py", "ceil_div(min_length, row) - 1", "ceil_div(min_length, row)", SHORT_ROWS),
+    Defect("rr_flex/serving/rows.py", "key=lambda piece: len(piece) > 1", "key=len", SINGLE_FIRST),
+    Defect("rr_flex/serving/pages.py", "(stride - 1 - start) % stride", "(stride - start) % stride", POOLED_ONCE),
+    Defect("rr_flex/serving/pages.py", "page = page * folded_heads + head", "page = page * folded_heads", ONTO_PAGES),
+    Defect(
+        "rr_flex/serving/pages.py",
+        "keys.unflatten(-1, (both // 2, P)).mT",
+        "keys.unflatten(-1, (P, both // 2))",
+        LAYOUTS,
+    ),
+    Defect("rr_flex/serving/vllm/support.py", "if page % ROW:", "if page < ROW:", PAGE_CHECKED),
+    Defect(
+        "rr_flex/models/hf_masks.py",
+        "isinstance(captured.get(key), kind)",
+        "key in captured",
+        "test_models_masks.py::test_a_mask_of_another_form_is_dense_and_counted",
+    ),
+    Defect(
+        "rr_flex/models/hf_masks.py",
+        "q_idx + offset - (window - 1)",
+        "q_idx + offset - window",
+        "test_models_masks.py::test_masks_are_read_as_they_are",
+    ),
+    Defect(
+        "rr_flex/models/forward.py",
+        "        if not traced():\n            plan_of",
+        "        if not torch.compiler.is_compiling():\n            plan_of",
+        "test_models_threads.py::test_what_another_thread_compiles_changes_no_count",
+    ),
+    Defect(
+        "rr_flex/models/attention_by.py",
+        " and handed.thread == get_ident()",
+        "",
+        "test_models_threads.py::test_two_threads_at_once",
+    ),
+    Defect(
+        "rr_flex/models/states.py",
+        "        kept.state.trim(tokens)",
+        "        pass",
+        "test_models_states.py::test_a_crop_takes_back",
+    ),
+    Defect(
+        "rr_flex/models/switches.py",
+        "            switches[-1].apply()",
+        "            pass",
+        "test_models_threads.py::test_enabled_ends_in_any_order",
     ),
 ]
 
