@@ -105,6 +105,7 @@ def context_parallel(
     first_far = first_far_query(local)
     if first_far < local.count:
         chosen = [without_far_rows(one, local, first_far) for one in chosen]
+    local.asked.account.attended += [one.kept.sum() for one in chosen]
     deliveries = Deliveries(local, chosen, all_keys)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     coming = deliveries.start(0)
