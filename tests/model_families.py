@@ -1,6 +1,7 @@
-"""Tiny random models of many families, and the ways in which generate() calls them."""
+"""Tiny random models of many families, the ways in which generate() calls them, and which cells of the two are run."""
 
 import inspect
+from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
@@ -16,30 +17,66 @@ EAGER = {"attn_implementation": "eager"}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
-def make(name, **more):
-    """`name`'s causal language model with random weights, the same every time."""
-    config, extra = FAMILIES[name]
-    torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config(config(**(SHAPE | extra | more))).eval()
+class Family(NamedTuple):
+    """A new family is one entry of FAMILIES."""
+
+    config: type
+    extra: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's default, which nothing writes to)
+    # What its layers ask of an attention function, and so of rr_flex. Biases, norms, experts and rotary embeddings come
+    # before or after.
+    asks: tuple[str, ...] = ("full attention",)
 
 
 FAMILIES = {
-    "llama": (hf.LlamaConfig, {}),
-    "qwen2": (hf.Qwen2Config, {}),  # bias on q, k, v
-    "qwen3": (hf.Qwen3Config, {}),  # norms on q and k
-    "qwen3-moe": (hf.Qwen3MoeConfig, MOE),
-    "mistral": (hf.MistralConfig, {"sliding_window": WINDOW}),
-    "gemma2": (hf.Gemma2Config, {"sliding_window": WINDOW, "query_pre_attn_scalar": 32} | EAGER),
-    "gemma3": (hf.Gemma3TextConfig, {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "layer_types": LAYERS}),
-    "gpt-oss": (hf.GptOssConfig, {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "phi3": (hf.Phi3Config, {}),
-    "glm4": (hf.Glm4Config, {}),
-    "olmo2": (hf.Olmo2Config, {}),
-    "granite": (hf.GraniteConfig, {"attention_multiplier": 32**-0.5}),
+    "llama": Family(hf.LlamaConfig),
+    "qwen2": Family(hf.Qwen2Config),  # bias on q, k, v
+    "qwen3": Family(hf.Qwen3Config),  # norms on q and k
+    "qwen3-moe": Family(hf.Qwen3MoeConfig, MOE),
+    "mistral": Family(hf.MistralConfig, {"sliding_window": WINDOW}, ("a window in every layer",)),
+    "gemma2": Family(
+        hf.Gemma2Config,
+        {"sliding_window": WINDOW, "query_pre_attn_scalar": 32} | EAGER,
+        ("a window in some layers", "soft cap", "own scale"),
+    ),
+    "gemma3": Family(
+        hf.Gemma3TextConfig,
+        {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "layer_types": LAYERS},
+        ("a window in some layers", "own scale"),
+    ),
+    "gpt-oss": Family(
+        hf.GptOssConfig,
+        {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ("a window in some layers", "sinks"),
+    ),
+    "phi3": Family(hf.Phi3Config),  # q, k and v from one projection
+    "glm4": Family(hf.Glm4Config),
+    "olmo2": Family(hf.Olmo2Config),
+    "granite": Family(hf.GraniteConfig, {"attention_multiplier": 32**-0.5}, ("own scale",)),
 }
 
+
+def make(name, **more):
+    """`name`'s causal language model with random weights, the same every time."""
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(family.config(**(SHAPE | family.extra | more))).eval()
+
+
+# Blocks of 64, so that 320 tokens have some to drop; without dense last rows, so that the last token's logits see it.
+SETTINGS = {"block_size": 64, "dense_last_rows": 0}
 IDS = torch.randint(1, 64, (3, 320), generator=torch.Generator().manual_seed(1))
 STEPS = 3
+
+
+@torch.no_grad()
+def logits(model, ids=IDS[:1], **options):
+    return model(ids, use_cache=False, **options).logits
+
+
+def with_cache(model, cache):
+    """The cache as an argument of forward() and generate(), whose name changed within transformers 5."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def generate(model, ids=None, **options):
@@ -68,9 +105,7 @@ def ragged(model, side):
 
 def prefix(model):
     """A prompt whose first 192 tokens are in the cache already."""
-    # The argument's name changed within transformers 5.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    cache = {name: hf.DynamicCache(config=model.config)}
+    cache = with_cache(model, hf.DynamicCache(config=model.config))
     with torch.no_grad():
         model(IDS[:1, :192], **cache)
     return generate(model, **cache)
@@ -92,7 +127,7 @@ def assisted(model, **options):
     return generate(model, IDS[:1, :-1], **{"assistant_model": assistant, "max_new_tokens": 2} | options)
 
 
-MODES = {
+WAYS = {
     "one prompt": generate,
     "left padding": lambda model: ragged(model, "left"),
     "right padding": lambda model: ragged(model, "right"),
@@ -103,3 +138,26 @@ MODES = {
     "assistant": assisted,
     "packed": packed,
 }
+
+
+def cells():
+    """(family, way) pairs that meet each family, each way, and each way with each thing that a family's layers ask for.
+
+    What rr_flex does depends on these two alone, so that the other pairs repeat what some cell has shown. Greedy: the
+    cell that meets most of what is left, and of equal ones that of the family met least.
+    """
+    left = set(FAMILIES) | {(asked, way) for family in FAMILIES.values() for asked in family.asks for way in WAYS}
+    chosen = []
+
+    def gain(cell):
+        return len(left & met_by(*cell)), -sum(family == cell[0] for family, _ in chosen)
+
+    while left:
+        best = max(((family, way) for family in FAMILIES for way in WAYS), key=gain)
+        chosen.append(best)
+        left -= met_by(*best)
+    return chosen
+
+
+def met_by(family, way):
+    return {family} | {(asked, way) for asked in FAMILIES[family].asks}

@@ -5,8 +5,18 @@ import json
 import sys
 from pathlib import Path
 
-from rr_flex.cli.arguments import add_command, add_json, check_writable, failed
-from rr_flex.runtime.writing import write_atomically
+from rr_flex.cli.arguments import (
+    DONE,
+    add_command,
+    add_json,
+    picture,
+    save_figure,
+    share,
+    show,
+    told,
+    whole,
+    write_json,
+)
 
 EXAMPLES = """
 examples:
@@ -22,21 +32,21 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         commands,
         "plan",
         run,
+        EXAMPLES,
         help="the fastest way to prefill a long prompt on many GPUs, by a cost model",
         description="Predicts time and memory a rank of each way of rr_flex.distributed, for one attention layer.",
-        examples=EXAMPLES,
     )
     plan.add_argument("--tokens", type=tokens, default=tokens("1M"), metavar="N", help="such as 512K or 4M [1M]")
     plan.add_argument("--heads", type=heads, default=(32, 8), metavar="Hq/Hkv", help="query and key heads [32/8]")
-    plan.add_argument("--head-dim", type=int, default=128, help="[%(default)s]")
-    plan.add_argument("--layers", type=int, default=1, help="how many such layers [%(default)s]")
+    plan.add_argument("--head-dim", type=whole(1), default=128, help="[%(default)s]")
+    plan.add_argument("--layers", type=whole(1), default=1, help="how many such layers [%(default)s]")
     plan.add_argument(
         "--gpus", type=gpus, default=gpus("1..8"), metavar="A..B", help="doubling, or a list 2,4,8 [1..8]"
     )
-    plan.add_argument("--density", type=float, default=0.1, help="share of blocks that attention keeps [%(default)s]")
+    plan.add_argument("--density", type=share, default=0.1, help="share of blocks that attention keeps [%(default)s]")
     plan.add_argument("--rates", type=Path, metavar="JSON", help="measured rates of another machine [the shipped ones]")
     plan.add_argument("--check", type=Path, nargs="+", metavar="JSONL", help="benchmarks' rows beside predictions")
-    plan.add_argument("--plot", type=Path, metavar="PNG", help="draws times against GPUs")
+    plan.add_argument("--plot", type=picture, metavar="PNG", help="draws times against GPUs")
     add_json(plan)
 
 
@@ -65,32 +75,23 @@ def gpus(text: str) -> list[int]:
     return counts
 
 
-def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from rr_flex.distributed import cost
+def run(arguments: argparse.Namespace) -> int:
+    with told():
+        from rr_flex.distributed import cost
 
-    try:
         rates = cost.Rates.read(arguments.rates or cost.RATES)
-        for path in (arguments.plot, None if arguments.json in (None, "-") else Path(arguments.json)):
-            if path is not None:
-                check_writable("--plot or --json", path)
-        if not 0 < arguments.density <= 1:
-            raise ValueError(f"--density must lie in (0, 1], got {arguments.density}")
         rows = check_rows(arguments.check, rates) if arguments.check else plan_rows(arguments, rates)
-    except (ValueError, OSError) as error:
-        return failed(parser, error)
-    document = json.dumps({"rates": rates.source, "rows": rows}, indent=2)
-    if arguments.json == "-":
-        print(document)
-    else:
-        print((checked_table if arguments.check else planned_table)(rows))
+    document = {"rates": rates.source, "rows": rows}
+    write_json(arguments, document)
+    show(arguments, document, (checked_table if arguments.check else planned_table)(rows))
+    if not arguments.quiet:
         print(f"rates: {rates.source}", file=sys.stderr)
-    if arguments.json not in (None, "-"):
-        write_atomically(Path(arguments.json), lambda stream: stream.write(document.encode()))
     if arguments.plot is not None:
-        from rr_flex.distributed.plot import draw
+        with told("viz"):
+            from rr_flex.distributed.plot import draw
 
-        write_atomically(arguments.plot, lambda stream: draw(rows, stream))
-    return 0
+            save_figure(arguments.plot, draw(rows))
+    return DONE
 
 
 def plan_rows(arguments: argparse.Namespace, rates) -> list[dict]:

@@ -1,14 +1,14 @@
 """Pictures of `rr-flex plan`: time against ranks, measured beside predicted."""
 
-from typing import Any, BinaryIO
+from typing import Any
+
+from matplotlib.figure import Figure
 
 MARKS = "os^vDP*X<>"
 
 
-def draw(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
-    """A plan's rows as lines over ranks; checked rows as measured marks with a dash where the model puts them. PNG."""
-    from matplotlib.figure import Figure
-
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """A plan's rows as lines over ranks; checked rows as measured marks with a dash where the model puts them."""
     checked = "predicted_ms" in rows[0]
     groups = sorted({place_of(row) for row in rows}) if checked else []
     figure = Figure(figsize=(max(6, 0.7 * len(groups)), 4.5), layout="constrained")
@@ -33,7 +33,7 @@ def draw(rows: list[dict[str, Any]], stream: BinaryIO) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("ms, slowest rank")
     axes.legend(fontsize=8)
-    figure.savefig(stream, format="png", dpi=120)
+    return figure
 
 
 def place_of(row: dict[str, Any]) -> tuple[int, float]:

@@ -1,6 +1,7 @@
 """Switch rr_flex on in a Hugging Face model, and off again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from rr_flex.config import RRConfig
 from rr_flex.kernels.choose import Backend
+from rr_flex.models.choices import Choices, check_heads, make_plan
 from rr_flex.models.forward import rr_flex_attention
-from rr_flex.models.plan import (
-    ATTRIBUTE,
-    DEFAULTS,
-    Plan,
-    Profile,
-    SlidingLayers,
-    base_of,
-    check_heads,
-    make_plan,
-    set_plan,
-)
+from rr_flex.models.plan import ATTRIBUTE, LayerSettings, Plan, SlidingLayers, set_plan, set_registered
 from rr_flex.models.prefill_mask import prefill_mask
-from rr_flex.models.records import LayerRecord, Report
+from rr_flex.models.records import Report
+from rr_flex.models.states import before_attention
+from rr_flex.models.switches import switch_off, switch_on
+from rr_flex.profiles import Profile
 
 NAME = "rr_flex"
 
@@ -37,22 +32,19 @@ def register(
 ) -> None:
     """Makes `attn_implementation="rr_flex"` known to transformers; the settings hold for models loaded by that name.
 
-    `enable` calls it; call it yourself only to name "rr_flex" in `from_pretrained`. Later calls replace the settings,
-    whose names are `enable`'s; those by layer are `enable`'s alone.
+    `enable` makes the name known too; call this only to name "rr_flex" in `from_pretrained`. A later call replaces all
+    settings. They are `enable`'s; those by layer are `enable`'s alone.
     """
     others = {"dense_last_tokens": dense_last_tokens, "sliding_layers": sliding_layers, "backend": backend}
-    if config is not None or settings or tuple(others.values()) != (None, "select", "auto"):
-        plan = make_plan(0, config=base_of(config, settings), **others)
-        DEFAULTS.update(default=plan.default, sliding_layers=sliding_layers, backend=backend)
-    AttentionInterface.register(NAME, rr_flex_attention)
-    AttentionMaskInterface.register(NAME, prefill_mask)
+    set_registered(make_plan(0, Choices(config=config, settings=settings, **others)))
+    _make_known()
 
 
 def enable(
     model: nn.Module,
     *,
     tau: float | Sequence[float] | Mapping[int, float] | None = None,
-    profile: Profile | str | Path | None = None,
+    profile: LayerSettings | Profile | str | Path | None = None,
     config: RRConfig | None = None,
     dense_layers: int | Sequence[int] = 0,
     dense_last_tokens: int | None = None,
@@ -62,69 +54,79 @@ def enable(
 ) -> "Enabled":
     """Prefill of `model`'s language model by RRAttention from now on, or within `with enable(model):`.
 
-    `tau`: one share, a sequence of one a layer, or a mapping for some layers. `profile`: a calibrated one by its file
-    or shipped name, or layer -> RRConfig, None for a dense layer; it overrides tau. `config` or single `settings`:
-    fields of RRConfig, for all other layers.
-    `dense_layers`: so many first layers, or a list, stay dense. `dense_last_tokens`: at least so many tokens at the end
-    of each call's queries see all they may. `sliding_layers`: "select" among the window's blocks, or "dense".
-    `backend`: the kernel on CUDA, as in `rr_attention`. A vision tower keeps its attention. TypeError or ValueError
-    naming the argument; NotImplementedError for a model that does not go through transformers' attention interface.
+    `tau`: one share, a sequence of one a layer, or a mapping for some layers. `profile`: a calibrated one, its file or
+    shipped name, or layer -> RRConfig, None for a dense layer. `config` or single `settings`: fields of RRConfig, for
+    all layers that `profile` does not name.
+    `dense_layers`: so many first layers, or a list, stay dense whatever else names them. `dense_last_tokens`: at least
+    so many tokens at the end of each call's queries see all they may. `sliding_layers`: "select" among the window's
+    blocks, or "dense". `backend`: the kernel on CUDA, as in `rr_attention`. A vision tower keeps its attention.
+    TypeError or ValueError naming the argument, also for one that nothing would read (tau under another budget, config
+    beside a preset or beside a profile of every layer); NotImplementedError for a model that does not go through
+    transformers' attention interface.
     """
     root = _pretrained(model)
     text_config = root.config.get_text_config(decoder=True)
     if text_config.output_attentions:
         raise ValueError("output_attentions must be False in the model's config under rr_flex, got True")
-    if isinstance(profile, str | Path):
-        profile = RRConfig.from_profile(profile, text_config)
-    plan = make_plan(
-        getattr(text_config, "num_hidden_layers", 0),
-        config=config,
+    choices = Choices(
         tau=tau,
         profile=profile,
+        config=config,
         dense_layers=dense_layers,
         dense_last_tokens=dense_last_tokens,
         sliding_layers=sliding_layers,
         backend=backend,
-        **settings,
+        settings=settings,
     )
+    plan = make_plan(getattr(text_config, "num_hidden_layers", 0), choices, text_config)
     heads = getattr(text_config, "num_attention_heads", None)
     # Some models have a number a layer.
     if type(heads) is int:
         check_heads(plan, heads)
-    register()
+    _make_known()
     return Enabled(root, text_config, plan)
 
 
+def _make_known() -> None:
+    AttentionInterface.register(NAME, rr_flex_attention)
+    AttentionMaskInterface.register(NAME, prefill_mask)
+
+
 class Enabled:
-    """rr_flex is on in a model until `restore()`, or until the `with` block ends."""
+    """rr_flex is on in a model until `restore()`, or until the `with` block ends; of several, the last one holds."""
 
     def __init__(self, root: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:
         self.plan = plan
-        # The configs as they are now: a later `enable` may nest.
-        self._configs = [
-            (config, config._attn_implementation) for config in _configs_of(root) if config._attn_implementation != NAME
-        ]
-        modules = [module for module in root.modules() if getattr(module, "config", None) is text_config]
-        self._plans = [(module, getattr(module, ATTRIBUTE, None)) for module in modules]
+        self._root, self._text_config, self._is_on = root, text_config, True
+        own = [module for module in root.modules() if getattr(module, "config", None) is text_config]
+        # Of these the attention layers are told which cache their keys are in.
+        layers = [module for module in own if hasattr(module, "layer_idx")]
+        self._hooks = [m.register_forward_pre_hook(before_attention, with_kwargs=True) for m in layers]
+        switch_on(root, self)
+
+    def apply(self) -> None:
+        """Gives the language model this attention, by whatever the model was switched to meanwhile."""
+        root, text_config = self._root, self._text_config
         root.set_attn_implementation(NAME if text_config is root.config else _path_to(root.config, text_config))
-        for module in modules:
-            set_plan(module, plan)
+        for module in root.modules():
+            if getattr(module, "config", None) is text_config:
+                set_plan(module, self.plan)
 
     def report(self) -> Report:
         """What was done since the start or the last `reset`."""
-        return Report(self.plan.records)
+        return self.plan.report()
 
     def reset(self) -> None:
         """Starts counting anew."""
         self.plan.records = {}
 
     def restore(self) -> None:
-        """Gives the model the attention that it had before; a second call does nothing."""
-        for config, before in self._configs:
-            config._attn_implementation_internal = before
-        for module, plan in self._plans:
-            set_plan(module, plan)
-        self._configs, self._plans = [], []
+        """Gives the model the attention that it had before, or that of what was enabled since; a second call does
+        nothing."""
+        self._is_on = False
+        for hook in self._hooks:
+            hook.remove()
+        switch_off(self._root, self)
 
     def __enter__(self) -> "Enabled":
         return self
@@ -132,18 +134,36 @@ class Enabled:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
+    def __repr__(self) -> str:
+        plan, found = self.plan, self.report()
+        about = [_said(plan.default)]
+        if plan.layers:
+            dense = sum(config is None for config in plan.layers.values())
+            about.append(f"{len(plan.layers) - dense} layers set apart, {dense} dense")
+        about.append(f"{found.sparse} calls sparse" + (f" at density {found.density:.3f}" if found.sparse else ""))
+        about.append(f"{sum(found.dense.values())} dense")
+        state = "on" if self._is_on else "restored"
+        return f"Enabled({type(self._root).__name__}, {state}: {'; '.join(about)})"
+
+
+def _said(config: RRConfig) -> str:
+    """The fields that are not the defaults of their rules, and the budget's number in any case."""
+    rules = {"budget": config.budget, "pool": config.pool, "order": config.order}
+    plain = RRConfig(**rules)
+    shown = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name == config.level_field:
+            shown.append(f"{field.name}={value if isinstance(value, float | int) else f'{len(value)} levels'}")
+        elif value != (field.default if field.name in rules else getattr(plain, field.name)):
+            shown.append(f"{field.name}={value}")
+    return ", ".join(shown)
+
 
 def report(model: nn.Module) -> Report:
     """What rr_flex did in `model`, however it was switched on."""
     plans = {id(plan): plan for module in model.modules() if (plan := getattr(module, ATTRIBUTE, None))}
-    layers: dict[int, LayerRecord] = {}
-    for plan in plans.values():
-        for layer, record in plan.records.items():
-            total = layers.setdefault(layer, LayerRecord())
-            total.sparse += record.sparse
-            total.dense += record.dense
-            total.density_sum = total.density_sum + record.density_sum
-    return Report(layers)
+    return Report.of([plan.records for plan in plans.values()])
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
@@ -161,19 +181,6 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
                 f"model must go through transformers' attention interface, which {type(decoder).__name__} does not"
             )
     return root
-
-
-def _configs_of(root: PreTrainedModel) -> Iterator[PreTrainedConfig]:
-    """Every config in the model, once."""
-    waiting = [root.config] + [m.config for m in root.modules() if isinstance(m, PreTrainedModel)]
-    seen: set[int] = set()
-    while waiting:
-        config = waiting.pop()
-        if id(config) in seen:
-            continue
-        seen.add(id(config))
-        yield config
-        waiting += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
 
 
 def _path_to(config: PreTrainedConfig, text_config: PreTrainedConfig) -> dict[str, Any]:

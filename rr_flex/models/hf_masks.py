@@ -1,124 +1,164 @@
-"""transformers' mask functions, read as masks whose blocks are known in closed form."""
+"""transformers' mask functions, read as masks whose blocks are known in closed form.
 
+They are closures over private variables, read by name. What is not there under its name and type is not recognised.
+"""
+
+import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import masking_utils
 
 from mask_mods import SpanMask, bidirectional, both, causal, document, either
 from mask_mods.spans import Index, per_batch
+from rr_flex.models.records import OWN_MASK
 
+TESTED_TRANSFORMERS = ("5.4.0", "5.17.0", "5.24.0")  # the tests of rr_flex.models pass on each
+
+try:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError("its masks are given positions of another form")
+except ImportError as error:
+    raise ImportError(
+        f"transformers must be one whose masks rr_flex.models can read (tested: {', '.join(TESTED_TRANSFORMERS)}), "
+        f"got {transformers.__version__}"
+    ) from error
+
+MODULE = "transformers.masking_utils"
 FAR = 2**30  # beyond any key
 
+# Factories of MODULE, and what the mask functions that they make capture.
+READ: dict[str, dict[str, Any]] = {
+    "and_masks": {"mask_functions": tuple},
+    "or_masks": {"mask_functions": tuple},
+    "sliding_window_overlay": {"sliding_window": int},
+    "sliding_window_bidirectional_overlay": {"sliding_window": int},
+    "chunked_overlay": {"chunk_size": int, "left_padding": Tensor},
+    "packed_sequence_mask_function": {"packed_sequence_mask": Tensor},
+    "remap_positions_for_packed_sequence": {"mask_function": Callable},
+}
+# Known, and without a closed form here.
+NOT_READ = ("blockwise_overlay", "padding_mask_function", "add_offsets_to_mask_function")
+UNRECOGNISED = f"a mask that transformers {transformers.__version__} writes in another way"
 
-def spans_of(mask_function: Callable, q_offset: Index, kv_offset: int, device: torch.device) -> SpanMask | None:
-    """The SpanMask over indices that shows what `mask_function` shows over positions; None where it can't be read.
+
+class Term(NamedTuple):
+    """One mask function: the factory of MODULE that made it, "" for others, and what it captured."""
+
+    name: str
+    captured: dict[str, Any]
+
+    @property
+    def parts(self) -> tuple[Callable, ...]:
+        """The mask functions that it is made of."""
+        alone = self.captured.get("mask_function")
+        return self.captured.get("mask_functions", () if alone is None else (alone,))
+
+
+def term_of(function: Callable) -> Term:
+    """What made `function`; a name of READ only where all is captured that belongs to it."""
+    if not isinstance(function, FunctionType) or function.__module__ != MODULE:
+        return Term("", {})
+    name = function.__qualname__.split(".")[0]
+    cells = function.__closure__ or ()
+    captured = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+    expected = READ.get(name)
+    if expected is None or not all(isinstance(captured.get(key), kind) for key, kind in expected.items()):
+        return Term("", {})
+    return Term(name, captured)
+
+
+def why_unread(function: Callable) -> str | None:
+    """Why `spans_of` can't read the mask, as a reason to stay dense: it is the model's own, or of a transformers that
+    writes its masks in another way than the tested ones. None: nothing speaks against it."""
+    if function in (causal_mask_function, bidirectional_mask_function):
+        return None
+    term = term_of(function)
+    if term.name:
+        return next(filter(None, map(why_unread, term.parts)), None)
+    theirs = isinstance(function, FunctionType) and function.__module__ == MODULE
+    return UNRECOGNISED if theirs and function.__qualname__.split(".")[0] not in NOT_READ else OWN_MASK
+
+
+def is_causal(function: Callable) -> bool:
+    """Whether no query sees past itself: the causal function is a term of the intersection."""
+    if function is causal_mask_function:
+        return True
+    term = term_of(function)
+    return term.name != "or_masks" and any(map(is_causal, term.parts))
+
+
+def has_window(function: Callable) -> bool:
+    """Whether a sliding window is a term of the mask."""
+    term = term_of(function)
+    return term.name.startswith("sliding_window_") or any(map(has_window, term.parts))
+
+
+def causal_window(function: Callable) -> int | None:
+    """The window of a sliding causal mask, FAR for a plain causal one, None for any other mask."""
+    if function is causal_mask_function:
+        return FAR
+    term = term_of(function)
+    if term.name != "and_masks" or len(term.parts) != 2:
+        return None
+    overlay, rest = term_of(term.parts[0]), term.parts[1]
+    is_window = overlay.name == "sliding_window_overlay" and rest is causal_mask_function
+    return overlay.captured["sliding_window"] if is_window else None
+
+
+def spans_of(function: Callable, q_offset: Index, kv_offset: int, device: torch.device) -> SpanMask | None:
+    """The SpanMask over indices that shows what `function` shows over positions; None where it can't be read.
 
     Query i stands at position i + q_offset, key j at j + kv_offset. Reads causal, bidirectional, sliding-window,
     chunked and packed masks of transformers.masking_utils and their intersections and unions; tensors move to `device`.
     """
     offset = q_offset - kv_offset
     offset = offset.to(device) if isinstance(offset, Tensor) else torch.full((), offset, device=device)
-    return _read(mask_function, offset, kv_offset, device, packed=False)
+    return _Reader(offset, kv_offset, device).read(function, packed=False)
 
 
-def is_causal(mask_function: Callable) -> bool:
-    """Whether no query sees past itself: the causal function is a term of the intersection."""
-    if mask_function is masking_utils.causal_mask_function:
-        return True
-    name, captured = _name_and_captured(mask_function)
-    if name == "and_masks":
-        return any(is_causal(part) for part in captured["mask_functions"])
-    return name == "remap_positions_for_packed_sequence" and is_causal(captured["mask_function"])
+class _Reader(NamedTuple):
+    offset: Tensor  # index of the key at query 0's position
+    kv_offset: int
+    device: torch.device
 
-
-def has_window(mask_function: Callable) -> bool:
-    """Whether a sliding window is a term of the mask."""
-    name, captured = _name_and_captured(mask_function)
-    if name in ("and_masks", "or_masks"):
-        return any(has_window(part) for part in captured["mask_functions"])
-    return name.startswith("sliding_window_") or (
-        name == "remap_positions_for_packed_sequence" and has_window(captured["mask_function"])
-    )
-
-
-def causal_window(mask_function: Callable) -> int | None:
-    """The window of a sliding causal mask, FAR for a plain causal one, None for any other mask."""
-    if mask_function is masking_utils.causal_mask_function:
-        return FAR
-    name, captured = _name_and_captured(mask_function)
-    if name != "and_masks" or len(captured["mask_functions"]) != 2:
+    def read(self, function: Callable, packed: bool) -> SpanMask | None:
+        """`packed`: the same-document mask holds beside this one, so that positions in a document differ as indices
+        do."""
+        if function is causal_mask_function:
+            return causal(self.offset)
+        if function is bidirectional_mask_function:
+            return bidirectional()
+        name, captured = term = term_of(function)
+        if name in ("and_masks", "or_masks"):
+            names = [term_of(part).name for part in term.parts]
+            packed = packed or (name == "and_masks" and "packed_sequence_mask_function" in names)
+            masks = [self.read(part, packed) for part in term.parts]
+            if None in masks:
+                return None
+            return (both if name == "and_masks" else either)(*masks)
+        if name == "sliding_window_overlay":
+            return _window(captured["sliding_window"], self.offset)
+        if name == "sliding_window_bidirectional_overlay":
+            return _band(captured["sliding_window"], self.offset)
+        if name == "chunked_overlay":
+            start = captured["left_padding"].to(self.device) - self.kv_offset
+            return _chunks(captured["chunk_size"], start, self.offset)
+        if name == "packed_sequence_mask_function":
+            return document(captured["packed_sequence_mask"].to(self.device))
+        if name == "remap_positions_for_packed_sequence" and packed:
+            return self.read(captured["mask_function"], packed)
         return None
-    overlay, rest = captured["mask_functions"]
-    name, captured = _name_and_captured(overlay)
-    is_window = name == "sliding_window_overlay" and rest is masking_utils.causal_mask_function
-    return captured["sliding_window"] if is_window else None
 
 
-def causal_run(first: Tensor, last: Tensor, window: Tensor, offset: Tensor) -> SpanMask:
-    """Causal within `window` tokens among the real tokens first[b] … last[b], int64 [B]; a padded query sees nothing.
-
-    Tensors only, 0-dim or [B]: other windows, paddings and offsets run the same compiled graph.
-    """
-
-    def spans(b, h, q_idx):
-        start, stop, position = per_batch(first, b), per_batch(last, b), q_idx + offset
-        low = torch.maximum(position - (window - 1), start)
-        return ((low, torch.where((start <= position) & (position <= stop), position, -1)),)
-
-    def keys(b, h, kv_idx):
-        return (per_batch(first, b) <= kv_idx) & (kv_idx <= per_batch(last, b))
-
-    return SpanMask(spans, keys, label=lambda: "causal_run()")
-
-
-def real_run(padding_mask: Tensor, kv_offset: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last real key [B] of a [B, total] mask over positions, and whether all between are real (0-dim)."""
-    total = padding_mask.shape[1]
-    first = padding_mask.int().argmax(1)
-    last = total - 1 - padding_mask.flip(1).int().argmax(1)
-    return first - kv_offset, last - kv_offset, (padding_mask.sum(1) == last - first + 1).all()
-
-
-def _read(function: Callable, offset: Tensor, kv_offset: int, device: torch.device, packed: bool) -> SpanMask | None:
-    """`packed`: the same-document mask holds beside this one, so that positions in a document differ as indices do."""
-    if function is masking_utils.causal_mask_function:
-        return causal(offset)
-    if function is masking_utils.bidirectional_mask_function:
-        return bidirectional()
-    name, captured = _name_and_captured(function)
-    if name in ("and_masks", "or_masks"):
-        parts = captured["mask_functions"]
-        names = [_name_and_captured(part)[0] for part in parts]
-        packed = packed or (name == "and_masks" and "packed_sequence_mask_function" in names)
-        masks = [_read(part, offset, kv_offset, device, packed) for part in parts]
-        if None in masks:
-            return None
-        return (both if name == "and_masks" else either)(*masks)
-    if name == "sliding_window_overlay":
-        # Without the causal mask beside it, it would have no end.
-        return SpanMask(lambda b, h, q_idx: ((q_idx + offset - (captured["sliding_window"] - 1), FAR),))
-    if name == "sliding_window_bidirectional_overlay":
-        return _band(captured["sliding_window"], offset)
-    if name == "chunked_overlay":
-        return _chunks(captured["chunk_size"], captured["left_padding"].to(device) - kv_offset, offset)
-    if name == "packed_sequence_mask_function":
-        return document(captured["packed_sequence_mask"].to(device))
-    if name == "remap_positions_for_packed_sequence" and packed:
-        return _read(captured["mask_function"], offset, kv_offset, device, packed)
-    return None
-
-
-def _name_and_captured(function: Callable) -> tuple[str, dict[str, Any]]:
-    """The factory of transformers.masking_utils that made `function`, and what it captured; ("", {}) of others."""
-    if not isinstance(function, FunctionType) or function.__module__ != masking_utils.__name__:
-        return "", {}
-    cells = function.__closure__ or ()
-    captured = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
-    return function.__qualname__.split(".")[0], captured
+def _window(window: int, offset: Tensor) -> SpanMask:
+    """Key j is visible when j > position − window; without the causal mask beside it, it would have no end."""
+    return SpanMask(lambda b, h, q_idx: ((q_idx + offset - (window - 1), FAR),))
 
 
 def _band(window: int, offset: Tensor) -> SpanMask:

@@ -11,7 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from mask_mods import SpanMask, both
-from rr_flex.models.hf_masks import FAR, causal_run, causal_window, has_window, is_causal, real_run, spans_of
+from rr_flex.models.hf_masks import FAR, causal_window, has_window, is_causal, spans_of, why_unread
+from rr_flex.models.real_tokens import causal_run, real_run
 from rr_flex.models.records import OWN_MASK, PADDING_BETWEEN
 
 
@@ -25,11 +26,11 @@ class PrefillMask(BlockMask):
 
     q_length: int
     kv_length: int
-    q_offset: int | Tensor
-    kv_offset: int
-    mask_function: Callable
-    attention_mask: Tensor | None  # [B, total] bool over positions, or None
-    arguments: dict[str, Any]  # the rest of what transformers passed
+    q_offset: int | Tensor = 0
+    kv_offset: int = 0
+    mask_function: Callable = causal_mask_function
+    attention_mask: Tensor | None = None  # [B, total] bool over positions
+    arguments: dict[str, Any] = field(default_factory=dict)  # the rest of what transformers passed
     _built: dict[Any, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PrefillMask":
@@ -50,11 +51,16 @@ class PrefillMask(BlockMask):
         """Index of the key at query 0's position."""
         return self.q_offset - self.kv_offset
 
-    @property
+    @cached_property
+    def unread(self) -> str | None:
+        """Why the mask can't be read, as a reason to stay dense; None where nothing speaks against it."""
+        return why_unread(self.mask_function)
+
+    @cached_property
     def causal(self) -> bool:
         return is_causal(self.mask_function)
 
-    @property
+    @cached_property
     def sliding(self) -> bool:
         return has_window(self.mask_function)
 
@@ -112,27 +118,25 @@ class PrefillMask(BlockMask):
         return self._built[key]
 
 
-def prefill_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **arguments: Any,
-) -> PrefillMask | Tensor | None:
-    """The mask function registered with transformers: a PrefillMask, and for one query what sdpa gets."""
-    arguments["batch_size"] = batch_size
-    own = (q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+OWN = ("q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask")
+
+
+def prefill_mask(*, q_length: int, **arguments: Any) -> PrefillMask | Tensor | None:
+    """The mask function registered with transformers: a PrefillMask, and for one query what sdpa gets.
+
+    The arguments are those of transformers.masking_utils.sdpa_mask, which are passed by name.
+    """
     if q_length == 1:
-        names = ("q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask")
-        return sdpa_mask(**dict(zip(names, own, strict=True)), **arguments)
-    return _delayed(*own, arguments)
+        return sdpa_mask(q_length=q_length, **arguments)
+    return _delayed(q_length, arguments)
 
 
 @torch.compiler.disable
-def _delayed(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, arguments) -> PrefillMask:
-    # A static cache's length is a tensor that the first layer's update moves on: keep today's value.
-    q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
-    return PrefillMask(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, arguments)
+def _delayed(q_length: int, arguments: dict[str, Any]) -> PrefillMask:
+    own = {name: arguments[name] for name in OWN if name in arguments}
+    rest = {name: value for name, value in arguments.items() if name not in OWN}
+    # A static cache's length is a tensor (of older transformers a [1]) that the first layer's update moves on: keep
+    # today's value.
+    if isinstance(own.get("q_offset"), Tensor):
+        own["q_offset"] = own["q_offset"].reshape(()).clone()
+    return PrefillMask(q_length, arguments=rest, **own)

@@ -1,7 +1,9 @@
 """What rr_flex did in a model: per layer, how often sparse, how often dense and why, and at which density."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -21,18 +23,27 @@ HEAD_DIM = "head dim outside 16 to 256"
 DTYPE = "dtype"
 MASK_LENGTH = "mask and keys of different lengths"
 
+# One for all records, which are copied with their model: a lock can't be. It is held for less than a microsecond.
+_COUNTING = Lock()
+
 
 @dataclass
 class LayerRecord:
-    """One layer's calls."""
+    """One layer's calls; threads may count at once."""
 
     sparse: int = 0  # prefill calls with a selection
     dense: Counter[str] = field(default_factory=Counter)  # calls by reason
     density_sum: Tensor | float = 0.0  # over the sparse calls; a tensor stays on its device until it is read
 
+    def add_dense(self, reason: str) -> None:
+        with _COUNTING:
+            self.dense[reason] += 1
+
     def add_sparse(self, density: Tensor) -> None:
-        self.sparse += 1
-        self.density_sum = self.density_sum + density.detach()
+        density = density.detach()
+        with _COUNTING:
+            self.sparse += 1
+            self.density_sum = self.density_sum + density
 
     @property
     def density(self) -> float | None:
@@ -42,9 +53,26 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Counts by layer. Calls inside a caller's compiled graph (one-token steps only) are not counted."""
+    """Counts by layer. Calls of an exported program, and of one token in a caller's graph, are not counted."""
 
     layers: dict[int, LayerRecord]
+
+    @classmethod
+    def of(cls, counted: Iterable[dict[int, LayerRecord]]) -> "Report":
+        """The sums by layer of what was counted up to now; copies, which later calls do not change."""
+        layers: dict[int, LayerRecord] = {}
+        with _COUNTING:
+            # Lists, since other threads may add layers meanwhile.
+            for layer, record in [item for records in counted for item in list(records.items())]:
+                total = layers.setdefault(layer, LayerRecord())
+                total.sparse += record.sparse
+                total.dense += record.dense
+                added = record.density_sum
+                # Layers of one number (an encoder's, a decoder's) may lie on two cards.
+                if isinstance(added, Tensor) and isinstance(total.density_sum, Tensor):
+                    added = added.to(total.density_sum.device)
+                total.density_sum = total.density_sum + added
+        return cls(layers)
 
     @property
     def sparse(self) -> int:
