@@ -34,6 +34,7 @@ from rr_flex.distributed.choose import (
     shape_of_keys,
 )
 from rr_flex.distributed.fetch import Deliveries
+from rr_flex.distributed.last_rows import attend_far_rows, first_far_query, without_far_rows
 from rr_flex.distributed.masks import at_positions
 from rr_flex.distributed.shards import HEADS, Shards
 from rr_flex.distributed.transfer import gather_tokens
@@ -101,15 +102,21 @@ def context_parallel(
     """
     local = prepare(q, k, v, shards, check_asked(q, k, v, shards, options, {"fetch", "backend"}))
     chosen, all_keys = choose_blocks(local)
+    first_far = first_far_query(local)
+    if first_far < local.count:
+        chosen = [without_far_rows(one, local, first_far) for one in chosen]
+    local.asked.account.attended += [one.kept.sum() for one in chosen]
     deliveries = Deliveries(local, chosen, all_keys)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     coming = deliveries.start(0)
+    far = attend_far_rows(local, first_far) if first_far < local.count else out[:, :, :0]
     for place, (heads, _) in enumerate(local.strips):
         arriving = coming
         # Before this strip's attention is queued: the transfer would wait for it.
         coming = deliveries.start(place + 1) if place + 1 < len(local.strips) else None
         keys, values = arriving()
         out[:, heads] = attend_strip(local, heads, (keys, values), chosen[place])
+    out[:, :, out.shape[2] - far.shape[2] :] = far
     return out
 
 
@@ -191,7 +198,9 @@ def last_rows_here(local: Local) -> int:
     """How many of this rank's last block rows attend by themselves."""
     pieces = local.shards.layout.queries_of(local.shards.place)
     rows = ceil_div(pieces[-1].stop - pieces[-1].start, local.config.block_sizes[0])
-    if local.request.dense or pieces[-1].stop < local.count or rows < local.config.dense_last_rows:
+    if first_far_query(local) < local.count or local.request.dense:
+        return 0
+    if pieces[-1].stop < local.count or rows < local.config.dense_last_rows:
         return 0
     least_keys = KERNELS[local.kernel].least_keys_apart
     return 0 if least_keys is None else rows_apart(local.q.shape[2], local.count, local.config, least_keys)
