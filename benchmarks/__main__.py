@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import server_suites, server_tables, task_tables, together
 from benchmarks import tables as report
-from benchmarks import task_tables, together
 from benchmarks import tuning as tune
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
@@ -77,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
     capturing.add_argument("--layers", type=int, nargs="+", required=True, help="one a row of the batch")
     capturing.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     capturing.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .pt file")
+
+    serving = commands.add_parser("chunks", help="as a server prefills: prompts in chunks, cells of work, packed, host")
+    serving.set_defaults(command=server_suites.run_suites)
+    server_suites.add_arguments(serving)
+    common(serving)
 
     reporting = commands.add_parser("report", help="write the page's tables and draw time against length")
     reporting.set_defaults(command=write_report)
@@ -188,6 +193,10 @@ def write_report(options: argparse.Namespace) -> int:
     (options.results / report.ALL_ROWS).write_text(report.every_row(rows))
     report.draw(rows, options.plot or options.results / "time-against-length.png")
     task_tables.draw(options.results)
+    server_rows = server_tables.load(options.results)
+    if server_rows:
+        server_tables.write_page(options.readme, server_rows)
+        server_tables.draw(server_rows, options.results / "chunks.png")
     return 0
 
 

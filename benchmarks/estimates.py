@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmarks.environment import describe
 from benchmarks.timing import measure
-from benchmarks.workloads import structured
-from mask_mods import causal
+from benchmarks.workloads import Shape, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.estimate import estimate_mass
 from rr_flex.mass import row_share
+from rr_flex.request import make_request
 from rr_flex.runtime.compiling import compile_whole
 
 CONFIGS = {
@@ -35,14 +35,12 @@ CONFIGS = {
 
 
 def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Tensor:
-    mask = causal(torch.zeros((), dtype=torch.int64, device=q.device))
-    facts = {"mask_mod": mask, "Lq": q.shape[2], "Lk": k.shape[2], "scale": q.shape[3] ** -0.5, "head_offset": 0}
-    return estimate_mass(q, k, None, config, **facts)
+    return estimate_mass(q, k, make_request(q, k, config, {}))
 
 
 def time_length(L: int, device: torch.device, seconds: float) -> list[dict]:
     Hq, Hkv = 32, 8
-    q, k, _ = structured(L=L, Hq=Hq, Hkv=Hkv, D=128, dtype=torch.bfloat16, device=device, seed=0)
+    q, k, _ = structured(Shape(L, Hq, Hkv, 128), dtype=torch.bfloat16, device=device, seed=0)
     alone = compile_whole(estimate)
     rows = []
     for name, config in CONFIGS.items():

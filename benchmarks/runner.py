@@ -16,11 +16,12 @@ from benchmarks import dense_kernels as dense
 from benchmarks import rivals, stages
 from benchmarks.cases import Case
 from benchmarks.timing import OutOfTime, Progress, kernel_times, measure, measure_in_turns, peak_bytes
-from benchmarks.workloads import Inputs, captured, structured
+from benchmarks.workloads import Inputs, Shape, captured, structured
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.attention import calls
 from rr_flex.kernels.choose import choose_kernel
 from rr_flex.kernels.options import attention_options
+from rr_flex.request import level_per_head, make_request
 from rr_flex.runtime.head_slices import head_slices
 
 Row = dict[str, Any]
@@ -110,9 +111,9 @@ class Bench:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             sets = max(1, min(sets, int(SHARE_OF_MEMORY * memory / size)))
-        shape = {"B": case.batch, "L": case.length, "Hq": case.heads, "Hkv": case.kv_heads, "D": case.head_dim}
+        shape = Shape(case.length, case.heads, case.kv_heads, case.head_dim, case.batch)
         return [
-            structured(**shape, dtype=dtype, device=self.device, seed=case.seed + 1000 * index) for index in range(sets)
+            structured(shape, dtype=dtype, device=self.device, seed=case.seed + 1000 * index) for index in range(sets)
         ]
 
     def time(self, call) -> dict[str, float]:
@@ -222,7 +223,7 @@ def measure_rr(case: Case, bench: Bench, profile: bool) -> Row:
     if len(strips_of(case)) == 1:
         timings, densities, options = measure_stages(case, config, bench)
     else:  # a few heads at a time: no stage is run for all of them
-        timings, (_, options) = {}, kernel_options(case, sets[0])
+        timings, options = {}, kernel_options(case, sets[0])
         densities = [density_in_strips(each, config) for each in sets]
 
     def total(index: int) -> Tensor:
@@ -254,7 +255,7 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
     step, sets = bench.progress.step, bench.sets
     q = sets[0].q
     Hq, L = q.shape[1:3]
-    level = config.level_per_head(Hq, bench.device)
+    level = level_per_head(config, Hq, bench.device)
     same = stages.without_level(config)  # so that levels share compiled code
 
     step("estimate")
@@ -269,13 +270,13 @@ def measure_stages(case: Case, config: RRConfig, bench: Bench) -> tuple[dict[str
         step("lists")
         timings["lists"] = bench.time(lambda index: stages.lists(chosen[index][0], chosen[index][1].whole))
     densities = [stages.density(kept, blocks.visible) for kept, blocks in chosen]
-    kernel, options = kernel_options(case, bench.sets[0])
-    masks = [stages.masks_apart(kept, blocks.whole, config, L, kernel) for kept, blocks in chosen]
+    options = kernel_options(case, bench.sets[0])
+    masks = [stages.block_mask(kept, blocks.whole, config, L) for kept, blocks in chosen]
     chosen.clear()
     step("selection")
-    timings["selection"] = bench.time(lambda index: stages.selection(sets[index].q, sets[index].k, level, config))
+    timings["selection"] = bench.time(lambda index: stages.selection(sets[index].q, sets[index].k, config))
     step("attention")
-    timings["attention"] = bench.time(lambda index: stages.attend_apart(*sets[index], masks[index], options))
+    timings["attention"] = bench.time(lambda index: stages.attend(*sets[index], masks[index], options))
     return timings, densities, options
 
 
@@ -301,13 +302,13 @@ def measure_rival(case: Case, bench: Bench) -> Row:
     mask = stages.block_mask(kept, blocks.whole, case.config, L)
     del score, kept
     bench.progress.step("attention")
-    _, options = kernel_options(case, bench.sets[0])
-    timings = bench.time_with_dense(lambda index: attend(bench.sets[0], mask, options))
+    options = kernel_options(case, bench.sets[0])
+    timings = bench.time_with_dense(lambda index: stages.attend(*bench.sets[0], mask, options))
     timings["attention"] = timings.pop("total")
     return {
         "level": None,
         "density": density,
-        "error": dense.relative_error(attend(bench.sets[0], mask, options), bench.exact, bench.rows),
+        "error": dense.relative_error(stages.attend(*bench.sets[0], mask, options), bench.exact, bench.rows),
         "estimate_ms": None,
         "select_ms": None,
         "lists_ms": None,
@@ -322,16 +323,11 @@ def measure_rival(case: Case, bench: Bench) -> Row:
     }
 
 
-def attend(inputs: Inputs, mask, options: dict[str, Any]) -> Tensor:
-    return stages.attend(*inputs, block_mask=mask, enable_gqa=True, kernel_options=options)
-
-
-def kernel_options(case: Case, inputs: Inputs) -> tuple[str, dict[str, Any]]:
-    """The kernel that rr_attention would use, and its options with the case's own."""
-    q, _, v = inputs
-    blocks = case.config.block_sizes
-    kernel = choose_kernel(case.backend or "auto", q, v, blocks, plain_mask=True, for_backward=False)
-    return kernel, attention_options(q, blocks, kernel) | dict(case.kernel_options)
+def kernel_options(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """Options of the kernel that rr_attention would use, with the case's own."""
+    q, k, v = inputs
+    kernel = choose_kernel(case.backend or "auto", q, v, make_request(q, k, case.config, {}))
+    return attention_options(q, case.config.block_sizes, kernel) | dict(case.kernel_options)
 
 
 def budgeted(case: Case, bench: Bench) -> RRConfig:
@@ -354,14 +350,14 @@ def budgeted_selection(case: Case, bench: Bench) -> RRConfig:
     mass = stages.estimate(q, k, case.config)
     if case.density is not None:
         return bench.levels.setdefault(key, stages.config_for_density(mass, case.config, L, case.density))
-    _, options = kernel_options(case, bench.sets[0])
+    options = kernel_options(case, bench.sets[0])
     low, high = 0.0, 1.0
     for bisection in range(ERROR_BISECTIONS):
         bench.progress.step(f"level, {bisection + 1} of {ERROR_BISECTIONS}")
         middle = (low + high) / 2
         config = stages.config_for_density(mass, case.config, L, middle)
-        kept, blocks = stages.choose(mass, config.level_per_head(q.shape[1], bench.device), config, L)
-        out = attend(bench.sets[0], stages.block_mask(kept, blocks.whole, config, L), options)
+        kept, blocks = stages.choose(mass, level_per_head(config, q.shape[1], bench.device), config, L)
+        out = stages.attend(*bench.sets[0], stages.block_mask(kept, blocks.whole, config, L), options)
         reached = dense.relative_error(out, bench.exact, bench.rows) <= case.error
         low, high = (low, middle) if reached else (middle, high)
     return stages.config_for_density(mass, case.config, L, high)

@@ -61,6 +61,21 @@ LAYOUTS = "test_serving_pages.py::test_the_layouts_of_a_server_are_views"
 PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
 
 DEFECTS = [
+    Defect(
+        "rr_flex/kernels/break_even.py", "rising + after * keys", "rising", "test_break_even.py::test_visible_pairs_are"
+    ),
+    Defect(
+        "rr_flex/kernels/break_even.py",
+        "Decision(density < most",
+        "Decision(density > most",
+        "test_break_even.py::test_sparse_is_chosen",
+    ),
+    Defect(
+        "rr_flex/kernels/break_even.py",
+        "if costs.host >= allowed:",
+        "if costs.host > 2 * allowed:",
+        "test_break_even.py::test_sparse_is_chosen",
+    ),
     Defect("mask_mods/spans.py", "(kv_idx <= last)", "(kv_idx < last)", EACH),
     Defect("mask_mods/spans.py", "value[0] if value.shape[0] == 1 else value[b]", "value[0]", EACH),
     Defect("mask_mods/causal.py", "self.position(b, q_idx)", "self.position(b, q_idx) + 1", EACH),

@@ -19,7 +19,7 @@ from benchmarks import tuning as tune
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
 from benchmarks.runner import STAGES, Bench, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
-from benchmarks.workloads import captured, structured
+from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.registry import BUDGETS
@@ -27,23 +27,24 @@ from rr_flex.tasks.results import Cell
 from rr_flex.tasks.ruler import TASKS
 
 CPU = torch.device("cpu")
-SHAPE = {"L": 2048, "Hq": 4, "Hkv": 2, "D": 64, "dtype": torch.float32, "device": "cpu"}
+SHAPE = Shape(2048, 4, 2, 64)
+MADE = {"dtype": torch.float32, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return structured(**SHAPE, seed=0)
+    return structured(SHAPE, **MADE, seed=0)
 
 
 def test_workload_is_decided_by_its_seed(inputs):
-    again, other = structured(**SHAPE, seed=0), structured(**SHAPE, seed=1)
+    again, other = structured(SHAPE, **MADE, seed=0), structured(SHAPE, **MADE, seed=1)
     assert all(torch.equal(x, y) for x, y in zip(inputs, again, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(inputs, other, strict=True))
     assert all(torch.isfinite(x).all() for x in inputs)
 
 
 def test_workload_has_a_sink_a_local_band_and_heavy_tails():
-    q, k, _ = structured(**SHAPE | {"L": 6144, "D": 128}, seed=3)
+    q, k, _ = structured(SHAPE._replace(L=6144, D=128), **MADE, seed=3)
     mass = true_block_mass(q, k)
     share = (mass / mass.sum(-1, keepdim=True))[0, :, 8:]  # heads, rows, columns
     kept = rivals.at_density(share[None], share[None] > 0, torch.zeros_like(share[None], dtype=torch.bool), 0.3)

@@ -4,10 +4,10 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.cli import calibrate, completion, demo, doctor, evaluate, page, tasks, tune
+from rr_flex.cli import calibrate, completion, demo, doctor, evaluate, page, plan, tasks, tune
 from rr_flex.cli.arguments import INTERRUPTED, Parser
 
-COMMANDS = (demo, evaluate, calibrate, tasks, page, tune, doctor, completion)
+COMMANDS = (demo, evaluate, calibrate, tasks, page, tune, plan, doctor, completion)
 
 EPILOG = """\
 start here:
