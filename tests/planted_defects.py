@@ -234,8 +234,8 @@ DEFECTS = [
     Defect("rr_flex/block_mask.py", "place - 1, nK", "place - 1 + (place > 1).int(), nK", LISTS),
     Defect(
         "rr_flex/block_mask.py",
-        "return is_kept(kept, b, h, q_idx // q_block, kv_idx // k_block) & mask_mod",
-        "return mask_mod",
+        "return kept & self.mask_mod",
+        "return self.mask_mod",
         "test_block_mask.py::test_eager_attention_sees_the_kept_blocks_only",
     ),
     Defect(

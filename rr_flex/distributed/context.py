@@ -9,81 +9,37 @@ keys' owners and their block masses back, moves Hq · L² / 4,096 bytes against 
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mask_mods import from_head, hides_keys, visible_keys
-from mask_mods.spans import MaskMod
+from mask_mods import hides_keys, visible_keys
 from rr_flex.attention import shortest_sparse
-from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked
 from rr_flex.distributed.attend import attend, attend_with_flash, kernel_for
 from rr_flex.distributed.choose import (
     Chosen,
-    Rows,
     choose,
     for_strip,
     ground_of,
-    last_row,
     needs_every_key,
     pool_on,
-    rows_of,
     shape_of_keys,
 )
+from rr_flex.distributed.far_rows import attend_far_rows, first_far_query, without_far_rows
 from rr_flex.distributed.fetch import Deliveries
-from rr_flex.distributed.last_rows import attend_far_rows, first_far_query, without_far_rows
-from rr_flex.distributed.masks import at_positions
+from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import HEADS, Shards
 from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.choose import KERNELS
 from rr_flex.kernels.last_rows import rows_apart
-from rr_flex.request import Request, make_request
+from rr_flex.request import make_request
 from rr_flex.runtime.head_slices import head_slices
 
 STRIPS = 4  # of key heads at least, where there are so many: all but the first travel while another attends
-
-
-class Local(NamedTuple):
-    """What one rank works with in one call."""
-
-    q: Float[Tensor, "B Hq n D"]
-    k: Float[Tensor, "B Hkv m D"]
-    v: Float[Tensor, "B Hkv m Dv"]
-    shards: Shards
-    asked: Asked
-    request: Request  # of this rank's queries and heads; each strip has a mask of its own
-    strips: list[tuple[slice, slice]]  # query heads and their key heads
-    kernel: str  # "flash", "triton" or "cpu"
-
-    @property
-    def config(self) -> RRConfig:
-        return self.request.config
-
-    @property
-    def count(self) -> int:
-        """Keys of all ranks."""
-        return self.shards.layout.tokens
-
-    def position_mask(self, heads: slice) -> MaskMod:
-        """What a strip of heads may see, by positions."""
-        first = torch.full((), heads.start, dtype=torch.int64, device=self.q.device) + self.request.head_offset
-        return from_head(self.asked.mask, first)
-
-    def of_strip(self, heads: slice) -> Request:
-        """The request of a strip of heads, its mask one of query indices here and key positions."""
-        position = self.shards.layout.positions(self.shards.place, self.q.device)
-        sizes = self.q.shape[0], heads.stop - heads.start, self.count
-        return for_strip(self.request, heads, at_positions(self.position_mask(heads), position, sizes))
-
-    def rows(self, heads: slice) -> Rows:
-        """Where this rank's block rows lie."""
-        q_block, sizes = self.config.block_sizes[0], (self.q.shape[0], heads.stop - heads.start, self.count)
-        last = last_row(self.position_mask(heads), sizes, q_block, self.q.device)
-        return rows_of(self.shards.layout, self.shards.place, q_block, last)
 
 
 def context_parallel(

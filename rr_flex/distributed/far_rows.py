@@ -4,8 +4,6 @@ The rank that holds them would have to fetch every key, and do a share of the wo
 rank attends for them over its own keys, and the parts are merged by log-sum-exp.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -13,19 +11,17 @@ from torch import Tensor
 
 from mask_mods import hides_keys
 from rr_flex.distributed.choose import Chosen
+from rr_flex.distributed.local import Local
 from rr_flex.distributed.masks import at_positions
 from rr_flex.distributed.shards import SEQUENCE, answering
 from rr_flex.distributed.transfer import all_gather
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.score_mods import soft_cap
 
-if TYPE_CHECKING:
-    from rr_flex.distributed.context import Local
-
 MOST_ROWS = 8  # more of them are work like any other
 
 
-def first_far_query(local: "Local") -> int:
+def first_far_query(local: Local) -> int:
     """Position of the first query of the dense last rows, or the number of tokens where none go to the keys.
 
     Under padding the last rows lie elsewhere for each sequence, and stay where they are.
@@ -38,14 +34,14 @@ def first_far_query(local: "Local") -> int:
     return max(layout.first_query, (ceil_div(local.count, q_block) - rows) * q_block)
 
 
-def without_far_rows(chosen: Chosen, local: "Local", first: int) -> Chosen:
+def without_far_rows(chosen: Chosen, local: Local, first: int) -> Chosen:
     """Blocks without those of queries from position `first` on."""
     position = local.shards.layout.positions(local.shards.place, local.q.device)
     near = position[:: chosen.block_size[0]] < first
     return chosen._replace(kept=chosen.kept & near[:, None])
 
 
-def attend_far_rows(local: "Local", first: int) -> Float[Tensor, "B Hq c Dv"]:
+def attend_far_rows(local: Local, first: int) -> Float[Tensor, "B Hq c Dv"]:
     """The outputs of this rank's queries from position `first` on, c of them, perhaps none; every rank takes part."""
     shards, q, group = local.shards, local.q, local.shards.group(SEQUENCE)
     position = shards.layout.positions(shards.place, q.device)
@@ -69,7 +65,7 @@ def attend_far_rows(local: "Local", first: int) -> Float[Tensor, "B Hq c Dv"]:
     return merged[:, :, place].to(q.dtype)
 
 
-def _over_own_keys(local: "Local", queries: Tensor, strip: tuple[slice, slice], first: int) -> tuple[Tensor, Tensor]:
+def _over_own_keys(local: Local, queries: Tensor, strip: tuple[slice, slice], first: int) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp) of all far queries of a strip over this rank's keys, float32, one key head at a time."""
     heads, key_heads = strip
     device, layout = queries.device, local.shards.layout
