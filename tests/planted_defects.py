@@ -41,6 +41,7 @@ PLACED = "test_mask_mods.py::test_each_mask_stands_where_the_call_stands"
 PARTS = "test_mask_mods.py::test_compositions_and_runs_of_heads_place_their_parts"
 REFUSED = "test_mask_checks.py::test_masks_of_another_call_are_refused"
 SEQUENCES = "test_mask_sequences.py::test_masks_one_after_another_attend_as_alone"
+SHORT = "test_mask_sequences.py::test_padded_sequences_shorter"
 ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
 MASKED = "test_selection.py::test_any_mask_selects_as_the_oracle"
 ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
@@ -107,6 +108,7 @@ DEFECTS = [
     ),
     Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
+    Defect("mask_mods/blocks.py", "buffered(mask_mod.keys(b, h, kv_idx))", "mask_mod.keys(b, h, kv_idx)", SHORT),
     Defect("rr_flex/runtime/flex_names.py", "[*names, *(symbol", "[*names, *(() and symbol", SEQUENCES),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
