@@ -3,9 +3,9 @@
 Only pooled keys go to every rank; from them each chooses its own queries' blocks. Then it fetches the key blocks that
 some query here kept or, where that is not less, all of them, one strip of key heads after the other: the next strip's
 transfer runs beside this one's attention. A rule that scores single keys (pool="queries", "both") needs all keys to
-choose: they are gathered in whole, and only the values are fetched by block. (The other way, pooled queries to the
-keys' owners and their block masses back, moves Hq · L² / 4,096 bytes against the keys' 2 · Hkv · L · D: more from
-32K tokens on with 32/8 heads of 128, and to all ranks.)
+choose: they are gathered in whole, and only the values are fetched by block. (The other way,
+pooled queries to the keys' owners and block masses back, moves Hq · L² / 4,096 bytes against the keys' 2 · Hkv · L · D:
+more from 262,144 tokens on with 32/8 heads of 128.)
 """
 
 from dataclasses import replace
@@ -30,6 +30,7 @@ from rr_flex.distributed.choose import (
 )
 from rr_flex.distributed.far_rows import attend_far_rows, first_far_query, without_far_rows
 from rr_flex.distributed.fetch import Deliveries
+<<<<<<< HEAD
 from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import HEADS, Shards
 from rr_flex.distributed.transfer import gather_tokens
@@ -37,6 +38,13 @@ from rr_flex.geometry import ceil_div
 from rr_flex.kernels.choose import KERNELS
 from rr_flex.kernels.last_rows import rows_apart
 from rr_flex.request import make_request
+=======
+from rr_flex.distributed.last_rows import attend_far_rows, first_far_query, last_rows_here, without_far_rows
+from rr_flex.distributed.masks import at_positions
+from rr_flex.distributed.shards import HEADS, Shards
+from rr_flex.distributed.transfer import gather_tokens
+from rr_flex.request import Request, make_request
+>>>>>>> distributed
 from rr_flex.runtime.head_slices import head_slices
 
 STRIPS = 4  # of key heads at least, where there are so many: all but the first travel while another attends
@@ -148,15 +156,3 @@ def _gather_keys(local: Local) -> list:
     flights = [gather_tokens(local.k[:, keys], local.shards, pad_to=size) for _, keys in local.strips]
     local.asked.account.fetched += sum(flight.received for flight in flights)
     return flights
-
-
-def last_rows_here(local: Local) -> int:
-    """How many of this rank's last block rows attend by themselves."""
-    pieces = local.shards.layout.queries_of(local.shards.place)
-    rows = ceil_div(pieces[-1].stop - pieces[-1].start, local.config.block_sizes[0])
-    if first_far_query(local) < local.count or local.request.dense:
-        return 0
-    if pieces[-1].stop < local.count or rows < local.config.dense_last_rows:
-        return 0
-    least_keys = KERNELS[local.kernel].least_keys_apart
-    return 0 if least_keys is None else rows_apart(local.q.shape[2], local.count, local.config, least_keys)

@@ -16,6 +16,8 @@ from rr_flex.distributed.masks import at_positions
 from rr_flex.distributed.shards import SEQUENCE, answering
 from rr_flex.distributed.transfer import all_gather
 from rr_flex.geometry import ceil_div
+from rr_flex.kernels.choose import KERNELS
+from rr_flex.kernels.last_rows import rows_apart
 from rr_flex.kernels.score_mods import soft_cap
 
 MOST_ROWS = 8  # more of them are work like any other
@@ -87,3 +89,15 @@ def _over_own_keys(local: Local, queries: Tensor, strip: tuple[slice, slice], fi
         outs.append(weight @ local.v[:, key_head, None].float())
         sums.append(lse)
     return torch.cat(outs, 1), torch.cat(sums, 1)
+
+
+def last_rows_here(local: "Local") -> int:
+    """How many of this rank's last block rows attend by themselves."""
+    pieces = local.shards.layout.queries_of(local.shards.place)
+    rows = ceil_div(pieces[-1].stop - pieces[-1].start, local.config.block_sizes[0])
+    if first_far_query(local) < local.count or local.request.dense:
+        return 0
+    if pieces[-1].stop < local.count or rows < local.config.dense_last_rows:
+        return 0
+    least_keys = KERNELS[local.kernel].least_keys_apart
+    return 0 if least_keys is None else rows_apart(local.q.shape[2], local.count, local.config, least_keys)
