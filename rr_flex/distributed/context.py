@@ -28,23 +28,12 @@ from rr_flex.distributed.choose import (
     pool_on,
     shape_of_keys,
 )
-from rr_flex.distributed.far_rows import attend_far_rows, first_far_query, without_far_rows
+from rr_flex.distributed.far_rows import attend_far_rows, first_far_query, last_rows_here, without_far_rows
 from rr_flex.distributed.fetch import Deliveries
-<<<<<<< HEAD
 from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import HEADS, Shards
 from rr_flex.distributed.transfer import gather_tokens
-from rr_flex.geometry import ceil_div
-from rr_flex.kernels.choose import KERNELS
-from rr_flex.kernels.last_rows import rows_apart
 from rr_flex.request import make_request
-=======
-from rr_flex.distributed.last_rows import attend_far_rows, first_far_query, last_rows_here, without_far_rows
-from rr_flex.distributed.masks import at_positions
-from rr_flex.distributed.shards import HEADS, Shards
-from rr_flex.distributed.transfer import gather_tokens
-from rr_flex.request import Request, make_request
->>>>>>> distributed
 from rr_flex.runtime.head_slices import head_slices
 
 STRIPS = 4  # of key heads at least, where there are so many: all but the first travel while another attends

@@ -91,7 +91,7 @@ def _over_own_keys(local: Local, queries: Tensor, strip: tuple[slice, slice], fi
     return torch.cat(outs, 1), torch.cat(sums, 1)
 
 
-def last_rows_here(local: "Local") -> int:
+def last_rows_here(local: Local) -> int:
     """How many of this rank's last block rows attend by themselves."""
     pieces = local.shards.layout.queries_of(local.shards.place)
     rows = ceil_div(pieces[-1].stop - pieces[-1].start, local.config.block_sizes[0])
