@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import stages
-from mask_mods import block_visibility, causal
-from rr_flex.block_mask import build_block_mask
+from rr_flex import RRConfig
 from rr_flex.kernels.options import attention_options
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -88,13 +87,12 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Dense:
     """FlexAttention over all visible blocks."""
     L = q.shape[2]
-    mask_mod = causal(0)
-    visible, whole = block_visibility(mask_mod, B=1, H=1, Lq=L, Lk=L, block_size=BLOCK, device=q.device)
-    mask = build_block_mask(visible, whole, mask_mod, block_size=BLOCK, seq_lengths=(L, L), look_up=False)
+    blocks = stages.causal_blocks(RRConfig(), L, q.device)
+    mask = stages.block_mask(blocks.visible, blocks.whole, RRConfig(), L)
     options = attention_options(q, BLOCK)
 
     def attend(q, k, v):
-        return stages.attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
+        return stages.attend(q, k, v, mask, options)
 
     return Dense("flex", attend, note=str(options))
 

@@ -216,10 +216,9 @@ def time_sparse(model, ids: Tensor, config: RRConfig, profile, found: Look, opti
 
 def time_estimate(q: Tensor, k: Tensor, config: RRConfig, repeats: int) -> float:
     """Milliseconds of one layer's estimate, selection and lists, as one graph."""
-    level = config.level_per_head(q.shape[1], q.device)
     with torch.no_grad():
-        stages.selection(q, k, level, config)
-        times = many_calls(lambda _: stages.selection(q, k, level, config), max(repeats, 5), 1, q.device)
+        stages.selection(q, k, config)
+        times = many_calls(lambda _: stages.selection(q, k, config), max(repeats, 5), 1, q.device)
     return statistics.median(times)
 
 

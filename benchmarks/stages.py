@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.cases import Case
 from mask_mods import block_visibility, causal
 from rr_flex import RRConfig, select_blocks
-from rr_flex.block_mask import block_mask_of_lists, build_block_mask, list_partial_and_full
-from rr_flex.kernels.choose import check_flash
-from rr_flex.kernels.last_rows import first_query, merge_runs, rows_apart, run_queries, take_apart, write_last_rows
+from rr_flex.block_mask import list_partial_and_full
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.pipeline import select
-from rr_flex.runtime.compiling import RECOMPILE_LIMIT
+from rr_flex.registry import BUDGETS
+from rr_flex.request import make_request
 from rr_flex.runtime.head_slices import head_slices
-from rr_flex.selection import select_density, select_threshold, select_top_tau
+
+RECOMPILE_LIMIT = 256  # graphs of one stage: one a shape and setting
 
 BISECTIONS = 16
 
@@ -52,15 +52,16 @@ def estimate_of(config: RRConfig) -> Callable[[Tensor, Tensor], Float[Tensor, "B
 
 
 def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Float[Tensor, "B Hq nQ nK"]:
-    if len(head_slices(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], config)) > 1:
-        return select_blocks(q, k, config=without_level(config)).mass  # one graph for all strips
+    heads, lengths = (q.shape[0], q.shape[1], k.shape[1]), (q.shape[2], k.shape[2])
+    if len(head_slices(heads, lengths, config, q.device)) > 1:
+        return select_blocks(q, k, config=without_level(config)).mass  # one graph for all slices
     return estimate_of(without_level(config))(q, k)
 
 
 def without_level(config: RRConfig) -> RRConfig:
     """One configuration for all of its levels, on which neither the mass nor any compiled code depends."""
-    default = RRConfig()
-    return replace(config, tau=default.tau, threshold=default.threshold, target_density=default.target_density)
+    name = config.level_field
+    return replace(config, **{name: getattr(RRConfig(budget=config.budget), name)})
 
 
 def shape_of(case: Case) -> tuple:
@@ -86,13 +87,7 @@ def choose(
 ) -> tuple[Bool[Tensor, "B Hq nQ nK"], Blocks]:
     """Block mass to kept blocks. `level` is tau or the threshold of each head, or the density of all, Hq times."""
     blocks = causal_blocks(config, L, mass.device)
-    if config.budget == "density":
-        return select_density(mass, level[0], blocks.visible, blocks.mandatory), blocks
-    if config.budget == "threshold":
-        return select_threshold(mass, level[:, None], blocks.visible, blocks.mandatory), blocks
-    count = config.mandatory == "count"
-    kept = select_top_tau(mass, level[:, None], blocks.visible, blocks.mandatory, count_mandatory=count)
-    return kept, blocks
+    return BUDGETS[config.budget].select(mass, level[:, None], blocks.visible, blocks.mandatory, config), blocks
 
 
 choose_compiled = compile_static(choose)
@@ -104,58 +99,34 @@ def lists(kept: Bool[Tensor, "B Hq nQ nK"], whole: Bool[Tensor, "1 1 nQ nK"]) ->
     return list_partial_and_full(kept, whole)
 
 
-def selection(q: Tensor, k: Tensor, level: Float[Tensor, " Hq"], config: RRConfig) -> tuple[Tensor, ...]:
+def selection(q: Tensor, k: Tensor, config: RRConfig) -> tuple[Tensor, ...]:
     """Everything before attention, as one graph: q and k to both lists."""
-    return _selection(q, k, level, q.new_zeros((), dtype=torch.int64), without_level(config))
+    return _selection(q, k, replace(make_request(q, k, config, {}), config=without_level(config)))
 
 
 @compile_static
-def _selection(q, k, level, offset, config):
-    chosen = select(q, k, level, offset, offset, config, None, None, None)
+def _selection(q, k, request):
+    chosen = select(q, k, request)
     return list_partial_and_full(chosen.kept, chosen.whole)
 
 
 def block_mask(kept: Tensor, whole: Tensor, config: RRConfig, L: int) -> BlockMask:
-    """As rr_attention builds it: right in the compiled kernel only."""
-    return build_block_mask(kept, whole, causal(0), block_size=config.block_sizes, seq_lengths=(L, L), look_up=False)
-
-
-attend = compile_static(flex_attention)
-
-
-class Masks(NamedTuple):
-    """The BlockMask of all block rows; where the last `apart` of them attend in runs, that of these."""
-
-    all_rows: BlockMask
-    runs: BlockMask | None = None
-    apart: int = 0
-
-
-def masks_apart(kept: Tensor, whole: Tensor, config: RRConfig, L: int, kernel: str) -> Masks:
-    """As rr_attention attends on CUDA, in step with rr_flex/kernels/graphs.py: long contexts' last rows apart."""
-    apart, (q_block, _) = rows_apart(L, L, config, kernel), config.block_sizes
-    if not apart:
-        return Masks(block_mask(kept, whole, config, L))
-    offsets = (torch.full((2,), x, dtype=torch.int64, device=kept.device) for x in (0, first_query(L, apart, q_block)))
-    lists = take_apart(list_partial_and_full(kept, whole), apart)
-    of_rows, of_runs = (
-        block_mask_of_lists(each, causal(offset), block_size=config.block_sizes, seq_lengths=(queries, L))
-        for each, offset, queries in zip(lists, offsets, (L, apart * q_block), strict=True)
+    """Right in a compiled kernel only, which goes by the lists."""
+    return BlockMask.from_kv_blocks(
+        *list_partial_and_full(kept, whole),
+        BLOCK_SIZE=config.block_sizes,
+        mask_mod=causal(0),
+        seq_lengths=(L, L),
+        compute_q_blocks=False,
     )
-    return Masks(of_rows, of_runs, apart)
 
 
-def attend_apart(q: Tensor, k: Tensor, v: Tensor, masks: Masks, options: dict[str, Any]) -> Tensor:
-    settings = {"enable_gqa": True, "kernel_options": options}
-    out = attend(q, k, v, block_mask=masks.all_rows, **settings)
-    if masks.runs is not None:
-        q_block = masks.runs.BLOCK_SIZE[0]
-        queries = run_queries(q, masks.apart, q_block)
-        runs, aux = attend(queries, k, v, block_mask=masks.runs, return_aux=AuxRequest(lse=True), **settings)
-        flash = options.get("BACKEND") == "FLASH"
-        in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor if flash else 1.0
-        write_last_rows(out, merge_runs(runs, aux.lse * in_nats)[0], masks.apart, q_block)
-    return out
+_attend = compile_static(flex_attention)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: dict[str, Any]) -> Tensor:
+    """Attention alone, all block rows at once: the library takes dense last rows apart, which saves some percent."""
+    return _attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
 
 
 def density(kept: Tensor, visible: Tensor) -> float:

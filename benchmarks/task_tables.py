@@ -1,8 +1,9 @@
-"""Cells of `rr-flex tasks` as the README's tables: scores and densities, what was not run, no times."""
+"""Cells of `rr-flex tasks` as the tables of their page: scores and densities, what was not run, no times."""
 
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.tables import replace_between
 from rr_flex import RRConfig
 from rr_flex.tasks import results
 from rr_flex.tasks.results import DENSE, Cell, describe
@@ -10,6 +11,7 @@ from rr_flex.tasks.ruler import TASKS
 
 BEGIN, END = "<!-- tasks: begin -->", "<!-- tasks: end -->"
 FILE = "ruler.jsonl"
+PAGE = Path(__file__).parents[1] / "rr_flex" / "tasks" / "README.md"
 
 # heading -> attention; none of them stays dense for a short context
 COLUMNS = {
@@ -25,6 +27,12 @@ def load(folder: Path) -> list[Cell]:
     return results.read(folder / FILE)
 
 
+def write_page(cells: list[Cell], page: Path = PAGE) -> None:
+    if cells:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(replace_between(text, BEGIN, END, markdown(cells), page), encoding="utf-8")
+
+
 def draw(folder: Path) -> None:
     """ruler.png beside the cells: a heat map a column of the table, of the model and device that has most cells."""
     cells = load(folder)
@@ -36,7 +44,7 @@ def draw(folder: Path) -> None:
         if cell.attention in headings and setting_of(cell) == max(settings, key=settings.count)
     ]
     if shown:
-        results.heat_map(shown, folder / "ruler.png")
+        results.heat_map(shown).savefig(folder / "ruler.png", dpi=120)
 
 
 def markdown(cells: list[Cell]) -> str:

@@ -14,12 +14,13 @@ import torch
 
 from benchmarks import dense_kernels as dense
 from benchmarks import stages
+from benchmarks.bench import Bench
 from benchmarks.cases import COARSE_QUERIES, PUBLISHED, Case
 from benchmarks.environment import describe
-from benchmarks.runner import Bench, attend
 from benchmarks.timing import OutOfTime, Progress
 from rr_flex import rr_attention
 from rr_flex.kernels.options import TUNED
+from rr_flex.request import level_per_head
 
 PARTS = ("attention", "estimate", "break-even")
 LENGTHS = (32768, 16384, 8192, 4096, 2048)  # for the break-even, longest first
@@ -143,12 +144,12 @@ def attention_call(case: Case, bench: Bench) -> Callable[[Options], Callable]:
     for q, k, _ in bench.sets:
         mass = stages.estimate(q, k, case.config)
         config = stages.config_for_density(mass, case.config, L, case.density)
-        kept, blocks = stages.choose(mass, config.level_per_head(case.heads, bench.device), config, L)
+        kept, blocks = stages.choose(mass, level_per_head(config, case.heads, bench.device), config, L)
         masks.append(stages.block_mask(kept, blocks.whole, config, L))
 
     def make(options: Options) -> Callable[[int], Any]:
         options = {"FORCE_USE_FLEX_ATTENTION": True, **options}
-        return lambda index: attend(bench.sets[index], masks[index], options)
+        return lambda index: stages.attend(*bench.sets[index], masks[index], options)
 
     return make
 

@@ -45,17 +45,24 @@ class HeadTraits(NamedTuple):
     sink: float  # share of the mass that falls on the sink, about
 
 
-def structured(
-    *,
-    L: int,
-    Hq: int,
-    Hkv: int,
-    D: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int,
-    B: int = 1,
-) -> Inputs:
+class Shape(NamedTuple):
+    """Of q [B, Hq, L, D] and k, v [B, Hkv, L, D]."""
+
+    L: int
+    Hq: int
+    Hkv: int
+    D: int
+    B: int = 1
+
+
+class Randomness(NamedTuple):
+    """Structure is drawn on the CPU, so that every device gets the same; noise where the tensors live."""
+
+    structure: torch.Generator
+    noise: torch.Generator
+
+
+def structured(shape: Shape, *, dtype: torch.dtype, device: torch.device | str, seed: int) -> Inputs:
     """Attention with a sink, a local band and heavy-tailed content, different in every head; a seed fixes it.
 
     A text is cut into segments of random width, each about one of a few topics. A key carries its segment's topic with
@@ -63,22 +70,22 @@ def structured(
     Positions give a band through rotary-like features, the first tokens a sink, and a random rotation of each key head
     hides which dimensions do what. Values are alike within a segment. Generated on `device`, some tokens at a time.
     """
+    L, Hq, Hkv, D, B = shape
     if D % 16 or Hq % Hkv:
         raise ValueError(f"D must be a multiple of 16 and Hq of Hkv, got D={D}, Hq={Hq}, Hkv={Hkv}")
     q = torch.empty(B, Hq, L, D, dtype=dtype, device=device)
     k, v = (torch.empty(B, Hkv, L, D, dtype=dtype, device=device) for _ in range(2))
-    # Structure is drawn on the CPU, so that every device gets the same; noise where the tensors live.
-    structure = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
+    drawn = Randomness(torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed))
+    structure = drawn.structure
     group = Hq // Hkv
     for b in range(B):
         text = draw_text(L, structure, device)
         for key_head in range(Hkv):
             rotation = torch.linalg.qr(torch.randn(D, D, generator=structure)).Q.to(device)
             topics = torch.randn(TOPICS, dimensions(D)[0], generator=structure).to(device)
-            fill_keys(k[b, key_head], v[b, key_head], text, topics, rotation, structure, noise)
+            fill_keys(k[b, key_head], v[b, key_head], text, topics, rotation, drawn)
             for head in range(key_head * group, (key_head + 1) * group):
-                fill_queries(q[b, head], text, topics, rotation, structure, noise)
+                fill_queries(q[b, head], text, topics, rotation, drawn)
     return Inputs(q, k, v)
 
 
@@ -120,10 +127,10 @@ def fill_keys(
     text: Text,
     topics: Float[Tensor, "topics content"],
     rotation: Float[Tensor, "D D"],
-    structure: torch.Generator,
-    noise: torch.Generator,
+    drawn: Randomness,
 ) -> None:
     L, D = k.shape
+    structure, noise = drawn
     segments = len(text.topic)
     amplitude = torch.exp(0.25 * torch.randn(segments, generator=structure)).clamp(max=1.5).to(k.device)
     low, high = (math.log(level) for level in NOISE)
@@ -150,10 +157,10 @@ def fill_queries(
     text: Text,
     topics: Float[Tensor, "topics content"],
     rotation: Float[Tensor, "D D"],
-    structure: torch.Generator,
-    noise: torch.Generator,
+    drawn: Randomness,
 ) -> None:
     L, D = q.shape
+    structure, noise = drawn
     content, local = dimensions(D)
     traits = draw_traits(structure)
     # The head maps a segment's own topic to another; two more are the segment's choice.
@@ -169,8 +176,8 @@ def fill_queries(
             local_features(position, local) * (traits.local * scale / local),
             torch.full((len(position), 1), sink, device=q.device),
         ]
-        drawn = torch.randn(len(position), D, generator=noise, device=q.device)
-        q[position] = ((torch.cat(features, 1) + 0.3 * drawn) @ rotation).to(q.dtype)
+        own = torch.randn(len(position), D, generator=noise, device=q.device)
+        q[position] = ((torch.cat(features, 1) + 0.3 * own) @ rotation).to(q.dtype)
 
 
 def draw_traits(generator: torch.Generator) -> HeadTraits:

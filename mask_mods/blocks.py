@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mask_mods.checks import LARGEST, check_count
+from mask_mods.checks import LARGEST, check_count, recorded
 from mask_mods.spans import Index, MaskMod, SpanMask, buffered, larger, smaller
 
 FEW_SPANS = 4  # a query, up to which merging them in pairs is less work than sorting them
@@ -162,8 +162,9 @@ def _count_queries(ranges: list[tuple[Tensor, Tensor]], q_block: int, nK: int) -
     b, h, queries = ranges[0][0].shape
     steps = torch.zeros(b, h, queries // q_block, nK + 1, dtype=torch.int32, device=ranges[0][0].device)
     for first, last in ranges:
-        nonempty = (first <= last).int().unflatten(-1, (-1, q_block))
-        start, stop = (x.clamp(0, nK).unflatten(-1, (-1, q_block)) for x in (first, last + 1))
+        rows = (b, h, queries // q_block, q_block)
+        nonempty = (first <= last).int().reshape(rows)
+        start, stop = (x.clamp(0, nK).reshape(rows) for x in (first, last + 1))
         steps = steps.scatter_add(-1, start, nonempty).scatter_add(-1, stop, -nonempty)
     return steps.cumsum(-1, dtype=torch.int32)[..., :nK]
 
@@ -175,7 +176,7 @@ def _blocks_of_pairs(mask_mod: MaskMod, b: Tensor, h: Tensor, q_idx: Tensor, Lk:
     kv_idx = torch.arange(nK * k_block, device=q_idx.device).clamp(max=Lk - 1).view(1, 1, 1, -1)
     strip = len(q_idx)
     # A loop would unroll in the graph, which needs none: the compiler fuses pairs and reduction.
-    if not torch.compiler.is_compiling():
+    if not recorded():
         strip = max(1, STRIP_PAIRS // (b.numel() * h.numel() * q_block * kv_idx.numel())) * q_block
     any_parts, all_parts = [], []
     for rows in q_idx.split(strip):
@@ -183,7 +184,7 @@ def _blocks_of_pairs(mask_mod: MaskMod, b: Tensor, h: Tensor, q_idx: Tensor, Lk:
         if visible.ndim > 4:
             raise ValueError(f"mask_mod must be elementwise in its indices, got shape {list(visible.shape)}")
         visible = visible.expand(torch.broadcast_shapes(visible.shape, (1, 1, len(rows), nK * k_block)))
-        tiles = visible.unflatten(-1, (nK, k_block)).unflatten(-3, (-1, q_block))  # [b, h, rows, q_block, nK, k_block]
+        tiles = visible.reshape(*visible.shape[:2], -1, q_block, nK, k_block)
         any_parts.append(tiles.any(-1).any(-2))
         all_parts.append(tiles.all(-1).all(-2))
     return torch.cat(any_parts, 2), torch.cat(all_parts, 2)

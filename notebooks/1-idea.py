@@ -19,7 +19,7 @@
 # and ends with the compiled sparse kernel giving what masked dense attention gives.
 
 # %%
-# %load_ext rr_flex.view.notebook
+# %load_ext rr_flex.notebook
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -30,8 +30,8 @@ from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation import recalled_mass, true_block_mass
 from rr_flex.geometry import sampled_index
 from rr_flex.mandatory import mandatory_blocks
-from rr_flex.view.notebook import explore
-from rr_flex.view.plots import HeadMap, block_map_figure, top_tau_figure
+from rr_flex.notebook import explore
+from rr_flex.plots import HeadMap, block_map_figure, top_tau_figure
 
 # %% [markdown]
 # ## Queries and keys with something to find

@@ -18,7 +18,7 @@
 # goes through the same lines with its name in `load_causal_lm`.
 
 # %%
-# %load_ext rr_flex.view.notebook
+# %load_ext rr_flex.notebook
 import torch
 
 from rr_flex import select_blocks
@@ -27,8 +27,8 @@ from rr_flex.evaluation import compare_logits, recalled_mass, true_block_mass
 from rr_flex.models import enable
 from rr_flex.models.attention_by import attention_by
 from rr_flex.models.loading import load_causal_lm, tokenize
-from rr_flex.view.notebook import explore
-from rr_flex.view.plots import HeadMap, block_map_figure, model_figure, row_budget_figure
+from rr_flex.notebook import explore
+from rr_flex.plots import HeadMap, block_map_figure, model_figure, row_budget_figure
 
 torch.manual_seed(0)
 model, tokenizer = load_causal_lm()
@@ -130,4 +130,4 @@ print("\ncalls:", enabled.report().sparse, "sparse;", dict(enabled.report().dens
 
 # %% [markdown]
 # A model of 135 million parameters says what it can. What counts here is that both say the same, or where they part.
-# For every head's map on a page of its own: `rr-flex demo --maps all --json run.json && rr-flex report run.json`.
+# For every head's map on a page of its own: `rr-flex demo --maps all --json run.json && rr-flex page run.json`.

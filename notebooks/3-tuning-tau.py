@@ -18,7 +18,7 @@
 # which sparse attention is faster on this machine.
 
 # %%
-# %load_ext rr_flex.view.notebook
+# %load_ext rr_flex.notebook
 from time import perf_counter
 
 import torch
@@ -30,7 +30,7 @@ from rr_flex.evaluation import density, output_error, recalled_mass, true_block_
 from rr_flex.kernels.options import attention_options
 from rr_flex.models.attention_by import attention_by
 from rr_flex.models.loading import load_causal_lm, tokenize
-from rr_flex.view.plots import density_figure, model_figure
+from rr_flex.plots import density_figure, model_figure
 
 LAYERS, LENGTH = (4, 14, 22), 1536
 model, tokenizer = load_causal_lm()

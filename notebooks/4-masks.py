@@ -20,7 +20,7 @@
 # cut by the mask, and only those pay for evaluating it.
 
 # %%
-# %load_ext rr_flex.view.notebook
+# %load_ext rr_flex.notebook
 import torch
 
 from mask_mods import (
@@ -37,8 +37,8 @@ from mask_mods import (
     sliding_window,
 )
 from rr_flex import select_blocks
-from rr_flex.view.notebook import explore
-from rr_flex.view.plots import dynamic_blocks_figure, mask_figure
+from rr_flex.notebook import explore
+from rr_flex.plots import dynamic_blocks_figure, mask_figure
 
 LENGTH = 1024
 shape = {"Lq": LENGTH, "Lk": LENGTH, "block_size": (64, 64)}

@@ -18,7 +18,7 @@
 # and then where the time goes.
 
 # %%
-# %load_ext rr_flex.view.notebook
+# %load_ext rr_flex.notebook
 import re
 from pathlib import Path
 from time import perf_counter

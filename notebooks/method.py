@@ -26,17 +26,18 @@
 # \sqrt D$, probabilities $p_{ij}$, output $o_i = \sum_j p_{ij} v_j$. A block is $I \times J$.
 
 # %%
-# %load_ext rr_flex.view.notebook
+# %load_ext rr_flex.notebook
 import math
 from pathlib import Path
 
 import torch
 
-from benchmarks.study.rules import BEST, FAST, RULES
-from rr_flex.evaluation.curves import error_figure, prediction_figure
-from rr_flex.evaluation.predictions import curve, density_from, kl_at, value_at
+from benchmarks.study.every_rule import BEST, FAST, RULES
+from benchmarks.study.study_file import StudyFile, density_from, gain_over, group_of, kind_of, kl_gain, of_group
+from rr_flex.evaluation.pictures import error_figure, prediction_figure
+from rr_flex.evaluation.predictions import curve, kl_at, value_at
 from rr_flex.evaluation.rules import multiplications
-from rr_flex.evaluation.summaries import StudyFile, gain_over, group_of, kind_of, kl_gain, of_group, summarise
+from rr_flex.evaluation.summaries import summarise
 from rr_flex.sampling import moments, pooled_features, with_square, with_variance
 
 here = Path(__file__).parent if "__file__" in globals() else Path()
@@ -383,7 +384,7 @@ for rule in dict.fromkeys(r.rule for r in records if group_of(r.text) == "held o
 #
 # ## 6. Two definitions of equal density
 #
-# An earlier exploration of layers 6, 14 and 22 on one text reported that order 2 alone halves the error at equal density.
+# An earlier exploration of layers 6, 14 and 22 on one text found that order 2 alone halves the error at equal density.
 # Here it does not. Layers differ as section 4 shows, and with one level for all layers a rule spends more in layers that
 # need more. Both definitions, on the held-out texts:
 
@@ -397,9 +398,9 @@ for scope in ("layer", "model"):
 #
 # ```bash
 # python -m benchmarks.study --out raw             # on a GPU; --smoke for a trial
-# python -m benchmarks.study.study_tables raw            # writes study.json and the README's tables
+# python -m benchmarks.study.study_tables raw            # writes study.json and its page
 # ```
 #
-# Predictions come first, then errors; with `--budget-seconds` what does not fit is left out. The report takes several
-# folders, and keeps what a new one lacks. Texts come from the standard library, so another version of Python makes slightly
+# Predictions come first, then errors; with `--budget-seconds` what does not fit is left out. The tables take several
+# folders, and keep what a new one lacks. Texts come from the standard library, so another version of Python makes slightly
 # other texts.

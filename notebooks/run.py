@@ -44,11 +44,11 @@ def main() -> int:
     # Kernels share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
     with ThreadPoolExecutor(options.jobs) as pool:
-        good = list(pool.map(lambda path: report(path, options.output), chosen))
+        good = list(pool.map(lambda path: told(path, options.output), chosen))
     return 0 if all(good) else 1
 
 
-def report(path: Path, output: Path | None) -> bool:
+def told(path: Path, output: Path | None) -> bool:
     """Runs one and says how it went; False for an error and for one that takes longer than LIMIT."""
     try:
         seconds = run(path, output)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rr_flex.runtime.private import dispatch_mode
 from rr_flex.runtime.tracing import traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,8 +14,18 @@ AXES = ("batch", "heads", "tokens", "D")
 FARTHEST = 2**31 - 1  # position, or number of a head: kernels count in int32
 
 
+def check_context() -> None:
+    """NotImplementedError under a mode that sees every operation: FlexAttention fails there, and keeps on failing."""
+    if not traced() and (mode := dispatch_mode()) is not None:
+        raise NotImplementedError(
+            f"rr_flex must be called outside of modes that see every operation, whose kernels are one operation to "
+            f"them, got {type(mode).__name__}"
+        )
+
+
 def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
     """q [B,Hq,Lq,D] and k [B,Hkv,Lk,D]: ranks, dtypes, devices, head counts, no empty axis. ValueError or TypeError."""
+    check_context()
     for name, x in (("q", q), ("k", k)):
         check_plain(name, x)
         if x.ndim != 4:

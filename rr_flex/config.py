@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from rr_flex import registry
 from rr_flex.profiles import Profile, load_profile
 from rr_flex.registry import BUDGETS, ESTIMATORS
 from rr_flex.runtime.tracing import traced
@@ -62,6 +63,7 @@ class RRConfig:
     min_length: int | None = None
 
     def __post_init__(self) -> None:
+        registry.fill()
         for name, table in (("pool", ESTIMATORS), ("budget", BUDGETS)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} must be one of {', '.join(table)}, got {getattr(self, name)!r}")

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
+from einops import reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mask_mods import any_key_visible, hides_keys, visible_keys
+from mask_mods import hides_keys, seeing_queries, visible_keys
 from rr_flex.mass import Samples, block_mass, row_share
 from rr_flex.mass_by_attention import block_mass_by_attention, kernel_can_estimate
 from rr_flex.registry import ESTIMATORS, estimator
@@ -90,20 +91,10 @@ def valid_keys_of(request: Request, q: Tensor, k: Tensor) -> Bool[Tensor, "b #Hk
     if not hides_keys(request.mask_mod):
         return None
     valid = visible_keys(request.mask_mod, B, Hq, Lk, q.device)
-    return valid if valid.shape[1] == 1 else valid.unflatten(1, (Hkv, Hq // Hkv)).any(2)
+    return valid if valid.shape[1] == 1 else reduce(valid.int(), "b (g r) k -> b g k", "max", g=Hkv).bool()
 
 
-def queries_that_see(q: Tensor, k: Tensor, request: Request) -> Bool[Tensor, "b h Lq"] | None:
-    """False for queries that see nothing (padding), which must not be pooled.
-
-    None where the mask is a function of the caller's: whether one of its rows is empty takes all its pairs.
-    """
-    mask_mod = request.mask_mod
-    if not hasattr(mask_mod, "spans"):
-        return None
+def queries_that_see(q: Tensor, k: Tensor, request: Request) -> Bool[Tensor, "b h Lq"]:
+    """False for queries that see nothing (padding), which must not be pooled."""
     (B, Hq, Lq, _), Lk = q.shape, k.shape[2]
-    b = torch.arange(B, device=q.device)[:, None, None]
-    h = torch.arange(Hq, device=q.device)[:, None]
-    first_key = torch.zeros((), dtype=torch.int64, device=q.device)
-    sees = any_key_visible(mask_mod, b, h, torch.arange(Lq, device=q.device), first_key, Lk, Lk)
-    return sees.expand(torch.broadcast_shapes(sees.shape, (1, 1, Lq)))
+    return seeing_queries(request.mask_mod, B, Hq, Lq, Lk, q.device)

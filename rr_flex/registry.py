@@ -3,6 +3,7 @@
 An entry is made where its function is written, by one of the two decorators. `RRConfig` then takes its name.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,14 @@ class Budget:
 
 ESTIMATORS: dict[str, Estimator] = {}
 BUDGETS: dict[str, Budget] = {}
+OWN = ("rr_flex.estimate", "rr_flex.selection")  # modules whose rules are always there
+
+
+def fill() -> None:
+    """Imports the modules of our own rules, which nothing else may have done before the first RRConfig is made."""
+    if not ESTIMATORS or not BUDGETS:
+        for name in OWN:
+            importlib.import_module(name)
 
 
 def estimator(name: str, *, reads: tuple[str, ...]) -> Callable:

@@ -4,16 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mask_mods import bidirectional, both, from_head
+from mask_mods import bidirectional, both, check_mask_mod, from_head, place
 from mask_mods import causal as causal_mask
 from mask_mods.spans import Index, MaskMod
 from rr_flex.checks import FARTHEST, check_flag, check_numbers, check_offset
 from rr_flex.config import RRConfig
+from rr_flex.runtime.fence import fence
 from rr_flex.runtime.head_slices import head_slices
 from rr_flex.runtime.tracing import traced
 
@@ -50,7 +52,7 @@ class Request:
         own = self.own_mask
         if own is None:
             return causal_mask(q_offset) if self.causal else bidirectional()
-        own = own.placed(q_offset) if hasattr(own, "placed") else own
+        own = place(own, q_offset)
         return both(causal_mask(q_offset), own) if self.causal else own
 
     @property
@@ -87,7 +89,7 @@ def make_request(q: Tensor, k: Tensor, config: RRConfig, options: dict[str, Any]
     q_offset = Lk - Lq if known["q_offset"] is None else known["q_offset"]
     check_offset("q_offset", q_offset, min(0, Lk - Lq), Lk)
     check_offset("head_offset", known["head_offset"], 0, FARTHEST)
-    check_mask(mask_mod, q, k, q_offset)
+    check_mask(mask_mod, q, k)
     on_device = _ints_as_tensors(q.device)
     return Request(
         config=config,
@@ -101,13 +103,30 @@ def make_request(q: Tensor, k: Tensor, config: RRConfig, options: dict[str, Any]
     )
 
 
-def check_mask(mask_mod: MaskMod | None, q: Tensor, k: Tensor, q_offset: Index) -> None:
-    """The one place where a mask is held against a call: TypeError or ValueError naming what is wrong with it."""
+def check_mask(mask_mod: MaskMod | None, q: Tensor, k: Tensor) -> None:
+    """The one place where a mask is held against a call: TypeError or ValueError naming what is wrong with it.
+
+    On an accelerator once for each mask and sizes, since there only shapes are looked at.
+    """
     if mask_mod is None:
         return
-    if not callable(mask_mod):
-        shown = f"a tensor of shape {tuple(mask_mod.shape)}" if isinstance(mask_mod, Tensor) else repr(mask_mod)
-        raise TypeError(f"mask_mod must be a function of (b, h, q_idx, kv_idx), got {shown}")
+    (B, Hq, Lq, _), Lk = q.shape, k.shape[2]
+    sizes = (B, Hq, Lq, Lk, q.device)
+    seen = None
+    if q.device.type != "cpu" and callable(mask_mod) and not traced():
+        seen = _checked.setdefault(mask_mod, set()) if _can_be_kept(mask_mod) else None
+    if seen is not None and sizes in seen:
+        return
+    check_mask_mod(mask_mod, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=q.device)
+    if seen is not None:
+        seen.add(sizes)
+
+
+_checked: WeakKeyDictionary[MaskMod, set[tuple]] = WeakKeyDictionary()
+
+
+def _can_be_kept(mask_mod: MaskMod) -> bool:
+    return hasattr(mask_mod, "__weakref__") and type(mask_mod).__hash__ is not None
 
 
 def level_per_head(config: RRConfig, Hq: int, device: torch.device) -> Float[Tensor, " Hq"]:
@@ -140,22 +159,20 @@ def _level_tensor(level: object, Hq: int, device: torch.device, name: str) -> Te
 
 
 def _number_on(number: float | None, device: torch.device) -> Tensor | float | None:
-    """As a 0-dim tensor: a new value compiles nothing anew.
+    """As a 0-dim tensor: a new value compiles nothing anew."""
+    return None if number is None else _computed(torch.full((), number, dtype=torch.float32, device=device))
 
-    In a caller's graph on a CPU it stays a number, since its kernel can't capture a constant made in the graph.
-    """
-    if number is None or (device.type == "cpu" and traced()):
-        return number
-    return torch.full((), number, dtype=torch.float32, device=device)
+
+def _computed(x: Tensor) -> Tensor:
+    """x, which in a caller's graph on a CPU is fenced: the kernel there can't capture a constant of the graph."""
+    return fence(x) if x.device.type == "cpu" and traced() else x
 
 
 def _ints_as_tensors(device: torch.device):
     def on_device(x: Index) -> Index:
         if isinstance(x, Tensor):
             return x.to(device)
-        if device.type == "cpu" and traced():
-            return x  # see _number_on
-        return torch.full((), x, dtype=torch.int64, device=device)
+        return _computed(torch.full((), x, dtype=torch.int64, device=device))
 
     return on_device
 

@@ -81,7 +81,8 @@ class Selection:
         about = f"Selection({B}×{Hq} heads, {nQ}×{nK} blocks of {self.block_size[0]}×{self.block_size[1]} tokens"
         if self.kept.device.type == "meta":
             return about + ")"
-        return f"{about}, density {self.density.item():.3f}), head 0:\n{self.map()}"
+        legend = "█ kept, ▒ kept and cut by the mask, · dropped"
+        return f"{about}, density {self.density.item():.3f}), head 0 ({legend}):\n{self.map()}"
 
     def _repr_html_(self) -> str:
         return selection_html(self)

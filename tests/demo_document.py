@@ -18,7 +18,8 @@ def layer_maps(nQ: int, seed: int) -> LayerMaps:
     kept = visible & (torch.rand(HEADS, nQ, nQ, generator=generator) < 0.4)
     kept = kept | torch.eye(nQ, dtype=torch.bool)
     kept[..., 0] = True
-    return LayerMaps(true_mass=mass, estimated_mass=mass.roll(1, 0), kept=kept, visible=visible)
+    error = torch.rand(HEADS, nQ, generator=generator)
+    return LayerMaps(true_mass=mass, estimated_mass=mass.roll(1, 0), kept=kept, visible=visible, row_error=error)
 
 
 def demo_document(*, layers: int = 3, length: int = 1000, tokens: list[str] | None = None) -> dict:
@@ -28,11 +29,13 @@ def demo_document(*, layers: int = 3, length: int = 1000, tokens: list[str] | No
     }
     return {
         "model": "tiny",
+        "texts": ["my.txt"],
         "tokens": length,
         "config": {"tau": 0.9, "query_stride": None},
         "device": "CPU, 2 threads",
         "dtype": "float32",
         "torch": "2.13.0",
+        "rr_flex": "0.9.9",
         "python": "3.11.7",
         "mean": {"density": 0.5, "recall": 0.9, "error": 0.01},
         "layers": [{"layer": layer, "density": m, "recall": m, "error": m} for layer, m in measured.items()],

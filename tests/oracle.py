@@ -105,13 +105,16 @@ def mandatory_blocks(visible, lengths, q_offset, block_size, *, sink_blocks, loc
     for b in range(B):
         valid = range(Lk) if key_valid is None else key_valid[b].nonzero().flatten().tolist()
         first_sink = valid[0] // bk if len(valid) else 0
+        # A sequence ends with its last query that sees anything: padding behind it has no last row.
+        seeing = [i for i in range(nQ) if visible[b, :, i].any()]
+        end = nQ if key_valid is None else max(seeing, default=-1) + 1
         for i, rows in enumerate(runs(Lq, bq)):
             first_local = (rows[0] + q_offset) // bk - (local_blocks - 1)
             last_local = (rows[-1] + q_offset) // bk
             for j in range(nK):
                 is_sink = first_sink <= j < first_sink + sink_blocks
                 is_local = local_blocks > 0 and first_local <= j <= last_local
-                must[b, :, i, j] = is_sink or is_local or i >= nQ - dense_last_rows
+                must[b, :, i, j] = is_sink or is_local or i >= end - dense_last_rows
     return must & visible
 
 

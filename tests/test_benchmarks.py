@@ -13,14 +13,14 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import dense_kernels as dense
-from benchmarks import rivals, stages, together
+from benchmarks import prefill_tables, rivals, stages, task_tables, time_plot, together
 from benchmarks import tables as report
-from benchmarks import task_tables as task_report
 from benchmarks import tuning as tune
+from benchmarks.bench import Bench
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
-from benchmarks.runner import STAGES, Bench, run
+from benchmarks.runner import STAGES, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
-from benchmarks.workloads import captured, structured
+from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.registry import BUDGETS
@@ -28,23 +28,24 @@ from rr_flex.tasks.results import Cell
 from rr_flex.tasks.ruler import TASKS
 
 CPU = torch.device("cpu")
-SHAPE = {"L": 2048, "Hq": 4, "Hkv": 2, "D": 64, "dtype": torch.float32, "device": "cpu"}
+SHAPE = Shape(2048, 4, 2, 64)
+MADE = {"dtype": torch.float32, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return structured(**SHAPE, seed=0)
+    return structured(SHAPE, **MADE, seed=0)
 
 
 def test_workload_is_decided_by_its_seed(inputs):
-    again, other = structured(**SHAPE, seed=0), structured(**SHAPE, seed=1)
+    again, other = structured(SHAPE, **MADE, seed=0), structured(SHAPE, **MADE, seed=1)
     assert all(torch.equal(x, y) for x, y in zip(inputs, again, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(inputs, other, strict=True))
     assert all(torch.isfinite(x).all() for x in inputs)
 
 
 def test_workload_has_a_sink_a_local_band_and_heavy_tails():
-    q, k, _ = structured(**SHAPE | {"L": 6144, "D": 128}, seed=3)
+    q, k, _ = structured(SHAPE._replace(L=6144, D=128), **MADE, seed=3)
     mass = true_block_mass(q, k)
     share = (mass / mass.sum(-1, keepdim=True))[0, :, 8:]  # heads, rows, columns
     kept = rivals.at_density(share[None], share[None] > 0, torch.zeros_like(share[None], dtype=torch.bool), 0.3)
@@ -255,7 +256,7 @@ def test_report_puts_table_and_picture(tmp_path):
         program.main(arguments)
 
 
-def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(tmp_path):
+def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_on_the_page(tmp_path):
     chief = FIXTURE | {"label": f"{report.CHIEF} triton", "backend": "triton"}
     ways = [chief, chief | {"in_turns": True}, chief | {"in_turns": True, "rest_s": 0.25, "total_ms": 77.7}]
     others = [FIXTURE | {"case": f"64K {i}", "length": 65536, "density": i / 10} for i in range(9)]
@@ -264,13 +265,13 @@ def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_in_the_readme(t
     assert [report.timed(row) for row in rows[-3:]] == ["alone", "in turns", "rested"]
     shown = report.markdown(rows)
     assert shown.count("| alone |") == shown.count("| rested |") == 1 and "in turns" not in shown
-    assert f"10 other rows of this card: [all rows](benchmarks/results/{report.ALL_ROWS})" in shown
+    assert f"10 other rows of this card: [all rows](results/{report.ALL_ROWS})" in shown
     every = report.every_row(rows)
     assert [every.count(f"| {way} |") for way in ("alone", "in turns", "rested")] == [10, 1, 1]
     few = report.markdown(rows[-9:])
     assert few.count("| alone |") == 7 and few.count("| in turns |") == 1 and "other rows" not in few
     # A picture's line has no rested time, which others could not be compared with.
-    lines = report.lines_of(rows)
+    lines = time_plot.lines_of(rows)
     assert 77.7 not in lines[f"{report.CHIEF} triton, density 0.30"].values()
 
 
@@ -279,17 +280,25 @@ def test_the_readme_is_what_the_files_say(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(program.README.read_text())
     folder = program.RESULTS
-    report.write_readme(copy, report.load(folder), report.load_prefills(folder), task_report.load(folder))
+    for part in (report, prefill_tables):
+        part.write_page(copy, part.load(folder))
     assert copy.read_text() == program.README.read_text()
     assert (folder / "rows.md").read_text() == report.every_row(report.load(folder))
+
+
+def test_the_tasks_page_is_what_the_file_says(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(task_tables.PAGE.read_text())
+    task_tables.write_page(task_tables.load(program.RESULTS), page)
+    assert page.read_text() == task_tables.PAGE.read_text()
 
 
 def test_a_length_is_not_measured_only_if_no_run_of_it_has_rr_flex():
     about = {"dtype": "bfloat16", "ms": 2.0, "attention_total_ms": 1.0, "rest_ms": 1.0, "date": "2026-01-01"}
     about |= {"card": "card", "torch": "2", "triton": None, "flash_attn_4": None, "model": "model", "length": 8192}
     rows = [about | {"attention": "sdpa", "commit": "a"}, about | {"attention": "rr_flex", "commit": "b"}]
-    assert "not measured" not in report.prefill_markdown(rows)
-    assert "not measured" in report.prefill_markdown(rows[:1])
+    assert "not measured" not in prefill_tables.markdown(rows)
+    assert "not measured" in prefill_tables.markdown(rows[:1])
 
 
 def test_task_cells_tell_what_was_not_run():
@@ -298,7 +307,7 @@ def test_task_cells_tell_what_was_not_run():
     sparse = {"attention": "tau=0.9 min_length=0", "density": 0.4}
     cells = [{}, sparse | {"score": 0.25}, {"task": "cwe"}, {"task": "cwe"} | sparse, {"task": "fwe"}]
     cells += [{"device": "CPU", "dtype": "float32", "length": 4096}]
-    gpu, cpu = task_report.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32**")
+    gpu, cpu = task_tables.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32**")
     assert "device not recorded" in gpu and "| 2,048 | vt | 4 | 50 | – | 25 (0.40) | – |" in gpu
     assert "2,048 tokens, 2 tasks: dense 50.0, τ = 0.90 37.5 (0.40)." in gpu
     assert "| 4,096 | vt | 4 | 50 | – | – | – |" in cpu and "Means" not in cpu

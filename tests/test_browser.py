@@ -1,4 +1,4 @@
-"""The report page in a real browser: Chromium, headless, from the system's packages, driven by selenium."""
+"""The page in a real browser: Chromium, headless, from the system's packages, driven by selenium."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from rr_flex.view.page import read_runs, report_page
+from rr_flex.view.page import make_page, read_runs
 
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
 DRIVER = shutil.which("chromedriver")
@@ -51,7 +51,7 @@ def browser(tmp_path_factory):
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     (folder / "run.json").write_text(json.dumps(demo_document(tokens=[f" <b>t{n}" for n in range(1000)])))
-    (folder / "page.html").write_text(report_page(read_runs(folder / "run.json")))
+    (folder / "page.html").write_text(make_page(read_runs(folder / "run.json")))
     return (folder / "page.html").as_uri()
 
 

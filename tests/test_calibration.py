@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -48,16 +49,15 @@ def random_curves(seed, layers=2, heads=2, levels=5):
 @given(seed=st.integers(0, 10_000), log_price=st.floats(-4, 4))
 def test_no_other_choice_of_that_density_has_less_error(seed, log_price):
     curves = random_curves(seed)
-    weights = torch.tensor([1.0, 3.0]).double()
-    chosen = at_price(curves, weights, log_price)
+    chosen = at_price(curves, log_price)
 
     def at(indices):
-        """Density and weighted error of choices [n, layers, heads]."""
+        """Density and error of choices [n, layers, heads]."""
         n = len(indices)
         of_density, of_error = (
             x.expand(n, -1, -1, -1).gather(3, indices[..., None])[..., 0] for x in (curves.density, curves.error)
         )
-        return of_density.sum((1, 2)), (of_error * weights[:, None]).sum((1, 2))
+        return of_density.sum((1, 2)), of_error.sum((1, 2))
 
     density, error = at(chosen[None])
     others = torch.tensor(list(itertools.product(range(5), repeat=4))).view(-1, 2, 2)
@@ -69,11 +69,10 @@ def test_no_other_choice_of_that_density_has_less_error(seed, log_price):
 @given(seed=st.integers(0, 10_000))
 def test_thresholds_are_monotone_in_the_target(seed):
     curves = random_curves(seed, levels=8)
-    weights = torch.ones(2).double()
     lowest = curves.density[..., 0].mean().item()
     before = None
     for density in (lowest + 0.01, lowest + 0.1, 0.5 + lowest, 2.0):
-        chosen = meet(curves, weights, "density", density)
+        chosen = meet(curves, "density", density)
         assert curves.density.gather(2, chosen[..., None]).mean() <= density
         assert before is None or (chosen >= before).all()
         before = chosen
@@ -82,16 +81,18 @@ def test_thresholds_are_monotone_in_the_target(seed):
 
 def test_a_target_out_of_reach_is_refused():
     curves = random_curves(0)
-    weights = torch.ones(2).double()
     for name, value in (("density", 0.01), ("recall", 1.5), ("error", 1e-9)):
         with pytest.raises(ValueError, match=f"target_{name} must be within reach.*got {value}"):
-            meet(curves, weights, name, value)
+            meet(curves, name, value)
 
 
 def test_exactly_one_target(model, texts):
     for targets in ({}, {"target_density": 0.5, "target_kl": 0.1}):
         with pytest.raises(ValueError, match="target must be one of"):
             calibrate(model, texts, **targets)
+    for name, value in (("density", math.nan), ("density", 3), ("recall", -1), ("error", 0), ("kl", -0.1)):
+        with pytest.raises(ValueError, match=f"target_{name} must lie"):
+            calibrate(model, texts, **{f"target_{name}": value})
     with pytest.raises(ValueError, match="texts must hold at least one prompt, got none"):
         calibrate(model, [], target_density=0.5)
 
@@ -110,7 +111,7 @@ def test_curves_are_what_a_run_measures(model, texts):
 
 @pytest.fixture(scope="module")
 def profile(model, texts):
-    return calibrate(model, texts, target_density=0.85, names=["one", "two"], weigh_layers=True)
+    return calibrate(model, texts, target_density=0.85, names=["one", "two"])
 
 
 def test_a_calibrated_profile_meets_its_target(model, texts, profile):

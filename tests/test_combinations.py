@@ -12,15 +12,16 @@ from benchmarks.study.combinations import (
     calibrated,
     coarse_to_fine,
     hedged,
+    kept_coarse_to_fine,
     mean_of_squares,
     weighed_by_disagreement,
-    with_layer_before,
     with_row_before,
 )
+from benchmarks.study.parts import OracleAttention
 from rr_flex import RRConfig, select_blocks
 from rr_flex.evaluation import sparse_model
-from rr_flex.evaluation.block_outputs import true_blocks
-from rr_flex.evaluation.equal_density import kept_at_densities, kept_coarse_to_fine, visible_and_mandatory
+from rr_flex.evaluation.block_outputs import KeptBlocks
+from rr_flex.evaluation.equal_density import kept_at_densities, visible_and_mandatory
 from rr_flex.evaluation.judging import judge_text
 from rr_flex.evaluation.rules import Case
 from rr_flex.selection import select_top_tau
@@ -38,7 +39,7 @@ def share(case, **chosen):
 @pytest.fixture(scope="module")
 def case():
     q, k, v = tensors(SMALL)
-    return Case(q, k, v, true_blocks(q, k, v, [(128, 64)]), (3,), tensors(SMALL, 5)[:2])
+    return Case(q, k, v, (3,))
 
 
 def agrees(rule, case, expected):
@@ -55,12 +56,8 @@ def test_hedges_are_their_formulas(case):
 
 def test_priors_are_their_formulas(case):
     own = share(case)
-    before = select_blocks(*case.before, preset="best").mass.double().mean(1, keepdim=True)
-    agrees(with_layer_before(BEST, 0.1), case, 0.9 * own + 0.1 * before)
     rows = [own[:, :, 0], *(0.75 * own[:, :, row] + 0.25 * own[:, :, row - 1] for row in range(1, 4))]
     agrees(with_row_before(BEST, 0.25), case, torch.stack(rows, 2))
-    with pytest.raises(ValueError, match="must hold the layer before, got none for one of layers"):
-        with_layer_before(BEST, 0.1).weigh(Case(case.q, case.k, case.v, case.true, (3,)))
 
 
 def probabilities(case):
@@ -161,7 +158,7 @@ def test_top_tau_at_a_density_is_the_library_s_at_some_tau(seed, density):
 
 def test_coarse_to_fine_and_priors_are_judged_as_rules():
     layers = {layer: tensors(SMALL, layer) for layer in (1, 2)}
-    rules = {"fine": coarse_to_fine(BEST.with_settings({"stride": 32}), BEST), "prior": with_layer_before(BEST, 0.1)}
+    rules = {"fine": coarse_to_fine(BEST.with_settings({"stride": 32}), BEST), "prior": with_row_before(BEST, 0.1)}
     records = judge_text("text", layers, rules, densities=(0.8, 1.0), scopes=("layer",), judged=[2])
     assert [record.layer for record in records] == [2] * 4
     assert all(record.error < 1e-6 for record in records if record.density == 1)
@@ -175,17 +172,17 @@ def test_attention_in_strips_is_attention_over_the_blocks(monkeypatch):
     expected, _ = oracle.attend(q, k, v, shown)
     for elements in (1, 2 * 4 * 256 * 400, 1 << 26):
         monkeypatch.setattr(sparse_model, "STRIP_ELEMENTS", elements)
-        out = sparse_model.attend_to_blocks(q, k, v, kept, (128, 64), scale=0.25)
+        out = sparse_model.attend_to_blocks(q, k, v, KeptBlocks(kept, (128, 64)), scale=0.25)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_the_oracle_s_attention_keeps_what_has_true_mass():
     q, k, v = tensors(SMALL)
-    attention = sparse_model.OracleAttention((128, 64), 0.0)
+    attention = OracleAttention((128, 64), 0.0)
     dense = sparse_model.attend_densely(q, k, v, layer=0, scale=0.25, window=None)
     torch.testing.assert_close(attention(q, k, v, layer=0, scale=0.25, window=None), dense)
     assert attention.density == 1
-    few = sparse_model.OracleAttention((128, 64), 0.9)
+    few = OracleAttention((128, 64), 0.9)
     few(q, k, v, layer=0, scale=0.25, window=None)
     visible, mandatory = visible_and_mandatory(512, (128, 64), q.device)
     assert few.density == pytest.approx((mandatory.sum() / visible.sum()).item(), abs=0.03)

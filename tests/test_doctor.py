@@ -1,21 +1,19 @@
 """`rr-flex doctor`, `completion` and `tune`: what they say, their exit codes, and shells that use the completion."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
 from rr_flex.cli import COMMANDS, main, make_parser, tune
 from rr_flex.cli import diagnosis as doctor
-from rr_flex.cli.completion import SCRIPTS, subcommands
-from rr_flex.config import Budget
+from rr_flex.cli.completion import SHELLS, subcommands
+from rr_flex.registry import BUDGETS
 
 
 def findings(capsys, *arguments: str) -> tuple[int, dict]:
@@ -90,7 +88,7 @@ def test_every_command_has_examples_that_parse():
 
 def test_help_of_every_command_ends_with_examples(capsys):
     for name in subcommands(make_parser()):
-        if name == "tune":  # its help is the benchmarks program's
+        if name in ("tune", "report"):  # another program's help, and the older name of page
             continue
         with pytest.raises(SystemExit) as stopped:
             main([name, "--help"])
@@ -115,41 +113,71 @@ def test_tune_hands_over(tmp_path, monkeypatch, capsys):
     assert main(["tune", "--head-dims", "64"]) == 7
 
 
-def offered(shell: str, line: str, tmp_path: Path) -> list[str]:
-    """What the shell offers at the end of `line`."""
-    script = tmp_path / "script"
-    script.write_text(SCRIPTS[shell](make_parser()))
-    words = line.split(" ")
-    if shell == "bash":
-        state = "COMP_WORDS=(" + " ".join(f"'{word}'" for word in words) + f"); COMP_CWORD={len(words) - 1}"
-        command = ["bash", "--norc", "-c", f'source {script}; {state}; _rr_flex; printf "%s\\n" "${{COMPREPLY[@]}}"']
-    else:
-        command = ["fish", "--no-config", "-c", f"source {script}; complete -C '{line}'"]
-    # fish keeps its history where HOME is.
-    where = {"cwd": tmp_path, "env": {**os.environ, "HOME": str(tmp_path)}}
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, **where)
-    assert not ran.stderr
-    return [word.split("\t")[0] for word in ran.stdout.split("\n") if word]
+@pytest.fixture
+def script(capsys):
+    """The completion script of a shell."""
+    shtab = pytest.importorskip("shtab", reason="needs the extra demo")
+    assert set(shtab.SUPPORTED_SHELLS) >= set(SHELLS)
+
+    def script(shell: str) -> str:
+        assert main(["completion", shell]) == 0
+        return capsys.readouterr().out
+
+    return script
 
 
-@pytest.mark.parametrize("shell", ["bash", "fish"])
-def test_shells_complete(shell, tmp_path):
-    if shutil.which(shell) is None:
-        pytest.skip(f"needs {shell}")
+def test_bash_completes(script, tmp_path):
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    (tmp_path / "script").write_text(script("bash"))
     (tmp_path / "mine.txt").touch()
-    assert set(offered(shell, "rr-flex ", tmp_path)) >= {"demo", "report", "doctor", "tune", "completion"}
-    assert offered(shell, "rr-flex repo", tmp_path) == ["report"]
-    assert offered(shell, "rr-flex demo --dty", tmp_path) == ["--dtype"]
-    assert set(offered(shell, "rr-flex demo --budget ", tmp_path)) == set(get_args(Budget))
-    assert "mine.txt" in offered(shell, "rr-flex demo --text mi", tmp_path)
-    assert offered(shell, "rr-flex completion z", tmp_path) == ["zsh"]
+
+    def offered(line: str) -> set[str]:
+        words = " ".join(f"'{word}'" for word in line.split(" "))
+        state = f"COMP_WORDS=({words}); COMP_CWORD={line.count(' ')}"
+        program = f'source ./script; {state}; _shtab_rr_flex; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        ran = subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+        return {word.strip() for word in ran.stdout.split("\n")} - {""}
+
+    assert offered("rr-flex ") >= {"demo", "page", "doctor", "tune", "completion"}
+    assert offered("rr-flex doc") == {"doctor"}
+    assert offered("rr-flex demo --dty") == {"--dtype"}
+    assert offered("rr-flex demo --dtype ") >= {"auto", "float32", "bfloat16", "float16"}
+    assert offered("rr-flex demo --budget ") == set(BUDGETS)
+    assert offered("rr-flex demo --text mi") == {"mine.txt"}
+    assert offered("rr-flex completion z") == {"zsh"}
 
 
-def test_zsh_script_is_zsh(tmp_path):
-    if shutil.which("zsh") is None:
-        pytest.skip("needs zsh")
-    (tmp_path / "_rr-flex").write_text(SCRIPTS["zsh"](make_parser()))
-    load = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -d {tmp_path}/dump; print $_comps[rr-flex]"
-    ran = subprocess.run(["zsh", "-f", "-c", load], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "_rr-flex" and not ran.stderr
-    subprocess.run(["zsh", "-n", str(tmp_path / "_rr-flex")], check=True)
+@pytest.mark.parametrize("shell", SHELLS)
+def test_scripts_name_every_command(shell, script):
+    text = script(shell)
+    assert all(command in text for command in subcommands(make_parser()))
+    if shutil.which(shell) and shell in ("bash", "zsh", "fish"):
+        subprocess.run([shell, "-n"], input=text, text=True, check=True)
+
+
+def test_completion_without_shtab_names_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["completion", "bash"])
+    assert stopped.value.code == 2 and "pip install 'rr-flex[demo]'" in capsys.readouterr().err
+
+
+def test_help_waits_for_no_torch():
+    """`--help` of any command, and a wrong flag, in the half second that Python itself leaves."""
+    program = (
+        "import sys; from rr_flex.cli import make_parser\n"
+        "for words in (['--help'], ['demo', '--help'], ['tasks', '--help'], ['demo', '--tau', 'x']):\n"
+        "    try: make_parser().parse_args(words)\n"
+        "    except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    where = {"cwd": Path(__file__).parent.parent, "check": True}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **where)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    assert ran.stderr == "rr-flex demo: error: --tau: invalid float value: 'x'   (rr-flex demo --help)\n"
+
+
+def test_feature_widths_are_no_head_dims():
+    both, estimate = {"bfloat16": {"attention": {}, "estimate": {}}}, {"bfloat16": {"estimate": {}}}
+    assert doctor.is_head_dim(both) and not doctor.is_head_dim(estimate)

@@ -11,23 +11,18 @@ from cases import Shape, seeds, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.study.estimators import antidiagonal, exact_keys
+from benchmarks.study.estimators import antidiagonal, exact_keys, true_blocks
+from benchmarks.study.every_rule import RULES
 from benchmarks.study.low_precision import LOW_PRECISION, in_low_precision, round_rows
-from benchmarks.study.rules import RULES
+from benchmarks.study.study_file import gain_over, over_layers, read_records, write_records
 from rr_flex import RRConfig, select_blocks
-from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors, true_blocks
-from rr_flex.evaluation.equal_density import kept_at_density, visible_and_mandatory
+from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
+from rr_flex.evaluation.equal_density import kept_at_densities, visible_and_mandatory
 from rr_flex.evaluation.judging import Record, judge_text
 from rr_flex.evaluation.rules import Case, Rule, cost_of, multiplications
-from rr_flex.evaluation.summaries import (
-    gain_over,
-    over_layers,
-    over_texts,
-    read_records,
-    summarise,
-    write_records,
-)
+from rr_flex.evaluation.summaries import over_texts, summarise
 from rr_flex.evaluation.texts import KINDS, sample_text
+from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.mandatory import mandatory_blocks
 
 SMALL = Shape(B=1, Lq=512, Lk=512)
@@ -76,37 +71,12 @@ def test_everything_kept_is_no_error():
     torch.testing.assert_close(errors.recall, torch.ones(1, 1, 4).double())
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_corrected_outputs_are_attention_over_kept_and_pooled_keys(order, share):
-    """0: the diagonal and pooled keys alone; 1: nothing pruned, which is dense."""
-    q, k, v = tensors(SMALL)
-    kept = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) < share
-    kept = kept | torch.eye(8, dtype=torch.bool)
-    errors = output_errors(q, k, v, [KeptBlocks(kept, (64, 64))], correction=order)
-    shown = oracle.pairs(oracle.causal_element(0), 1, 4, 512, 512)
-    dense, _ = oracle.attend(q, k, v, shown)
-    mean, variance, _ = oracle.pool(k, 64)
-    values, _, _ = oracle.pool(v, 64)
-    out = torch.zeros_like(dense)
-    for h in range(4):
-        logits = 0.25 * q[0, h].double() @ k[0, h // 2].double().T
-        logits = logits.masked_fill(~(shown & oracle.expand(kept, (512, 512), (64, 64)))[0, h], -math.inf)
-        pooled = 0.25 * q[0, h].double() @ mean[0, h // 2].T + math.log(64)
-        if order == 2:
-            pooled = pooled + 0.5 * 0.25**2 * q[0, h].double() ** 2 @ variance[0, h // 2].T
-        pruned = (~kept[0, h]).tril().repeat_interleave(64, 0)
-        both = torch.cat([logits, pooled.masked_fill(~pruned, -math.inf)], 1).softmax(1)
-        out[0, h] = both @ torch.cat([v[0, h // 2].double(), values[0, h // 2]])
-    expected = (out - dense).square().sum((2, 3))
-    torch.testing.assert_close(errors.difference[0], expected, rtol=1e-3, atol=1e-6)
-    assert share < 1 or expected.max() < 1e-20
-
-
 def test_true_blocks_are_their_definitions():
-    q, k, v = tensors(SMALL)
+    given_case = case()
+    q, k, v = given_case.q, given_case.k, given_case.v
     shown = oracle.pairs(oracle.causal_element(0), 1, 4, 512, 512)
-    for (q_block, k_block), found in true_blocks(q, k, v, [(128, 64), (64, 64), (128, 128)]).items():
+    for q_block, k_block in ((128, 64), (64, 64), (128, 128)):
+        found = true_blocks(given_case, (q_block, k_block))
         for h in (0, 3):
             scores = 0.25 * q[0, h].double() @ k[0, h // 2].double().T
             share = scores.masked_fill(~shown[0, h], -math.inf).softmax(-1)
@@ -116,11 +86,9 @@ def test_true_blocks_are_their_definitions():
                 for j, columns in enumerate(oracle.runs(512, k_block)):
                     part = share[rows.start : rows.stop, columns.start : columns.stop]
                     moved = part @ values[columns.start : columns.stop] - part.sum(1)[:, None] * out[list(rows)]
-                    expected = (part.sum(), part.sum(1).square().sum(), moved.square().sum())
-                    for name, value in zip(found._fields, expected, strict=True):
-                        torch.testing.assert_close(
-                            getattr(found, name)[0, h, i, j].double(), value, rtol=1e-3, atol=1e-4
-                        )
+                    expected = (part.sum(1).square().sum(), moved.square().sum())
+                    for blocks, value in zip(found, expected, strict=True):
+                        torch.testing.assert_close(blocks[0, h, i, j].double(), value, rtol=1e-3, atol=1e-4)
 
 
 @given(seed=seeds, density=st.sampled_from([0.3, 0.45, 0.7, 1.0]))
@@ -128,7 +96,7 @@ def test_true_blocks_are_their_definitions():
 def test_a_rule_keeps_the_density(spending, seed, density):
     weight = torch.rand(1, 6, 16, 32, generator=torch.Generator().manual_seed(seed)) ** 4
     visible, mandatory = visible_and_mandatory(2048, (128, 64), weight.device)
-    kept = kept_at_density(weight * visible, visible, mandatory, density=density, spending=spending)
+    (kept,) = kept_at_densities(weight * visible, visible, mandatory, densities=[density], spending=spending)
     assert not (kept & ~visible).any() and (kept | ~mandatory).all()
     wanted = round(density * 6 * int(visible.sum()))
     slack = {"top_tau": 6 * 16, "per_head": 3}.get(spending, 0)  # τ moves a whole row's last block at once
@@ -147,7 +115,7 @@ def test_mandatory_blocks_are_the_library_s():
 
 def case(shape=SMALL):
     q, k, v = tensors(shape)
-    return Case(q, k, v, true_blocks(q, k, v, [(128, 128), (128, 64), (64, 64)]), (1,), (q, k))
+    return Case(q, k, v, (1,))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -163,7 +131,9 @@ def test_every_rule_weighs_every_block(name):
 def test_all_queries_and_all_keys_are_the_true_mass():
     given_case = case()
     mass = exact_keys((128, 64), 1).weigh(given_case)
-    torch.testing.assert_close(mass, given_case.true[128, 64].mass, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        mass, true_block_mass(given_case.q, given_case.k, block_size=(128, 64)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_antidiagonal_is_its_definition():

@@ -13,7 +13,13 @@ PACKAGES = ("mask_mods", "rr_flex")
 # A module imports from a line above, or within its own room. A package's name stands for all its modules.
 LINES = [
     ["mask_mods"],
-    ["rr_flex.runtime.private", "rr_flex.runtime.writing", "rr_flex.registry", "rr_flex.geometry"],
+    [
+        "rr_flex.runtime.private",
+        "rr_flex.runtime.fence",
+        "rr_flex.runtime.writing",
+        "rr_flex.registry",
+        "rr_flex.geometry",
+    ],
     ["rr_flex.runtime.flex_names"],
     ["rr_flex.runtime.tracing", "rr_flex.runtime.compiling", "rr_flex.runtime.is_kept", "rr_flex.profiles"],
     ["rr_flex.config", "rr_flex.checks", "rr_flex.kernels.options", "rr_flex.kernels.dense"],
@@ -32,10 +38,12 @@ LINES = [
     ["rr_flex.kernels.choose"],
     ["rr_flex.attention"],
     ["rr_flex"],
-    ["rr_flex.models", "rr_flex.distributed", "rr_flex.serving"],
+    ["rr_flex.models"],
+    ["rr_flex.distributed", "rr_flex.serving"],
     ["rr_flex.evaluation", "rr_flex.tasks"],
     ["rr_flex.calibration"],
     ["rr_flex.view.plots", "rr_flex.view.notebook"],
+    ["rr_flex.plots", "rr_flex.notebook"],
     ["rr_flex.view.page"],
     ["rr_flex.cli"],
     ["rr_flex.__main__"],

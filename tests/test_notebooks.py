@@ -27,14 +27,14 @@ def test_a_notebook_has_a_title_a_story_and_pictures(path):
     text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert text[0].startswith(f"# {path.stem[0]} · ")
-    assert len(text) >= 5 and code[0].startswith("%load_ext rr_flex.view.notebook")
+    assert len(text) >= 5 and code[0].startswith("%load_ext rr_flex.notebook")
     assert sum("figure" in cell for cell in code) >= 2
     assert all(cell.strip() for cell in text + code)
 
 
-def test_the_readme_names_every_notebook():
-    text = (ROOT / "README.md").read_text()
-    assert all(f"notebooks/{path.name}" in text for path in NOTEBOOKS)
+def test_their_page_names_every_notebook():
+    text = (ROOT / "notebooks" / "README.md").read_text()
+    assert all(f"]({path.name})" in text for path in NOTEBOOKS)
 
 
 def test_the_runner_keeps_pictures_and_tells_errors(tmp_path):

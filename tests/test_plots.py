@@ -1,8 +1,9 @@
-"""Pictures hold the numbers they were given, at 8 blocks and at 8,192; what a notebook shows can be read back."""
+"""Pictures hold the numbers they were given, at 8 blocks and at 2,048; what a notebook shows can be read back."""
 
 import base64
+import io
 import re
-import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from mask_mods import both, causal, document, documents_from_lengths, sliding_window
 from rr_flex import create_rr_block_mask, select_blocks
-from rr_flex.view.drawing import CUT, DROPPED, HIDDEN, KEPT, block_mask_html, blocks_of, png
+from rr_flex.view import drawing
+from rr_flex.view.drawing import CUT, DROPPED, HIDDEN, KEPT, block_mask_html, blocks_of
 from rr_flex.view.plots import (
     HeadMap,
     block_map_figure,
@@ -66,16 +69,29 @@ def test_eight_blocks_are_drawn_one_by_one():
     assert mesh.get_coordinates()[-1, -1].tolist() == [1000, 1000]
 
 
-def test_8192_blocks_become_cells_that_keep_the_sums(tmp_path):
-    figure = block_map_figure([head_map(8192)], Lq=2**20, Lk=2**20, block_size=(128, 128))
+def test_2048_blocks_become_cells_that_keep_the_sums():
+    figure = block_map_figure([head_map(2048)], Lq=2**18, Lk=2**18, block_size=(128, 128))
     true, _, kept = meshes(figure)[:3]
     assert true.shape == (512, 512)
     np.testing.assert_allclose(true.filled(0).sum(1), 1, rtol=1e-6)
-    # 16 rows of a cell, each with one block of 16 in the first column of cells.
-    assert kept[300, 0] == pytest.approx(1 / 16) and true[300, 0] == pytest.approx(0.5)
-    assert kept[300, 300] == pytest.approx(16 / (16 * 17 / 2))
+    # 4 rows of a cell, each with one block of 4 in the first column of cells.
+    assert kept[300, 0] == pytest.approx(1 / 4) and true[300, 0] == pytest.approx(0.5)
+    assert kept[300, 300] == pytest.approx(4 / (4 * 5 / 2))
     figure.canvas.draw()
-    assert {"0", "256K", "1M"} <= {label.get_text() for label in figure.axes[0].get_xticklabels()}
+    assert {"0", "64K", "256K"} <= {label.get_text() for label in figure.axes[0].get_xticklabels()}
+
+
+def test_errors_are_bars_beside_the_map_and_the_worst_of_a_cell():
+    head = replace(head_map(8), row_error=torch.arange(8) / 10)
+    figure = block_map_figure([head], Lq=1000, Lk=1000, block_size=(128, 128), columns=("true", "kept", "error"))
+    bars = figure.axes[2].patches
+    assert [round(bar.get_width(), 6) for bar in bars] == [round(row / 10, 6) for row in range(8)]
+    assert bars[-1].get_height() == 1000 - 7 * 128 and figure.axes[2].get_title() == "output error"
+    many = replace(head_map(1024), row_error=torch.arange(1024) / 1024)
+    (axis,) = block_map_figure([many], Lq=2**17, Lk=2**17, block_size=(128, 128), columns=("error",)).axes
+    assert len(axis.patches) == 512 and axis.patches[3].get_width() == 7 / 1024
+    with pytest.raises(ValueError, match="heads must have row_error for the column error, got none in 'head'"):
+        block_map_figure([head_map(8)], Lq=1000, Lk=1000, block_size=(128, 128), columns=("error",))
 
 
 def test_row_budgets_are_counts_of_blocks(selection):
@@ -143,19 +159,9 @@ def test_dynamic_blocks_show_four_states(selection):
 
 
 def pictures(page: str) -> list[np.ndarray]:
-    """The pixels of every PNG in a page; each line's filter is 0."""
-    arrays = []
-    for encoded in re.findall(r'src="data:image/png;base64,([^"]+)"', page):
-        file = base64.b64decode(encoded)
-        assert file.startswith(b"\x89PNG\r\n\x1a\n")
-        width, height = (int.from_bytes(file[at : at + 4]) for at in (16, 20))
-        start = file.index(b"IDAT")
-        length = int.from_bytes(file[start - 4 : start])
-        lines = np.frombuffer(zlib.decompress(file[start + 4 : start + 4 + length]), np.uint8)
-        lines = lines.reshape(height, 1 + 4 * width)
-        assert not lines[:, 0].any()
-        arrays.append(lines[:, 1:].reshape(height, width, 4))
-    return arrays
+    """The pixels of every PNG in a page."""
+    files = (base64.b64decode(encoded) for encoded in re.findall(r'src="data:image/png;base64,([^"]+)"', page))
+    return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
 
 
 def test_a_selection_draws_itself(selection):
@@ -181,12 +187,19 @@ def test_a_block_mask_is_read_off_its_lists(selection):
     torch.testing.assert_close(blocks_of(mask)[1], cut)
 
 
-def test_png_is_a_png(tmp_path):
-    from matplotlib.image import imread
+def test_without_pillow_a_notebook_shows_text(selection, monkeypatch):
+    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
+    assert selection._repr_html_() is None and block_mask_html(selection.block_mask) is None
 
-    colours = torch.randint(256, (3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (tmp_path / "x.png").write_bytes(png(colours))
-    np.testing.assert_allclose(imread(tmp_path / "x.png") * 255, colours, atol=1e-3)
+
+def test_documented_names_are_those_of_the_room():
+    import rr_flex.notebook
+    import rr_flex.plots
+    from rr_flex.view import notebook, plots
+
+    assert rr_flex.plots.__all__ == plots.__all__
+    assert all(getattr(rr_flex.plots, name) is getattr(plots, name) for name in plots.__all__)
+    assert rr_flex.notebook.load_ipython_extension is notebook.load_ipython_extension
 
 
 def test_a_notebook_shows_masks_and_figures():

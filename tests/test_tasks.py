@@ -1,6 +1,8 @@
 """Long-context tasks: samples fit their length, scores count what they say, runs resume, files load."""
 
 import json
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ import transformers as hf
 from model_families import make
 
 from rr_flex import RRConfig
-from rr_flex.cli.tasks import bar, import_suite
+from rr_flex.cli.tasks import check, import_suite
 from rr_flex.tasks import answers, helmet, recall, results, video_mme
-from rr_flex.tasks.results import DENSE, Cell, describe
-from rr_flex.tasks.run import run
+from rr_flex.tasks.results import DENSE, Cell, Setting, describe
+from rr_flex.tasks.run import Plan, run
 
 
 class Letters:
@@ -76,26 +78,41 @@ def test_a_run_resumes(tmp_path):
             raise KeyboardInterrupt
         return [1.0, 0.0], 100
 
-    options = {"suite": "s", "score": score, "tasks": ["a", "b"], "lengths": [8, 16], "samples": 2}
-    options |= {"configs": [None], "name": "m", "path": path}
+    same = Setting(model="m", samples=2)
+    plan = Plan(suite="s", score=score, tasks=["a", "b"], lengths=[8, 16], configs=[None], same=same)
     with pytest.raises(KeyboardInterrupt):
-        list(run(None, None, **options))
+        list(run(None, None, plan, path))
     assert [cell.task for cell in results.read(path)] == ["a", "b"]
-    again = list(run(None, None, **options))
+    again = list(run(None, None, plan, path))
     assert calls == [("a", 8), ("b", 8), ("a", 16), ("a", 16), ("b", 16)] and len(again) == 2
     assert again[0].score == 0.5 and again[0].attention == DENSE
-    # Files from before device and dtype were kept are still read.
-    path.write_text(path.read_text().replace(', "device": "", "dtype": ""', ""))
-    assert again[-1] in results.read(path)
+    # Another device, dtype or chat template is another run; another batch size is not.
+    for changed, runs in (("device", 4), ("dtype", 4), ("chat", 4), ("batch_size", 0)):
+        other = replace(plan, same=replace(same, **{changed: 2 if changed == "batch_size" else f"another {changed}"}))
+        assert len(list(run(None, None, other, path))) == runs
+    # Files from before device, dtype and chat were kept are still read.
+    old = {name: value for name, value in asdict(again[-1]).items() if name not in ("device", "dtype", "chat")}
+    path.write_text(json.dumps(old) + "\n")
+    assert results.read(path) == [again[-1]]
     path.write_text("{}\n")
     with pytest.raises(ValueError, match="fields"):
         results.read(path)
+
+
+DIFFERENT = {"stride": 16, "query_stride": 16, "key_stride": 4, "pool": "queries", "block_size": 64, "order": 2}
+DIFFERENT |= {"budget": "density", "tau": 0.9, "mandatory": "add", "sink_blocks": 2, "local_blocks": 2}
+DIFFERENT |= {"dense_last_rows": 0, "min_length": 0}
 
 
 def test_settings_are_named():
     assert describe(None) == DENSE and describe(RRConfig()) == "tau=0.95"
     assert describe(RRConfig(order=2, block_size=(128, 64))) == "tau=0.95 block_size=(128, 64) order=2"
     assert describe(RRConfig(budget="threshold", threshold=0.02)) == "threshold=0.02"
+    assert describe(RRConfig(budget="density", target_density=0.3)) == "target_density=0.3"
+    # Every field that can differ tells two settings apart.
+    names = [describe(RRConfig(**{name: value})) for name, value in DIFFERENT.items()]
+    names += [describe(RRConfig.from_preset(preset)) for preset in ("rr", "best", "fast")]
+    assert len(set(names)) == len(names)
 
 
 def cell(**changed):
@@ -103,7 +120,7 @@ def cell(**changed):
     return Cell(**(usual | {"seconds": 8.0, "density": None, "dense_reasons": {}, "tokens": 9} | changed))
 
 
-def test_table_and_heat_map(tmp_path):
+def test_table_and_heat_map():
     cells = [cell(), cell(attention="tau=0.9", density=0.4, score=0.25), cell(length=4096, score=1.0)]
     lines = results.table(cells).splitlines()
     assert lines[0].split(" | ")[-2:] == [DENSE, "tau=0.9 |"]
@@ -111,8 +128,7 @@ def test_table_and_heat_map(tmp_path):
     chosen = results.table(cells, {"τ": "tau=0.9", "none": "x"}, seconds=False).splitlines()
     assert chosen[0].endswith("| τ | none |") and chosen[2] == "| 2,048 | t | 4 | 25 (0.40) | – |"
     pytest.importorskip("matplotlib")
-    results.heat_map(cells, tmp_path / "map.png")
-    assert (tmp_path / "map.png").stat().st_size > 1000
+    assert [axis.get_title() for axis in results.heat_map(cells).axes[:2]] == [DENSE, "tau=0.9"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -132,9 +148,9 @@ def test_ruler_by_lm_eval(task, tmp_path, monkeypatch):
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<end>", pad_token="<end>")
     model = make("llama", vocab_size=257, eos_token_id=256, pad_token_id=256, max_position_embeddings=4096)
 
-    options = {"suite": "ruler", "tasks": [task], "lengths": [4096], "samples": 2, "name": "m"}
-    options |= {"configs": [RRConfig(tau=0.4)], "path": tmp_path / "cells.jsonl"}
-    (found,) = run(model, tokenizer, score=ruler.scores, **options)
+    cells = {"tasks": [task], "lengths": [4096], "configs": [RRConfig(tau=0.4)], "same": Setting(model="m", samples=2)}
+    plan = Plan(suite="ruler", score=ruler.scores, **cells)
+    (found,) = run(model, tokenizer, plan, tmp_path / "cells.jsonl")
     assert found.score == 0 and found.density < 1 and 4000 < found.tokens <= 2 * 4096
 
     def says_all_of_it(input_ids, **_):
@@ -253,17 +269,25 @@ def test_letters():
     ]
 
 
-def test_the_bar_fills():
-    assert bar(0, 3) == f"[{'-' * 20}] 0 of 3" and bar(3, 3) == f"[{'#' * 20}] 3 of 3"
-    assert bar(1, 4) == f"[{'#' * 5}{'-' * 15}] 1 of 4"
-
-
 def test_suites_check_their_arguments(tmp_path):
-    arguments = type("Arguments", (), {"suite": "recall", "tasks": ["json_kv"], "data": None})
+    usual = {"suite": "recall", "tasks": ["json_kv"], "data": None, "batch_size": 1, "output": None}
+    arguments = SimpleNamespace(**usual, lengths=None, model=None)
+    check(arguments)
     assert import_suite(arguments)[1] == ["json_kv"]
     arguments.tasks = ["poetry"]
     with pytest.raises(ValueError, match="--tasks must be among"):
         import_suite(arguments)
-    arguments.suite, arguments.tasks = "helmet", None
-    with pytest.raises(ValueError, match="--data must be"):
-        import_suite(arguments)
+    helmet_arguments = SimpleNamespace(suite="helmet", tasks=None, data=tmp_path, lengths=(2048,), batch_size=1)
+    with pytest.raises(ValueError, match="--lengths must be of helmet's"):
+        import_suite(helmet_arguments)
+    helmet_arguments.lengths = None
+    assert import_suite(helmet_arguments)[2] == (8192,)
+    for changed, message in (
+        ({"suite": "helmet"}, "--data must be"),
+        ({"data": tmp_path}, "--data must come with"),
+        ({"batch_size": 2}, "--batch-size must be 1"),
+        ({"suite": "video-mme", "data": tmp_path}, "--model must name"),
+        ({"suite": "video-mme", "data": tmp_path, "model": "m", "lengths": (8,)}, "--lengths must not be given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(SimpleNamespace(**(vars(arguments) | changed)))

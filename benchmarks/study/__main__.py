@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.environment import describe
+from benchmarks.study.every_rule import RULES
 from benchmarks.study.parts import HELD_OUT_PARTS, SHORT_RULES, TABLED, TUNING_PART, Study
-from benchmarks.study.rules import RULES
-from rr_flex.evaluation.summaries import write_records
+from benchmarks.study.study_file import write_records
 from rr_flex.evaluation.texts import KINDS
 from rr_flex.models.loading import EMBEDDED_MODEL, load_causal_lm
 
@@ -171,7 +171,7 @@ def write(folder: Path, study: Study, about: dict) -> None:
         for length in study.curves
     }
     (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
-    (folder / "about.json").write_text(json.dumps(about | {"refined": study.refined}, indent=1), encoding="utf-8")
+    (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.study.rules import BEST, FAST, RULES
-from benchmarks.workloads import structured
+from benchmarks.study.every_rule import BEST, FAST, RULES
+from benchmarks.study.study_file import write_records
+from benchmarks.workloads import Shape, structured
 from rr_flex.evaluation.judging import Record, judge_text
 from rr_flex.evaluation.rules import Rule
-from rr_flex.evaluation.summaries import summarise, write_records
+from rr_flex.evaluation.summaries import summarise
 
 COMPARED = (
     "rr",
@@ -39,7 +40,7 @@ COMPARED = (
 
 def judge_structured(seed: int, length: int, heads: int, rules: dict[str, Rule], device: torch.device) -> list[Record]:
     """The rules on one layer of the structured workload, four query heads to a key head, head dim 128."""
-    inputs = structured(L=length, Hq=heads, Hkv=heads // 4, D=128, dtype=torch.float32, device=device, seed=seed)
+    inputs = structured(Shape(length, heads, heads // 4, 128), dtype=torch.float32, device=device, seed=seed)
     with torch.no_grad():
         return judge_text(f"structured{seed}-{length}", {0: tuple(inputs)}, rules, scopes=("layer",))
 

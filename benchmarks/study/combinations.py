@@ -1,18 +1,21 @@
 """Rules that put several estimates together: hedges, priors, a coarse and a fine one, weights by the output."""
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from benchmarks.study.estimators import mass_of, sampled_positions, scores_of
 from rr_flex.config import RRConfig
-from rr_flex.evaluation.equal_density import Spending
+from rr_flex.evaluation.equal_density import Spending, cuts_at, value_of
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.rules import Case, Rule, cost_of
 from rr_flex.mass import row_share
 from rr_flex.sampling import moments, pooled_features, sample_queries, with_square
 
 Share = Float[Tensor, "B Hq nQ nK"]
+BAND = 4.0  # about a threshold: from a quarter of it to four times it
 
 
 def share_by(config: RRConfig, q: Tensor, k: Tensor) -> Share:
@@ -95,18 +98,6 @@ def weighed_by_disagreement(config: RRConfig, power: float = 1.0) -> Rule:
     return Rule(weigh, size, config.budget, cost_of(config))
 
 
-def with_layer_before(config: RRConfig, weight: float) -> Rule:
-    """The previous layer's share of a row, mean over its heads, as a prior with this weight."""
-
-    def weigh(case: Case) -> Share:
-        if case.before is None:
-            raise ValueError(f"case must hold the layer before, got none for one of layers {case.layers}")
-        prior = share_by(config, *case.before).mean(1, keepdim=True)
-        return (1 - weight) * share_by(config, case.q, case.k) + weight * prior
-
-    return Rule(weigh, config.block_sizes, config.budget, cost_of(config), needs_before=True)
-
-
 def with_row_before(config: RRConfig, weight: float) -> Rule:
     """The share in the block row before, which is all that a previous chunk can tell, as a prior with this weight."""
 
@@ -123,13 +114,44 @@ def coarse_to_fine(coarse: RRConfig, fine: RRConfig) -> Rule:
 
     The cost is the coarse estimate's alone: the fine one's counts for the share of blocks that it is asked for.
     """
-    return Rule(
-        lambda case: share_by(coarse, case.q, case.k),
-        coarse.block_sizes,
-        "threshold",
-        cost_of(coarse),
-        refine=lambda case: share_by(fine, case.q, case.k),
-    )
+
+    def weigh(case: Case) -> Share:
+        return share_by(coarse, case.q, case.k)
+
+    def keep(cases, visible: Tensor, mandatory: Tensor, *, densities: Sequence[float], together: bool) -> list[Tensor]:
+        both = (torch.cat([share_by(each, case.q, case.k) for case in cases]) for each in (coarse, fine))
+        return kept_coarse_to_fine(*both, visible, mandatory, densities=densities, together=together)[0]
+
+    return Rule(weigh, coarse.block_sizes, "threshold", cost_of(coarse), keep=keep)
+
+
+def kept_coarse_to_fine(
+    coarse: Float[Tensor, "B H nQ nK"],
+    fine: Float[Tensor, "B H nQ nK"],
+    visible: Bool[Tensor, "#B #H nQ nK"],
+    mandatory: Bool[Tensor, "#B #H nQ nK"],
+    *,
+    densities: Sequence[float],
+    band: float = BAND,
+    together: bool = False,
+) -> tuple[list[Bool[Tensor, "B H nQ nK"]], list[float]]:
+    """One threshold, with a coarse estimate where it is clear and a fine one near the coarse one's threshold t.
+
+    A block whose coarse share of its row is at least t · band is kept, one of at most t / band is not, and of those
+    between, as many as the density leaves, by their fine share. Beside each selection: the share of visible blocks that
+    lie between.
+    """
+    visible, mandatory = visible.expand_as(coarse), mandatory.expand_as(coarse)
+    free = visible & ~mandatory
+    coarse, fine = (value_of(each, visible, mandatory, "threshold") for each in (coarse, fine))
+    found, refined = [], []
+    axes = 0 if together else 1
+    for density, cut in zip(densities, cuts_at(coarse, visible, mandatory, densities, axes), strict=True):
+        near = free & (coarse > cut / band) & (coarse < cut * band)
+        value = torch.where(near, fine, torch.where(coarse < cut, -1.0, 2.0))  # shares lie in [0, 1]
+        found.append(mandatory | (free & (value >= cuts_at(value, visible, mandatory, [density], axes)[0])))
+        refined.append((near.sum() / visible.sum()).item())
+    return found, refined
 
 
 def calibrated(config: RRConfig, thresholds: dict[int, list[float]]) -> Rule:

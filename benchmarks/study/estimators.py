@@ -6,30 +6,60 @@ plainly and not fast, to say what was tried and what an oracle would do.
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rr_flex.evaluation.block_outputs import TOKENS, strips
 from rr_flex.evaluation.equal_density import Spending
 from rr_flex.evaluation.rules import Case, Rule
+from rr_flex.geometry import ceil_div
 from rr_flex.mass import row_share
 from rr_flex.sampling import moments, sample_queries
 
 
+class TrueBlocks(NamedTuple):
+    """Oracles that look further than the mass, exact for every query of a block."""
+
+    mass_squared: Tensor  # [B, Hq, nQ, nK] Σ over queries of (a query's probability of the block)²
+    displacement: Tensor  # [B, Hq, nQ, nK] Σ over queries of ‖Σ_j p_j (v_j − out)‖²
+
+
+def true_blocks(case: Case, size: tuple[int, int]) -> TrueBlocks:
+    """Every block's true weight in the output, in one pass over causal attention."""
+    (B, Hq, L), (q_block, k_block) = case.q.shape[:3], size
+    shape = (B, Hq, ceil_div(L, q_block), ceil_div(L, k_block))
+    found = TrueBlocks(*(torch.zeros(shape, device=case.q.device) for _ in range(2)))
+    step = k_block // TOKENS
+    for row, parts in enumerate(strips(case.q, case.k, case.v)):
+        total = parts.sum(2, keepdim=True)
+        share = parts / total[..., -1:]  # B Hq nJ rows Dv+1: a block's part of the output, and of the mass
+        joined = F.pad(share, (0, 0, 0, 0, 0, -share.shape[2] % step)).unflatten(2, (-1, step)).sum(3)
+        probability = joined[..., -1]  # B Hq nK' rows
+        moved = joined[..., :-1] - probability[..., None] * total[..., :-1] / total[..., -1:]
+        place = (..., row * TOKENS // q_block, slice(0, joined.shape[2]))
+        found.mass_squared[place] += probability.square().sum(-1)
+        found.displacement[place] += moved.square().sum((-1, -2))
+    return found
+
+
 def true_displacement(size: tuple[int, int]) -> Rule:
     """Oracle: how far the output moves without the block, Σ over queries of ‖Σ_j p_j (v_j − out)‖²."""
-    return Rule(lambda case: case.true[size].displacement, size, "raw")
+    return Rule(lambda case: true_blocks(case, size).displacement, size, "raw")
 
 
 def true_mass_squared(size: tuple[int, int]) -> Rule:
     """Oracle: Σ over queries of (a query's probability of the block)², its squared error if values were noise."""
-    return Rule(lambda case: case.true[size].mass_squared, size, "raw")
+    return Rule(lambda case: true_blocks(case, size).mass_squared, size, "raw")
 
 
 def at_random(size: tuple[int, int]) -> Rule:
     def weigh(case: Case) -> Tensor:
-        return torch.rand(case.true[size].mass.shape, generator=torch.Generator().manual_seed(0)).to(case.q.device)
+        B, Hq, L = case.q.shape[:3]
+        shape = (B, Hq, ceil_div(L, size[0]), ceil_div(L, size[1]))
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(case.q.device)
 
     return Rule(weigh, size, "raw")
 
@@ -159,11 +189,6 @@ def by_value(rule: Rule) -> Rule:
 def spent(rule: Rule, spending: Spending) -> Rule:
     """The same weights under another budget rule."""
     return replace(rule, spending=spending, config=None)
-
-
-def corrected(rule: Rule, order: int) -> Rule:
-    """The same blocks, with the pruned ones back as one pooled key and value for 64 tokens each."""
-    return replace(rule, correction=order, config=None)
 
 
 def scores_of(queries: Tensor, keys: Tensor) -> Tensor:

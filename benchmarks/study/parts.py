@@ -10,19 +10,22 @@ from torch import Tensor
 
 from benchmarks.study.accuracy import COMPARED, judge_structured
 from benchmarks.study.combinations import calibrated
-from benchmarks.study.rules import BEST, FAST, RULES
+from benchmarks.study.every_rule import BEST, FAST, RULES
 from rr_flex import RRConfig
-from rr_flex.calibration.thresholds import Curves, measure_curves, profile_at
-from rr_flex.evaluation.equal_density import kept_coarse_to_fine, visible_and_mandatory
-from rr_flex.evaluation.judging import DENSITIES, Record, judge_text
+from rr_flex.calibration.thresholds import Curves, measure_curves, meet, profile_of
+from rr_flex.evaluation.block_outputs import KeptBlocks
+from rr_flex.evaluation.equal_density import visible_and_mandatory
+from rr_flex.evaluation.judging import Record, judge_text
 from rr_flex.evaluation.language_model import compare_logits
+from rr_flex.evaluation.measures import density as density_of
 from rr_flex.evaluation.predictions import Prediction
-from rr_flex.evaluation.rules import BAND, Case, Rule
 from rr_flex.evaluation.rules_on_texts import keeping
-from rr_flex.evaluation.sparse_model import OracleAttention, SparseAttention, attend_densely, hidden_states
+from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, attend_to_blocks, hidden_states
 from rr_flex.evaluation.texts import sample_text
+from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.models.loading import tokenize
 from rr_flex.profiles import Profile
+from rr_flex.selection import select_threshold
 
 TUNING_PART = 0  # of every kind: what rules are chosen and budgets calibrated on
 HELD_OUT_PARTS = (1, 2)
@@ -70,6 +73,28 @@ SHORT_RULES = (  # where the study of all rules would cost more than it tells
 
 
 @dataclass
+class OracleAttention:
+    """Attention by the true mass: every layer keeps blocks above a share of their row, and the mandatory ones."""
+
+    block_size: tuple[int, int]
+    threshold: float
+    densities: dict[int, float] = field(default_factory=dict)  # of the last run, by layer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
+        if window is not None:
+            raise NotImplementedError(f"layer {layer} must have full causal attention, got a window of {window}")
+        mass = true_block_mass(q, k, block_size=self.block_size, scale=scale)
+        visible, mandatory = visible_and_mandatory(q.shape[2], self.block_size, q.device)
+        kept = select_threshold(mass, self.threshold, visible, mandatory)
+        self.densities[layer] = density_of(kept, visible).mean().item()
+        return attend_to_blocks(q, k, v, KeptBlocks(kept, self.block_size), scale=scale)
+
+    @property
+    def density(self) -> float:
+        return sum(self.densities.values()) / len(self.densities)
+
+
+@dataclass
 class Study:
     """The model, the device and what was found so far."""
 
@@ -82,7 +107,6 @@ class Study:
     every: int = 1  # of how many levels of a rule's budget `runs` has one
     records: list[Record] = field(default_factory=list)
     predictions: list[dict] = field(default_factory=list)
-    refined: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by rule and text, a share a density
     curves: dict[int, Curves] = field(default_factory=dict)  # by the length that they were measured at
 
     def ids(self, kind: str, part: int, length: int) -> Tensor:
@@ -101,13 +125,13 @@ class Study:
 
     def profile(self, density: float, length: int) -> Profile:
         names = [f"{kind}:{TUNING_PART}, {length} tokens" for kind in self.kinds]
-        return profile_at(self.model, self.curves[length], RRConfig.from_preset("best"), density, names)
+        curves, config = self.curves[length], RRConfig.from_preset("best")
+        return profile_of(self.model, curves, meet(curves, "density", density), config, {"density": density}, names)
 
     def errors(self, kind: str, part: int, length: int, rules: Sequence[str] = tuple(RULES)) -> None:
         """Rules on one text; with flatter attention some of them at the study's own length. New ones replace old."""
         kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        wanted = {layer - back for layer in self.judged for back in (0, 1)}
-        hidden_states(self.model, self.ids(kind, part, length), keeping(kept, wanted))
+        hidden_states(self.model, self.ids(kind, part, length), keeping(kept, self.judged))
         chosen = {name: RULES[name] for name in rules}
         if length == self.length and length in self.curves:
             profile = self.profile(max(CALIBRATED_AT, self.targets(length)[0]), length)
@@ -118,23 +142,12 @@ class Study:
             if length == self.length and part != TUNING_PART:
                 flat = {layer: (FLATTER * q, k, v) for layer, (q, k, v) in kept.items()}
                 few = {rule: RULES[rule] for rule in rules if rule in SHORT_RULES}
-                self.refine(name, kept[self.judged[len(self.judged) // 2]], chosen)
                 self.add(judge_text(f"flatter {name}", flat, few, scopes=("layer",), judged=self.judged))
 
     def add(self, records: list[Record]) -> None:
         """Records, in place of earlier ones of the same rules and text."""
         new = {(record.rule, record.text) for record in records}
         self.records = [record for record in self.records if (record.rule, record.text) not in new] + records
-
-    def refine(self, text: str, qkv: tuple[Tensor, Tensor, Tensor], rules: dict[str, Rule]) -> None:
-        """The share of blocks that a rule from coarse to fine estimates finely, in one layer at each density."""
-        for name, rule in rules.items():
-            if rule.refine is not None:
-                case = Case(*qkv, {})
-                blocks = visible_and_mandatory(qkv[0].shape[2], rule.block_size, self.device)
-                weights = rule.weigh(case), rule.refine(case)
-                _, shares = kept_coarse_to_fine(*weights, *blocks, densities=DENSITIES, band=BAND)
-                self.refined.setdefault(name, {})[text] = [round(share, 4) for share in shares]
 
     def predict(self, kind: str, part: int, length: int) -> None:
         """The model's predictions under each attention against its dense ones."""

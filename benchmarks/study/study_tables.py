@@ -1,4 +1,4 @@
-"""The accuracy study as tables: `python -m benchmarks.study.study_tables [RAW_DIR ...]` writes the README's.
+"""The accuracy study as tables: `python -m benchmarks.study.study_tables [RAW_DIR ...]` writes notebooks/README.md's.
 
 Folders that `benchmarks.study` wrote go into notebooks/study.json first: predictions of a length take the place of the
 file's at that length, errors (means over layers) that of the file's if they are of all its texts.
@@ -9,13 +9,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study.rules import BEST, FAST, RULES
-from benchmarks.tables import markdown_table, replace_between
-from rr_flex.evaluation.judging import Record
-from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at, value_at
-from rr_flex.evaluation.rules import multiplications
-from rr_flex.evaluation.summaries import (
+from benchmarks.study.every_rule import BEST, FAST, RULES
+from benchmarks.study.study_file import (
     StudyFile,
+    density_from,
     gain_over,
     group_of,
     kind_of,
@@ -23,11 +20,15 @@ from rr_flex.evaluation.summaries import (
     of_group,
     over_layers,
     read_records,
-    summarise,
 )
+from benchmarks.tables import markdown_table, replace_between
+from rr_flex.evaluation.judging import Record
+from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
+from rr_flex.evaluation.rules import multiplications
+from rr_flex.evaluation.summaries import summarise
 
 ROOT = Path(__file__).parents[2]
-STUDY, README = ROOT / "notebooks" / "study.json", ROOT / "README.md"
+STUDY, PAGE = ROOT / "notebooks" / "study.json", ROOT / "notebooks" / "README.md"
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 DENSITIES = (0.25, 0.3, 0.4, 0.5)
 SHOWN = {
@@ -59,7 +60,7 @@ NAMES = {
     "flatter": "all texts, flatter attention",
     "structured": "structured",
 }
-LENGTHS = (8192, 4096, 2048)  # whose predictions the README tells of, measured or not
+LENGTHS = (8192, 4096, 2048)  # whose predictions the page tells of, measured or not
 PREDICTED_AT = (0.3, 0.4, 0.5, 0.6)
 AGREEMENT, PERPLEXITY = 0.99, 1.005  # what the predictions should reach
 RUN = ("device", "torch", "transformers", "python", "commit", "date")  # of `about`: what made the figures
@@ -250,7 +251,7 @@ def section(study: StudyFile) -> str:
 
 
 def replace_section(text: str, new: str) -> str:
-    return replace_between(text, BEGIN, END, f"{new}\n", README)
+    return replace_between(text, BEGIN, END, f"{new}\n", PAGE)
 
 
 def main() -> None:
@@ -266,7 +267,7 @@ def main() -> None:
             print(f"{folder}: errors left out, without {sorted(judged_texts(study) - judged_texts(new))}")
         study = merged
     study.write(STUDY)
-    README.write_text(replace_section(README.read_text(encoding="utf-8"), section(study)), encoding="utf-8")
+    PAGE.write_text(replace_section(PAGE.read_text(encoding="utf-8"), section(study)), encoding="utf-8")
     print(section(study))
 
 

@@ -2,46 +2,25 @@
 
 For each head the squared output error falls as its density grows. The least total error at a total density lies where
 one more block lowers the error by the same amount everywhere: for a price λ of density each head takes the threshold
-with the least error + λ · density, and λ is moved until the target holds ("water-filling"). Layers count alike;
-weighing them by the KL divergence that a layer's sparsity alone causes was no better on SmolLM2.
+with the least error + λ · density, and λ is moved until the target holds ("water-filling"). Layers count alike.
 """
 
 import datetime
+import math
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rr_flex.calibration.measured_curves import THRESHOLDS, Curves, Progress, measure_curves
 from rr_flex.config import RRConfig
-from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
-from rr_flex.evaluation.language_model import compare_logits
-from rr_flex.evaluation.plain import plain_selection
-from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, compare_selections, hidden_states
-from rr_flex.mandatory import mandatory_blocks
+from rr_flex.evaluation.sparse_model import attend_densely, compare_selections, hidden_states
 from rr_flex.profiles import Profile, model_name
-from rr_flex.selection import select_threshold
 
-THRESHOLDS = tuple(2.0 ** -(1 + step / 2) for step in range(37))  # from 1/2 down to 2^-19, half an octave each
-TARGETS = ("density", "recall", "error", "kl")
-PROBE = 14  # of THRESHOLDS: 2^-8, where a layer's influence is measured
-
-WAITING_ELEMENTS = 1 << 25  # of queries of layers judged at once
-
-Report = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What each threshold gives, mean over texts."""
-
-    layers: list[int]
-    density: Float[Tensor, "layers Hq thresholds"]  # kept / visible blocks
-    error: Float[Tensor, "layers Hq thresholds"]  # squared, over the squared norm of the layer's whole output
-    recall: Float[Tensor, "layers Hq thresholds"]  # share of the true mass
+TARGETS = {"density": "in (0, 1]", "recall": "in (0, 1]", "error": "above 0", "kl": "above 0"}
 
 
 def calibrate(
@@ -54,14 +33,13 @@ def calibrate(
     target_kl: float | None = None,
     config: RRConfig | None = None,
     names: Sequence[str] = (),
-    weigh_layers: bool = False,
-    progress: Report = lambda stage, done=0, of=0: None,
+    progress: Progress = lambda stage, done=0, of=0: None,
 ) -> Profile:
     """A threshold for every layer and head that meets one target on `texts` (token ids) with the fewest blocks.
 
     Targets: mean density; mean recall of true mass; root mean squared relative output error of a layer; KL divergence
     from the dense model, nats a token. `config` (preset "best" unless given) is what the thresholds belong to. Each
-    text is prefilled once, with `weigh_layers` once more for every layer, and for a KL a few times more.
+    text is prefilled once, and for a KL a few times more.
     ValueError unless exactly one target is given and can be met.
     """
     given = {"density": target_density, "recall": target_recall, "error": target_error, "kl": target_kl}
@@ -69,28 +47,19 @@ def calibrate(
     if len(given) != 1:
         raise ValueError(f"target must be one of {', '.join(f'target_{name}' for name in TARGETS)}, got {given}")
     ((name, value),) = given.items()
+    if not 0 < value <= (1 if name in ("density", "recall") else math.inf):
+        raise ValueError(f"target_{name} must lie {TARGETS[name]}, got {value}")
     if not texts:
         raise ValueError("texts must hold at least one prompt, got none")
     config = config or RRConfig.from_preset("best")
     curves = measure_curves(model, texts, config, progress)
-    weights = layer_weights(model, texts, config, curves, progress) if weigh_layers else torch.ones(len(curves.layers))
-    if name == "kl":
-        chosen = _meet_kl(model, texts, config, curves, weights, value, progress)
-    else:
-        chosen = meet(curves, weights, name, value)
+    chosen = _meet_kl(model, texts, config, curves, value, progress) if name == "kl" else meet(curves, name, value)
     names = list(names) or [f"{ids.shape[1]} tokens" for ids in texts]
-    return _profile(model, curves, chosen, config, {name: value}, names)
+    return profile_of(model, curves, chosen, config, {name: value}, names)
 
 
-def profile_at(
-    model: PreTrainedModel, curves: Curves, config: RRConfig, density: float, names: Sequence[str]
-) -> Profile:
-    """`calibrate(target_density=density)` from curves that are measured already."""
-    chosen = meet(curves, torch.ones(len(curves.layers)), "density", density)
-    return _profile(model, curves, chosen, config, {"density": density}, names)
-
-
-def _profile(model, curves: Curves, chosen: Tensor, config: RRConfig, target: dict, names: Sequence[str]) -> Profile:
+def profile_of(model, curves: Curves, chosen: Tensor, config: RRConfig, target: dict, names: Sequence[str]) -> Profile:
+    """The chosen thresholds (indices into THRESHOLDS) with what they were found on."""
     return Profile(
         model=model_name(model),
         layers=_thresholds(curves, chosen),
@@ -103,75 +72,7 @@ def _profile(model, curves: Curves, chosen: Tensor, config: RRConfig, target: di
     )
 
 
-@torch.no_grad()
-def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRConfig, progress: Report) -> Curves:
-    """One dense prefill a text; every threshold of every head judged on its q, k and v."""
-    found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    waiting: list[tuple[int, float, Tensor, Tensor, Tensor]] = []  # layers judged together: fewer, larger operations
-    n_layers = model.config.get_text_config().num_hidden_layers
-
-    def judge() -> None:
-        if not waiting:
-            return
-        numbers, scales, *parts = zip(*waiting, strict=True)
-        waiting.clear()
-        q, k, v = (torch.cat(part) for part in parts)
-        judged = zip(*_measure_thresholds(q, k, v, config, scales[0], len(numbers)), strict=True)
-        for layer, measured in zip(numbers, judged, strict=True):
-            found.setdefault(layer, []).append(measured)
-        progress("measuring thresholds", numbers[-1] + 1, n_layers)
-
-    def attend(q, k, v, *, layer, scale, window):
-        if window is None:
-            if waiting and (q.shape, scale) != (waiting[0][2].shape, waiting[0][1]):
-                judge()
-            waiting.append((layer, scale, q, k, v))
-            if len(waiting) * q.numel() >= WAITING_ELEMENTS:
-                judge()
-        return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
-
-    for ids in texts:
-        hidden_states(model, ids, attend)
-        judge()
-    if not found:
-        raise ValueError("model must have a layer of full causal attention, got none")
-    layers = sorted(found)
-    mean = [torch.stack([torch.stack(each).mean(0) for each in zip(*found[layer], strict=True)]) for layer in layers]
-    return Curves(layers, *torch.stack(mean, 1))
-
-
-def _measure_thresholds(q: Tensor, k: Tensor, v: Tensor, config: RRConfig, scale: float, n: int) -> list[Tensor]:
-    """Density, squared error and recall [n, Hq, thresholds] of n layers, which are the outer part of the batch."""
-    selection = plain_selection(q, k, config=config, scale=scale)
-    visible = selection.visible
-    mandatory = mandatory_blocks(visible, config, Lq=q.shape[2], q_offset=0)
-    kept = [select_threshold(selection.mass, level, visible, mandatory) for level in THRESHOLDS]
-    errors = output_errors(q, k, v, [KeptBlocks(each, config.block_sizes) for each in kept], scale=scale)
-    density = torch.stack([each.sum((2, 3)) for each in kept]) / visible.sum((2, 3))
-    squared = errors.difference / errors.reference.sum(-1, keepdim=True)
-    return [x.unflatten(1, (n, -1)).mean(2).permute(1, 2, 0).cpu() for x in (density.double(), squared, errors.recall)]
-
-
-def layer_weights(
-    model: PreTrainedModel, texts: Sequence[Tensor], config: RRConfig, curves: Curves, progress: Report
-) -> Float[Tensor, " layers"]:
-    """KL divergence that a layer's sparsity alone causes over its squared error; mean over texts, a token in four."""
-    probe = config.with_settings({"budget": "threshold", "threshold": THRESHOLDS[PROBE]})
-    divergence = torch.zeros(len(curves.layers), dtype=torch.float64)
-    for ids in texts:
-        dense = hidden_states(model, ids, attend_densely)[::4]
-        for number, layer in enumerate(curves.layers):
-            compared = hidden_states(model, ids, SparseAttention({layer: probe}))[::4]
-            head = model.get_output_embeddings()
-            divergence[number] += compare_logits(dense, compared, ids[0, ::4], head=head).kl / len(texts)
-            progress("weighing layers", number + 1, len(curves.layers))
-    error = curves.error[:, :, PROBE].sum(1)
-    weights = (divergence / error.clamp(min=1e-12)).clamp(min=0)
-    # A divergence near nothing is rounding, of either sign: no layer is free.
-    return weights.clamp(min=0.01 * weights.mean().item()) if weights.any() else torch.ones_like(weights)
-
-
-def meet(curves: Curves, weights: Float[Tensor, " layers"], name: str, value: float) -> Int[Tensor, "layers Hq"]:
+def meet(curves: Curves, name: str, value: float) -> Int[Tensor, "layers Hq"]:
     """The threshold of each head, as an index into THRESHOLDS, with which the target holds at the highest price.
 
     Monotone in the target: a lower price keeps no head at fewer blocks.
@@ -183,31 +84,31 @@ def meet(curves: Curves, weights: Float[Tensor, " layers"], name: str, value: fl
     }[name]
     wants_less = name == "density"  # a density holds at high prices, a quality at low ones
     low, high = -60.0, 20.0  # natural logarithm of the price
-    extreme = at_price(curves, weights, high if wants_less else low)
+    extreme = at_price(curves, high if wants_less else low)
     if not holds(extreme):
         raise ValueError(f"target_{name} must be within reach, {_at(curves, extreme)[name]:.4g} at best, got {value}")
     for _ in range(50):
         middle = (low + high) / 2
-        raise_price = holds(at_price(curves, weights, middle)) != wants_less
+        raise_price = holds(at_price(curves, middle)) != wants_less
         low, high = (middle, high) if raise_price else (low, middle)
-    return at_price(curves, weights, high if wants_less else low)
+    return at_price(curves, high if wants_less else low)
 
 
-def at_price(curves: Curves, weights: Float[Tensor, " layers"], log_price: float) -> Int[Tensor, "layers Hq"]:
-    """Each head's threshold of least weighted error + price · density; of equal ones the denser."""
-    cost = curves.error * weights[:, None, None] + torch.tensor(log_price).double().exp() * curves.density
+def at_price(curves: Curves, log_price: float) -> Int[Tensor, "layers Hq"]:
+    """Each head's threshold of least error + price · density; of equal ones the denser."""
+    cost = curves.error + torch.tensor(log_price).double().exp() * curves.density
     return cost.shape[2] - 1 - cost.flip(2).argmin(2)
 
 
-def _meet_kl(model, texts, config, curves, weights, value, progress) -> Tensor:
+def _meet_kl(model, texts, config, curves, value, progress) -> Tensor:
     """The sparsest thresholds along the price whose KL on the texts is at most `value`, by bisection."""
     low, high = 0.0, 1.0  # density
     dense = [hidden_states(model, ids, attend_densely) for ids in texts]
-    floor = _at(curves, at_price(curves, weights, 20.0))["density"]
-    best = at_price(curves, weights, -60.0)
+    floor = _at(curves, at_price(curves, 20.0))["density"]
+    best = at_price(curves, -60.0)
     for step in range(7):
         middle = max((low + high) / 2, floor + 1e-9)
-        chosen = meet(curves, weights, "density", middle)
+        chosen = meet(curves, "density", middle)
         configs = {
             layer: config.with_settings({"budget": "threshold", "threshold": levels})
             for layer, levels in _thresholds(curves, chosen).items()
@@ -243,5 +144,7 @@ def _plain_settings(config: RRConfig) -> dict[str, object]:
     """The config's fields that differ from the defaults and are not the threshold's own."""
     default = RRConfig()
     names = [name for name in config.__dataclass_fields__ if name not in ("threshold", "budget", "tau")]
-    found = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    found = {
+        name: getattr(config, name) for name in names if getattr(config, name) not in (None, getattr(default, name))
+    }
     return {name: list(x) if isinstance(x, tuple) else x for name, x in found.items()}

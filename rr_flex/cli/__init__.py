@@ -4,10 +4,10 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.cli import calibrate, completion, demo, doctor, evaluate, report, tasks, tune
-from rr_flex.cli.arguments import INTERRUPTED
+from rr_flex.cli import calibrate, completion, demo, doctor, evaluate, page, plan, tasks, tune
+from rr_flex.cli.arguments import INTERRUPTED, Parser
 
-COMMANDS = (demo, evaluate, calibrate, tasks, report, tune, doctor, completion)
+COMMANDS = (demo, evaluate, calibrate, tasks, page, tune, plan, doctor, completion)
 
 EPILOG = """\
 start here:
@@ -19,26 +19,22 @@ exit codes: 0 done, 1 it ran and found something bad, 2 wrong usage, 130 interru
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
-        return arguments.run(arguments, parser)
+        return arguments.run(arguments)
     except KeyboardInterrupt:
         print("\nrr-flex: interrupted, no file was left half-written", file=sys.stderr)
         return INTERRUPTED
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rr-flex",
-        description="RRAttention block-sparse prefill on FlexAttention.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser() -> Parser:
+    about = {"description": "RRAttention block-sparse prefill on FlexAttention.", "epilog": EPILOG}
+    parser = Parser(prog="rr-flex", formatter_class=argparse.RawDescriptionHelpFormatter, **about)
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the installed version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         command.add_to(commands)
+    parser.set_defaults(parser=parser)
     return parser
 
 

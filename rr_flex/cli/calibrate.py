@@ -1,22 +1,20 @@
 """`rr-flex calibrate`. torch and transformers are imported only when it runs."""
 
 import argparse
-import contextlib
-import io
-import sys
-from pathlib import Path
 
 from rr_flex.cli.arguments import (
+    DONE,
     Progress,
     add_command,
-    add_device,
     add_model,
-    add_quiet,
-    check_writable,
-    device_and_dtype,
-    failed,
-    quiet,
+    add_texts,
+    new_file,
+    positive,
+    share,
+    told,
+    whole,
 )
+from rr_flex.cli.settings import PRESETS
 
 EXAMPLES = """
 examples:
@@ -30,70 +28,47 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         commands,
         "calibrate",
         run,
+        EXAMPLES,
         help="find a threshold for every layer and head, and save them as a profile",
         description="Measures a model on texts and writes a profile: a threshold for every layer and head.",
-        examples=EXAMPLES,
     )
-    calibrate.add_argument("profile", type=Path, help="JSON file to write")
+    calibrate.add_argument("profile", type=new_file, metavar="FILE", help="JSON file to write")
     add_model(calibrate)
-    calibrate.add_argument(
-        "--text",
-        nargs="+",
-        metavar="FILE|KIND:PART",
-        default=["prose:0", "code:0"],
-        help="UTF-8 files, or parts of the standard library's prose, code, chat, table, key-value [%(default)s]",
-    )
-    calibrate.add_argument("--length", type=int, default=2048, metavar="TOKENS", help="of each text [%(default)s]")
+    add_texts(calibrate, ("prose:0", "code:0"))
+    calibrate.add_argument("--length", type=whole(2), default=2048, metavar="TOKENS", help="of each text [%(default)s]")
     target = calibrate.add_mutually_exclusive_group(required=True)
-    target.add_argument("--target-density", type=float, metavar="SHARE", help="kept / visible blocks, in (0, 1]")
-    target.add_argument("--target-recall", type=float, metavar="SHARE", help="of the true attention mass, in (0, 1)")
-    target.add_argument("--target-error", type=float, metavar="ERROR", help="relative output error of a layer")
-    target.add_argument("--target-kl", type=float, metavar="NATS", help="divergence from the dense model a token")
-    calibrate.add_argument("--preset", default="best", choices=("rr", "best", "fast"), help="[%(default)s]")
-    calibrate.add_argument("--weigh-layers", action="store_true", help="by what each does to the predictions: slow")
-    add_device(calibrate)
-    add_quiet(calibrate)
+    target.add_argument("--target-density", type=share, metavar="SHARE", help="kept / visible blocks, in (0, 1]")
+    target.add_argument("--target-recall", type=share, metavar="SHARE", help="of the true attention mass, in (0, 1]")
+    target.add_argument("--target-error", type=positive, metavar="ERROR", help="relative output error of a layer")
+    target.add_argument("--target-kl", type=positive, metavar="NATS", help="divergence from the dense model a token")
+    calibrate.add_argument("--preset", default="best", choices=PRESETS, help="[%(default)s]")
+    calibrate.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
-def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    progress = quiet if arguments.quiet else Progress()
-    try:
-        check_writable("profile", arguments.profile)
-        progress("importing torch and transformers")
-        with contextlib.redirect_stderr(io.StringIO()) if arguments.quiet else contextlib.nullcontext():
-            profile = find(arguments, progress)
-    except (ValueError, OSError, ModuleNotFoundError, NotImplementedError) as error:
-        return failed(parser, error)
+def run(arguments: argparse.Namespace) -> int:
+    progress = Progress(arguments.quiet)
+    progress("importing torch and transformers")
+    with told():
+        from rr_flex.calibration.thresholds import calibrate
+        from rr_flex.cli.inputs import load, read_text
+        from rr_flex.config import RRConfig
+
+        texts = {source: read_text(source) for source in arguments.text}
+        prompts = load(arguments, texts, lambda config: None, progress)
+        targets = {name: getattr(arguments, name) for name in vars(arguments) if name.startswith("target_")}
+        profile = calibrate(
+            prompts.model,
+            list(prompts.ids.values()),
+            **targets,
+            config=RRConfig.from_preset(arguments.preset),
+            names=[f"{source}, {arguments.length} tokens" for source in texts],
+            progress=progress,
+        )
     profile.save(arguments.profile)
-    progress("done")
-    print(file=sys.stderr)
+    progress.done()
     measured = ", ".join(f"{name} {value:.4f}" for name, value in profile.measured.items())
     print(f"{arguments.profile}: {len(profile.layers)} layers; on the calibration texts {measured}")
-    return 0
-
-
-def find(arguments: argparse.Namespace, progress):
-    from rr_flex.calibration.thresholds import calibrate
-    from rr_flex.config import RRConfig
-    from rr_flex.evaluation.texts import KINDS, sample_text
-    from rr_flex.models.loading import load_causal_lm, tokenize
-
-    texts = {}
-    for source in arguments.text:
-        kind, _, part = source.partition(":")
-        texts[source] = sample_text(kind, int(part or 0)) if kind in KINDS else Path(source).read_text(encoding="utf-8")
-    progress("loading the model")
-    where = device_and_dtype(arguments.device, arguments.dtype)
-    model, tokenizer = load_causal_lm(arguments.model, **where)
-    ids = [tokenize(tokenizer, text, arguments.length).to(where["device"]) for text in texts.values()]
-    names = [f"{source}, {arguments.length} tokens" for source in texts]
-    targets = {name: getattr(arguments, name) for name in vars(arguments) if name.startswith("target_")}
-    return calibrate(
-        model,
-        ids,
-        **targets,
-        config=RRConfig.from_preset(arguments.preset),
-        names=names,
-        weigh_layers=arguments.weigh_layers,
-        progress=progress,
-    )
+    (name, value) = next(iter(profile.target.items()))
+    if name == "density" and profile.measured["density"] < value - 0.02:
+        print("the density reached is lower than asked for: no threshold of the grid lies between")
+    return DONE

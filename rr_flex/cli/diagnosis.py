@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from rr_flex.attention import rr_attention
-from rr_flex.kernels.choose import why_not_flash
+from rr_flex.kernels.flash import check_flash
 from rr_flex.kernels.options import TUNED
 
 State = Literal["ok", "missing", "optional"]  # missing: without it rr_attention does not run here
@@ -39,7 +39,7 @@ OPTIONAL = {
     "torchao": ("quantised models", "pip install 'rr-flex[quant]'"),
     "torchvision": ("video, through a model's processor", "pip install 'rr-flex[video]'"),
     "lm_eval": ("RULER, in rr-flex tasks", "pip install 'rr-flex[tasks]'"),
-    "jupytext": ("notebooks", "pip install 'rr-flex[notebooks]'"),
+    "jupyterlab": ("notebooks", "pip install 'rr-flex[notebooks]'"),
 }
 
 
@@ -103,10 +103,16 @@ def gpu_backends() -> Iterator[Finding]:
     yield Finding(name="Triton", state="ok" if triton else "missing", found=triton or "none", remedy=remedy)
     yield flash_backend()
     card = torch.cuda.get_device_properties(0)
-    head_dims = sorted(TUNED.get(f"{card.major}.{card.minor}", {}), key=int)
+    # An entry of the estimate alone is the width of its features (order 2 has 2 · D), not a head dim.
+    entries = TUNED.get(f"{card.major}.{card.minor}", {})
+    head_dims = sorted((width for width, dtypes in entries.items() if is_head_dim(dtypes)), key=int)
     remedy = None if head_dims else "rr-flex tune   (in a clone of the repository, about half an hour)"
     found = f"head dims {', '.join(head_dims)}" if head_dims else "none for this card: the compiler's own defaults"
     yield Finding(name="tuned options", state="ok" if head_dims else "optional", found=found, remedy=remedy)
+
+
+def is_head_dim(dtypes: dict[str, dict]) -> bool:
+    return any("attention" in entry for entry in dtypes.values())
 
 
 def flash_backend() -> Finding:
@@ -115,8 +121,7 @@ def flash_backend() -> Finding:
     version = version_of("flash-attn-4")
     if version is None:
         return Finding(name="FLASH backend", state="optional", found="none; Triton serves", remedy=install)
-    q = torch.empty(1, 1, 128, 128, device="cuda", dtype=torch.bfloat16)
-    refused = why_not_flash(q, q, (128, 128), for_backward=False)
+    refused = check_flash(torch.device("cuda", torch.cuda.current_device()), 128, 128, torch.bfloat16).refused
     if refused:
         return Finding(name="FLASH backend", state="optional", found=f"{version}, not used: {refused}; Triton serves")
     return Finding(name="FLASH backend", state="ok", found=f"flash-attn-4 {version}, self-check passed")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rr_flex.cli.arguments import add_command, failed
+from rr_flex.cli.arguments import add_command, told
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,9 +23,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         commands,
         "tune",
         run,
+        EXAMPLES,
         help="find kernel options and the break-even for this GPU (in a clone of the repository)",
         description="Finds kernel options and the break-even with dense attention for this GPU.",
-        examples=EXAMPLES,
         # Options are the other program's: here they are words like any other.
         add_help=False,
         prefix_chars="+",
@@ -33,9 +33,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     tune.add_argument("options", nargs="*", help=argparse.SUPPRESS)
 
 
-def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if not (ROOT / "benchmarks" / "__main__.py").is_file():
-        reason = f"tune must run in a clone of the repository, which has benchmarks/ beside rr_flex/, got {ROOT}"
-        return failed(parser, FileNotFoundError(f"{reason}; install the clone with: pip install -e ."))
+def run(arguments: argparse.Namespace) -> int:
+    with told():
+        if not (ROOT / "benchmarks" / "__main__.py").is_file():
+            raise FileNotFoundError(
+                f"tune must run in a clone of the repository, which has benchmarks/ beside rr_flex/, got {ROOT}; "
+                "install the clone with: pip install -e ."
+            )
     command = [sys.executable, "-m", "benchmarks", "tune", *arguments.options]
     return subprocess.run(command, cwd=ROOT, check=False).returncode

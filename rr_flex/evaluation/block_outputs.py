@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rr_flex.geometry import ceil_div
-from rr_flex.sampling import moments
 
-HIGHEST = 60.0  # nats by which a pooled key's logit may exceed the row's highest
 TOKENS = 64  # of a strip and of its key blocks: what every block size is a multiple of
 
 
@@ -77,28 +75,6 @@ def strips(
         yield parts.unflatten(3, (Hq // Hkv, stop - start)).movedim(3, 2).flatten(1, 2)  # B Hq nJ rows Dv+1
 
 
-def pooled_strips(q: Tensor, k: Tensor, v: Tensor, order: int, scale: float | None = None):
-    """`strips` of the keys' and values' means over each 64 tokens, in the same scale and with the same weights."""
-    Hq, L, D = q.shape[1:]
-    Hkv = k.shape[1]
-    scale = D**-0.5 if scale is None else scale
-    mean, variance = moments(k, TOKENS)
-    value = moments(torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)], 3), TOKENS)[0] * TOKENS
-    group = Hq // Hkv
-    mean, variance, value, keys = (x.repeat_interleave(group, 1) for x in (mean, variance, value, k.float()))
-    above = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=q.device).triu(1)
-    for row, start in enumerate(range(0, L, TOKENS)):
-        strip = q[:, :, start : start + TOKENS].float() * scale  # B Hq rows D
-        scores = strip @ keys[:, :, : start + TOKENS].mT
-        scores[..., start:].masked_fill_(above[: strip.shape[2], : scores.shape[3] - start], -torch.inf)
-        pooled = strip @ mean[:, :, : row + 1].mT
-        if order == 2:
-            pooled = pooled + 0.5 * strip.square() @ variance[:, :, : row + 1].mT
-        # Half a variance may lie far above every true logit: what float32 can't hold would be NaN.
-        weight = (pooled - scores.amax(-1, keepdim=True)).clamp(max=HIGHEST).exp().mT[..., None]  # B Hq nJ rows 1
-        yield weight * value[:, :, : row + 1, None]
-
-
 def output_errors(
     q: Float[Tensor, "B Hq L D"],
     k: Float[Tensor, "B Hkv L D"],
@@ -106,19 +82,15 @@ def output_errors(
     selections: Sequence[KeptBlocks],
     *,
     scale: float | None = None,
-    correction: int | None = None,
 ) -> OutputErrors:
     """Squared output errors of many selections against dense causal attention, float32 sums in float64.
 
-    `correction`: pruned blocks come back as one pooled key and value for each 64 tokens, weight 64; 1: the mean key,
-    2: with half the variance of its logits. Blocks that the diagonal crosses must be kept then.
     A row that keeps nothing gives 0, as in the kernel. Costs one dense attention, and 1/64 of it a selection.
     """
     B, Hq, L = q.shape[:3]
     recall = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     difference = torch.zeros(len(selections), B, Hq, dtype=torch.float64, device=q.device)
     reference = torch.zeros(B, Hq, dtype=torch.float64, device=q.device)
-    pooled = None if correction is None else pooled_strips(q, k, v, correction, scale)
     by_size: dict[tuple[int, int], list[int]] = {}
     for number, selection in enumerate(selections):
         by_size.setdefault(selection.block_size, []).append(number)
@@ -133,8 +105,6 @@ def output_errors(
         dense = total[..., :-1] / total[..., -1:]  # B Hq rows Dv
         sums = (kept.float() @ parts.flatten(3)).unflatten(3, parts.shape[3:])  # B Hq n rows Dv+1
         recall += (sums[..., -1] / total[:, :, None, :, -1]).sum(3, dtype=torch.float64).movedim(2, 0) / L
-        if pooled is not None:
-            sums = sums + ((~kept).float() @ next(pooled).flatten(3)).unflatten(3, parts.shape[3:])
         out = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
         difference += (out - dense[:, :, None]).square().sum((3, 4), dtype=torch.float64).movedim(2, 0)
         reference += dense.square().sum((2, 3), dtype=torch.float64)
@@ -146,41 +116,3 @@ def _kept_in_strip(
 ) -> Bool[Tensor, "B Hq n nJ"]:
     q_block, k_block = block_size
     return kept[:, :, :, row * TOKENS // q_block].repeat_interleave(k_block // TOKENS, -1)[..., :nJ]
-
-
-class TrueBlocks(NamedTuple):
-    """Oracles, exact for every query of a block."""
-
-    mass: Float[Tensor, "B Hq nQ nK"]  # Σ probabilities
-    mass_squared: Float[Tensor, "B Hq nQ nK"]  # Σ over queries of (a query's probability of the block)²
-    displacement: Float[Tensor, "B Hq nQ nK"]  # Σ over queries of ‖Σ_j p_j (v_j − out)‖²
-
-
-def true_blocks(
-    q: Float[Tensor, "B Hq L D"],
-    k: Float[Tensor, "B Hkv L D"],
-    v: Float[Tensor, "B Hkv L Dv"],
-    block_sizes: Sequence[tuple[int, int]],
-    *,
-    scale: float | None = None,
-) -> dict[tuple[int, int], TrueBlocks]:
-    """Every block's true weight in the output, at several block sizes in one pass over causal attention."""
-    B, Hq, L = q.shape[:3]
-    found = {
-        size: TrueBlocks(*(q.new_zeros(B, Hq, ceil_div(L, size[0]), ceil_div(L, size[1])).float() for _ in range(3)))
-        for size in block_sizes
-    }
-    for row, parts in enumerate(strips(q, k, v, scale)):
-        total = parts.sum(2, keepdim=True)
-        share = parts / total[..., -1:]  # B Hq nJ rows Dv+1: a block's part of the output, and of the mass
-        out = total[..., :-1] / total[..., -1:]
-        for (q_block, k_block), blocks in found.items():
-            step = k_block // TOKENS
-            joined = F.pad(share, (0, 0, 0, 0, 0, -share.shape[2] % step)).unflatten(2, (-1, step)).sum(3)
-            probability = joined[..., -1]  # B Hq nK' rows
-            moved = joined[..., :-1] - probability[..., None] * out
-            place = (..., row * TOKENS // q_block, slice(0, joined.shape[2]))
-            blocks.mass[place] += probability.sum(-1)
-            blocks.mass_squared[place] += probability.square().sum(-1)
-            blocks.displacement[place] += moved.square().sum((-1, -2))
-    return found

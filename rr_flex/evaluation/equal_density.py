@@ -28,46 +28,10 @@ def kept_at_densities(
     head at the density. `raw`: one threshold on the weight itself.
     """
     visible, mandatory = visible.expand_as(weight), mandatory.expand_as(weight)
-    value = _value(weight, visible, mandatory, spending)
-    cuts = _cuts(value, visible, mandatory, densities, 2 if spending == "per_head" else 0 if together else 1)
+    value = value_of(weight, visible, mandatory, spending)
+    cuts = cuts_at(value, visible, mandatory, densities, 2 if spending == "per_head" else 0 if together else 1)
     free = visible & ~mandatory
     return [mandatory | (free & (value >= cut)) for cut in cuts]
-
-
-def kept_at_density(
-    weight: Tensor, visible: Tensor, mandatory: Tensor, *, density: float, spending: Spending
-) -> Bool[Tensor, "B H nQ nK"]:
-    """`kept_at_densities` at one density."""
-    return kept_at_densities(weight, visible, mandatory, densities=[density], spending=spending)[0]
-
-
-def kept_coarse_to_fine(
-    coarse: Float[Tensor, "B H nQ nK"],
-    fine: Float[Tensor, "B H nQ nK"],
-    visible: Bool[Tensor, "#B #H nQ nK"],
-    mandatory: Bool[Tensor, "#B #H nQ nK"],
-    *,
-    densities: Sequence[float],
-    band: float,
-    together: bool = False,
-) -> tuple[list[Bool[Tensor, "B H nQ nK"]], list[float]]:
-    """One threshold, with a coarse estimate where it is clear and a fine one near the coarse one's threshold t.
-
-    A block whose coarse share of its row is at least t · band is kept, one of at most t / band is not, and of those
-    between, as many as the density leaves, by their fine share. Beside each selection: the share of visible blocks that
-    lie between.
-    """
-    visible, mandatory = visible.expand_as(coarse), mandatory.expand_as(coarse)
-    free = visible & ~mandatory
-    coarse, fine = (_value(each, visible, mandatory, "threshold") for each in (coarse, fine))
-    found, refined = [], []
-    axes = 0 if together else 1
-    for density, cut in zip(densities, _cuts(coarse, visible, mandatory, densities, axes), strict=True):
-        near = free & (coarse > cut / band) & (coarse < cut * band)
-        value = torch.where(near, fine, torch.where(coarse < cut, -1.0, 2.0))  # shares lie in [0, 1]
-        found.append(mandatory | (free & (value >= _cuts(value, visible, mandatory, [density], axes)[0])))
-        refined.append((near.sum() / visible.sum()).item())
-    return found, refined
 
 
 def visible_and_mandatory(L: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -79,7 +43,7 @@ def visible_and_mandatory(L: int, size: tuple[int, int], device: torch.device) -
     return visible[None, None], (visible & mandatory)[None, None]
 
 
-def _value(weight: Tensor, visible: Tensor, mandatory: Tensor, spending: Spending) -> Float[Tensor, "B H nQ nK"]:
+def value_of(weight: Tensor, visible: Tensor, mandatory: Tensor, spending: Spending) -> Float[Tensor, "B H nQ nK"]:
     """What a block is taken by, largest first."""
     if spending == "raw":
         return weight
@@ -93,7 +57,7 @@ def _value(weight: Tensor, visible: Tensor, mandatory: Tensor, spending: Spendin
     return torch.empty_like(before).scatter_(-1, order, -before)
 
 
-def _cuts(
+def cuts_at(
     value: Tensor, visible: Tensor, mandatory: Tensor, densities: Sequence[float], axes: int
 ) -> list[Float[Tensor, "#B #H 1 1"]]:
     """The least value to keep for each density; infinite where mandatory blocks are enough. The first `axes` axes have

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rr_flex.evaluation.block_outputs import TOKENS, KeptBlocks, output_errors, true_blocks
-from rr_flex.evaluation.equal_density import kept_at_densities, kept_coarse_to_fine, visible_and_mandatory
+from rr_flex.evaluation.block_outputs import TOKENS, KeptBlocks, output_errors
+from rr_flex.evaluation.equal_density import kept_at_densities, visible_and_mandatory
 from rr_flex.evaluation.measures import density as density_of
-from rr_flex.evaluation.rules import BAND, Case, Rule
+from rr_flex.evaluation.rules import Case, Rule
 
 DENSITIES = (0.2, 0.25, 0.3, 0.4, 0.5)
 GROUP_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 30}  # of one tensor; few small operations keep a GPU waiting
@@ -39,36 +39,31 @@ def judge_text(
     scopes: Sequence[str] = SCOPES,
     judged: Sequence[int] | None = None,
 ) -> list[Record]:
-    """All rules on all layers (q, k, v) of one text, or on those in `judged`; batch 1, L a multiple of 128.
-
-    A rule that looks at the layer before finds it among `layers`.
-    """
+    """All rules on all layers (q, k, v) of one text, or on those in `judged`; batch 1, L a multiple of 128."""
     judged = list(layers) if judged is None else list(judged)
     Hq, L, D = layers[judged[0]][0].shape[1:]
     device = layers[judged[0]][0].device
     sizes = sorted({rule.block_size for rule in rules.values()})
     blocks = {size: visible_and_mandatory(L, size, device) for size in sizes}
-    cases = [_case(layers, group, sizes) for group in _groups(judged, Hq * L * L // 8, device)]
+    cases = [Case(*_stack(layers, group), group) for group in _groups(judged, Hq * L * L // 8, device)]
     chosen: list[KeptBlocks] = []  # of all judged layers at once
     labels = []
     for name, rule in rules.items():
         visible, mandatory = blocks[rule.block_size]
-        weight = torch.cat([rule.weigh(case) for case in cases])
-        fine = torch.cat([rule.refine(case) for case in cases]) if rule.refine else None
+        weight = None if rule.keep else torch.cat([rule.weigh(case) for case in cases])
         for scope in scopes:
             facts = {"densities": densities, "together": scope == "model"}
-            if fine is None:
-                found = kept_at_densities(weight, visible, mandatory, spending=rule.spending, **facts)
+            if rule.keep:
+                found = rule.keep(cases, visible, mandatory, **facts)
             else:
-                found = kept_coarse_to_fine(weight, fine, visible, mandatory, band=BAND, **facts)[0]
+                found = kept_at_densities(weight, visible, mandatory, spending=rule.spending, **facts)
             chosen += [KeptBlocks(kept, rule.block_size) for kept in found]
             labels += [(name, scope, density) for density in densities]
-    corrections = [rules[name].correction for name, _, _ in labels]
     measured = torch.zeros(len(judged), len(chosen), 4, dtype=torch.float64, device="cpu")
     for group in _groups(range(len(judged)), Hq * len(chosen) * TOKENS * (D + 1), device):
         own = [KeptBlocks(each.kept[group[0] : group[-1] + 1], each.block_size) for each in chosen]
         qkv = _stack(layers, [judged[number] for number in group])
-        measured[group] = _measure(qkv, own, corrections, blocks).cpu()
+        measured[group] = _measure(qkv, own, blocks).cpu()
     return [
         Record(*label, text, layer, *(round(x, 6) for x in row))
         for layer, rows in zip(judged, measured.tolist(), strict=True)
@@ -86,25 +81,13 @@ def _stack(layers: dict[int, tuple[Tensor, ...]], group: Sequence[int]) -> tuple
     return tuple(torch.cat([layers[layer][part].float() for layer in group]) for part in range(3))
 
 
-def _case(layers: dict[int, tuple[Tensor, ...]], group: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Case:
-    q, k, v = _stack(layers, group)
-    previous = [layer - 1 for layer in group]
-    before = _stack(layers, previous)[:2] if set(previous) <= set(layers) else None
-    return Case(q, k, v, true_blocks(q, k, v, sizes), group, before)
-
-
 def _measure(
     qkv: tuple[Tensor, Tensor, Tensor],
     chosen: Sequence[KeptBlocks],
-    corrections: Sequence[int | None],
     blocks: dict[tuple[int, int], tuple[Tensor, Tensor]],
 ) -> Float[Tensor, "layers n 4"]:
     """Density, error, layer error and recall of each selection in each layer."""
-    found = qkv[0].new_zeros(qkv[0].shape[0], len(chosen), 4, dtype=torch.float64)
-    for correction in dict.fromkeys(corrections):
-        own = [number for number, each in enumerate(corrections) if each == correction]
-        errors = output_errors(*qkv, [chosen[number] for number in own], correction=correction)
-        density = [density_of(chosen[number].kept, blocks[chosen[number].block_size][0]).mean(1) for number in own]
-        measured = torch.stack(density), errors.per_head.mean(2), errors.per_layer, errors.recall.mean(2)
-        found[:, torch.tensor(own, device=found.device)] = torch.stack([x.double().T for x in measured], 2)
-    return found
+    errors = output_errors(*qkv, chosen)
+    density = torch.stack([density_of(each.kept, blocks[each.block_size][0]).mean(1) for each in chosen])
+    measured = density, errors.per_head.mean(2), errors.per_layer, errors.recall.mean(2)
+    return torch.stack([x.double().T for x in measured], 2)

@@ -59,20 +59,3 @@ def value_at(points: Sequence[tuple[float, float]], density: float) -> float | N
         return None
     below, above, share = found
     return below + (above - below) * share
-
-
-def density_from(points: Sequence[tuple[float, float]], least: float) -> float | None:
-    """The density from which on the measure stays at or above `least`, linear between neighbours.
-
-    None if never, and if it gets there between two levels more than WIDEST_GAP apart.
-    """
-    found = None
-    for (low, below), (high, above) in reversed(list(itertools.pairwise(points))):
-        if above < least:
-            return found
-        if below < least:
-            if above == least:
-                return high
-            return low + (high - low) * (least - below) / (above - below) if high - low <= WIDEST_GAP else None
-        found = low
-    return found

@@ -42,10 +42,13 @@ class LayerMaps:
     estimated_mass: Float[Tensor, "Hq nQ nK"]
     kept: Bool[Tensor, "Hq nQ nK"]
     visible: Bool[Tensor, "Hq nQ nK"]
+    row_error: Float[Tensor, "Hq nQ"]  # ‖out - dense‖ / ‖dense‖ of each block row
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillReport:
+class PrefillComparison:
+    """What one prompt says of a selection."""
+
     layers: dict[int, LayerMeasures]  # by layer; a layer without softmax attention has none
     maps: dict[int, LayerMaps]  # by layer, for the layers that were asked for
     language_model: LanguageModelComparison
@@ -88,7 +91,7 @@ def compare_prefill(
     *,
     map_layers: tuple[int, ...] = (),
     progress: Callable[..., None] = lambda stage, done=0, of=0: None,
-) -> PrefillReport:
+) -> PrefillComparison:
     """Runs `ids` dense, measuring what RR would change in each layer, then with RR in every layer.
 
     Models whose attention is causal, optionally with a sliding window; batch 1, no padding. Without a `min_length`
@@ -118,7 +121,7 @@ def compare_prefill(
         true_mass = true_block_mass(q, k, block_size=config.block_sizes, mask_mod=mask_mod, scale=scale)
         layers[layer] = measure(selection, true_mass, sparse, dense)
         if layer in map_layers:
-            maps[layer] = keep_maps(selection, true_mass)
+            maps[layer] = keep_maps(selection, true_mass, row_errors(sparse, dense, config.block_sizes[0]))
         progress("dense prefill and measures", layer + 1, n_layers)
         return dense
 
@@ -135,7 +138,7 @@ def compare_prefill(
     progress("compiling rr_attention")
     with attention_by(model, sparse):
         compared = model(ids, use_cache=False).logits[0]
-    return PrefillReport(
+    return PrefillComparison(
         layers=layers,
         maps=maps,
         language_model=compare_logits(reference, compared, ids[0]),
@@ -166,12 +169,19 @@ def measure(selection: Selection, true_mass: Tensor, sparse: Tensor, dense: Tens
     )
 
 
-def keep_maps(selection: Selection, true_mass: Tensor) -> LayerMaps:
+def row_errors(out: Tensor, dense: Tensor, q_block: int) -> Float[Tensor, "B Hq nQ"]:
+    """`output_error` of each block row by itself."""
+    pairs = zip(out.split(q_block, 2), dense.split(q_block, 2), strict=True)
+    return torch.stack([output_error(*pair) for pair in pairs], 2)
+
+
+def keep_maps(selection: Selection, true_mass: Tensor, row_error: Tensor) -> LayerMaps:
     return LayerMaps(
         true_mass=true_mass[0].cpu(),
         estimated_mass=selection.mass[0].cpu(),
         kept=selection.kept[0].cpu(),
         visible=selection.visible.expand_as(selection.kept)[0].cpu(),
+        row_error=row_error[0].cpu(),
     )
 
 

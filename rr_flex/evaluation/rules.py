@@ -7,12 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rr_flex.config import RRConfig
-from rr_flex.evaluation.block_outputs import TrueBlocks
 from rr_flex.evaluation.equal_density import Spending
 from rr_flex.evaluation.plain import plain_selection
+from rr_flex.evaluation.true_mass import true_block_mass
 
 Weigh = Callable[["Case"], Float[Tensor, "B Hq nQ nK"]]
-BAND = 4.0  # about a threshold: from a quarter of it to four times it
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,7 @@ class Case:
     q: Float[Tensor, "B Hq L D"]
     k: Float[Tensor, "B Hkv L D"]
     v: Float[Tensor, "B Hkv L D"]
-    true: dict[tuple[int, int], TrueBlocks]  # by block size
     layers: Sequence[int] = (0,)
-    before: tuple[Tensor, Tensor] | None = None  # q and k of the layer before each
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,8 @@ class Rule:
     spending: Spending
     cost: float | None = None  # of the estimate, in units of published RR's: see `cost_of`; None: not a candidate
     config: RRConfig | None = None  # the settings, where the rule is the library's own
-    refine: Weigh | None = None  # the finer estimate, for blocks whose share is within BAND of the threshold
-    correction: int | None = None  # pruned blocks come back as pooled keys and values, as in `output_errors`
-    needs_before: bool = False  # looks at the layer before
+    # (cases, visible, mandatory, densities, together) -> what is kept at each density; None: the largest weights
+    keep: Callable[..., list[Tensor]] | None = None
 
 
 def configured(**settings) -> Rule:
@@ -69,7 +65,7 @@ def multiplications(config: RRConfig) -> float:
 
 def true_mass(size: tuple[int, int], spending: Spending = "threshold") -> Rule:
     """Oracle: the exact mass of every query and key."""
-    return Rule(lambda case: case.true[size].mass, size, spending)
+    return Rule(lambda case: true_block_mass(case.q, case.k, block_size=size), size, spending)
 
 
 PUBLISHED, WIDE = (128, 128), (128, 64)

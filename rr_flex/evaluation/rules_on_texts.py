@@ -19,11 +19,23 @@ TRIED = {  # of the language model's curves, by budget
     "top_tau": (0.7, 0.8, 0.9, 0.95, 0.98),
     "threshold": (0.032, 0.016, 0.008, 0.004, 0.002),
 }
-QUANTIZATIONS = ("int8-dynamic", "int8-weight-only", "fp8-weight-only")
+QUANTIZATIONS = {  # torchao's
+    "int8-dynamic": "Int8DynamicActivationInt8WeightConfig",
+    "int8-weight-only": "Int8WeightOnlyConfig",
+    "fp8-weight-only": "Float8WeightOnlyConfig",
+}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluation:
+    """What is compared, and what was found so far: after an error too."""
+
+    rules: dict[str, Rule]
+    layers: Sequence[int]  # of full causal attention
+    densities: Sequence[float]
+    predict: bool = True  # run the whole model at each of TRIED
+    # One of QUANTIZATIONS, applied to the linear layers after the reference run: its error stands beside sparsity's.
+    quantization: str | None = None
     records: list[Record] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
 
@@ -33,78 +45,58 @@ class Evaluation:
             "predictions": [asdict(each) for each in self.predictions],
         }
 
+    @torch.no_grad()
+    def run(
+        self,
+        model: PreTrainedModel,
+        texts: dict[str, Int[Tensor, "1 L"]],
+        progress: Callable[..., None] = lambda stage, done=0, of=0: None,
+    ) -> None:
+        """Output errors in `layers` at `densities`, then the model's predictions. L must be a multiple of 128."""
+        references = {}
+        for number, (name, ids) in enumerate(texts.items()):
+            progress(f"dense prefill of {name}, text", number + 1, len(texts))
+            kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+            references[name] = hidden_states(model, ids, keeping(kept, self.layers))
+            missing = sorted(set(self.layers) - set(kept))
+            if missing:
+                raise ValueError(f"layers must have full causal attention, got {missing}")
+            progress(f"{len(self.rules)} rules on {name}, text", number + 1, len(texts))
+            self.records += judge_text(name, kept, self.rules, self.densities, judged=self.layers)
+        if not self.predict:
+            return
+        if self.quantization is not None:
+            progress(f"quantizing to {self.quantization}")
+            quantize(model, self.quantization)
+        for name, ids in texts.items():
+            runs = self._runs()
+            for number, (rule, level, config) in enumerate(runs):
+                progress(f"the model on {name}, run", number + 1, len(runs))
+                attention = attend_densely if config is None else SparseAttention(config)
+                compared = hidden_states(model, ids, attention)
+                head = model.get_output_embeddings()
+                result = compare_logits(references[name], compared, ids[0], head=head)
+                density = 1.0 if config is None else attention.density
+                ratio = result.perplexity_compared / result.perplexity
+                self.predictions.append(Prediction(rule, name, level, density, result.kl, result.agreement, ratio))
 
-@torch.no_grad()
-def evaluate(
-    model: PreTrainedModel,
-    texts: dict[str, Int[Tensor, "1 L"]],
-    rules: dict[str, Rule],
-    *,
-    layers: Sequence[int],
-    densities: Sequence[float],
-    predict: bool = True,
-    quantization: str | None = None,
-    progress: Callable[..., None] = lambda stage, done=0, of=0: None,
-) -> Evaluation:
-    """Output errors of `rules` in `layers` at `densities`, and with `predict` runs of the whole model.
-
-    L a multiple of 128, layers of full causal attention. `quantization` (one of QUANTIZATIONS, torchao's) is applied to
-    the linear layers after the reference run, so that the error of sparsity stands beside it.
-    """
-    found = Evaluation()
-    references = {}
-    before = {layer - 1 for layer in layers if layer and any(rule.needs_before for rule in rules.values())}
-    for number, (name, ids) in enumerate(texts.items()):
-        progress(f"dense prefill of {name}", number, len(texts))
-        kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        references[name] = hidden_states(model, ids, keeping(kept, before.union(layers)))
-        missing = sorted(set(layers) - set(kept))
-        if missing:
-            raise ValueError(f"layers must have full causal attention, got {missing}")
-        progress(f"{len(rules)} rules on {name}", number, len(texts))
-        found.records += judge_text(name, kept, rules, densities, judged=layers)
-    if not predict:
-        return found
-    head = model.get_output_embeddings()
-    if quantization is not None:
-        progress(f"quantizing to {quantization}")
-        quantize(model, quantization)
-    runs = [("dense", None, None)] if quantization else []
-    runs += [
-        (name, level, rule.config.with_settings(_budget(rule.config, level)))
-        for name, rule in rules.items()
-        if rule.config is not None
-        for level in TRIED[rule.config.budget]
-    ]
-    for name, ids in texts.items():
-        for number, (rule, level, config) in enumerate(runs):
-            progress(f"the model on {name}", number + 1, len(runs))
-            attention = attend_densely if config is None else SparseAttention(config)
-            compared = hidden_states(model, ids, attention)
-            result = compare_logits(references[name], compared, ids[0], head=head)
-            density = 1.0 if config is None else attention.density
-            ratio = result.perplexity_compared / result.perplexity
-            found.predictions.append(Prediction(rule, name, level, density, result.kl, result.agreement, ratio))
-    return found
+    def _runs(self) -> list[tuple[str, float | None, RRConfig | None]]:
+        """(rule, level, config) of each run of the model; the quantized model alone is "dense"."""
+        runs = [("dense", None, None)] if self.quantization else []
+        for name, rule in self.rules.items():
+            if rule.config is not None:
+                set_level, own = rule.config.with_settings, rule.config.level_field
+                runs += [(name, level, set_level({own: level})) for level in TRIED[rule.config.budget]]
+        return runs
 
 
 def quantize(model: PreTrainedModel, quantization: str) -> None:
     """torchao's quantization of the linear layers under the last projection, in place."""
-    from torchao.quantization import (
-        Float8WeightOnlyConfig,
-        Int8DynamicActivationInt8WeightConfig,
-        Int8WeightOnlyConfig,
-        quantize_,
-    )
+    from torchao import quantization as torchao
 
-    configs = (Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, Float8WeightOnlyConfig)
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
-    quantize_(model.base_model, dict(zip(QUANTIZATIONS, configs, strict=True))[quantization]())
-
-
-def _budget(config: RRConfig, level: float) -> dict[str, float]:
-    return {config.level_field: level}
+    torchao.quantize_(model.base_model, getattr(torchao, QUANTIZATIONS[quantization])())
 
 
 def keeping(kept: dict, layers: Collection[int]):

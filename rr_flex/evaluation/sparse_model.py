@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mask_mods import sliding_window
 from rr_flex.config import RRConfig
-from rr_flex.evaluation.equal_density import visible_and_mandatory
+from rr_flex.evaluation.block_outputs import KeptBlocks
 from rr_flex.evaluation.language_model import LanguageModelComparison, compare_logits
-from rr_flex.evaluation.measures import density as density_of
 from rr_flex.evaluation.plain import plain_selection
-from rr_flex.evaluation.true_mass import true_block_mass
 from rr_flex.models.attention_by import attention_by
-from rr_flex.selection import select_threshold
 
 STRIP_ELEMENTS = 1 << 26  # scores held at once: 256 MiB in float32
 
@@ -31,8 +28,7 @@ def attend_to_blocks(
     q: Float[Tensor, "B Hq L D"],
     k: Float[Tensor, "B Hkv L D"],
     v: Float[Tensor, "B Hkv L Dv"],
-    kept: Bool[Tensor, "B Hq nQ nK"],
-    block_size: tuple[int, int],
+    chosen: KeptBlocks,
     *,
     scale: float,
     window: int | None = None,
@@ -40,7 +36,7 @@ def attend_to_blocks(
     """Causal attention over the kept blocks, some block rows at a time; every query must see a key."""
     B, Hq, L = q.shape[:3]
     Hkv = k.shape[1]
-    q_block, k_block = block_size
+    kept, (q_block, k_block) = chosen
     step = q_block * max(1, STRIP_ELEMENTS // (B * Hq * q_block * L))
     strips = []
     for start in range(0, L, step):
@@ -83,29 +79,7 @@ class SparseAttention:
         mask_mod = None if window is None else sliding_window(window)
         selection = plain_selection(q, k, config=config, mask_mod=mask_mod, scale=scale)
         self.densities[layer] = selection.density.item()
-        return attend_to_blocks(q, k, v, selection.kept, selection.block_size, scale=scale, window=window)
-
-    @property
-    def density(self) -> float:
-        return sum(self.densities.values()) / len(self.densities)
-
-
-@dataclass
-class OracleAttention:
-    """The same by the true mass: every layer keeps blocks above a share of their row, and the mandatory ones."""
-
-    block_size: tuple[int, int]
-    threshold: float
-    densities: dict[int, float] = field(default_factory=dict)  # of the last run, by layer
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
-        if window is not None:
-            raise NotImplementedError(f"layer {layer} must have full causal attention, got a window of {window}")
-        mass = true_block_mass(q, k, block_size=self.block_size, scale=scale)
-        visible, mandatory = visible_and_mandatory(q.shape[2], self.block_size, q.device)
-        kept = select_threshold(mass, self.threshold, visible, mandatory)
-        self.densities[layer] = density_of(kept, visible).mean().item()
-        return attend_to_blocks(q, k, v, kept, self.block_size, scale=scale)
+        return attend_to_blocks(q, k, v, KeptBlocks(selection.kept, selection.block_size), scale=scale, window=window)
 
     @property
     def density(self) -> float:

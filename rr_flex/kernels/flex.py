@@ -15,6 +15,7 @@ from rr_flex.pipeline import select
 from rr_flex.request import Request
 from rr_flex.result import Selection
 from rr_flex.runtime.compiling import compile_whole
+from rr_flex.runtime.fence import fence
 from rr_flex.runtime.tracing import traced
 
 
@@ -28,8 +29,12 @@ class Attended(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     """One slice of heads, in one graph."""
-    whole, last_rows = (_attend if traced() else _attend_compiled)(q, k, v, request)
-    return with_last_rows(whole, last_rows, request)
+    if not traced():
+        return with_last_rows(*_attend_compiled(q, k, v, request), request)
+    if q.device.type == "cpu":
+        whole, _ = _attend(fence(q), fence(k), fence(v), request)
+        return whole._replace(out=fence(whole.out))
+    return with_last_rows(*_attend(q, k, v, request), request)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Attended, tuple[Tensor, Tensor] | None]:

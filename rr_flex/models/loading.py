@@ -24,8 +24,8 @@ def embedded_gguf() -> Path:
     return files[0]
 
 
-def load_causal_lm(name: str | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-    """(model in eval mode on `device`, its tokenizer).
+def source_of(name: str | None) -> dict[str, str]:
+    """What transformers' `from_pretrained` is to be called with.
 
     `name` is a Hugging Face name, a folder (with a config.json, or with one .gguf file) or a .gguf file; None takes the
     embedded SmolLM2-135M-Instruct.
@@ -39,12 +39,24 @@ def load_causal_lm(name: str | None = None, *, device: str | torch.device = "cpu
             raise FileNotFoundError(f"model must be a folder with config.json or one .gguf file, got {name!r}")
         path = files[0]
     if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    else:
-        where = {"pretrained_model_name_or_path": str(path) if path.exists() else name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-    return model.to(device).eval(), tokenizer
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": str(path) if path.exists() else name}
+
+
+def load_tokenizer(name: str | None = None):
+    return AutoTokenizer.from_pretrained(**source_of(name))
+
+
+def load_causal_lm(
+    name: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer=None,
+):
+    """(model in eval mode on `device`, its tokenizer, unless it is there already); `name` as `source_of` takes it."""
+    model = AutoModelForCausalLM.from_pretrained(**source_of(name), dtype=dtype)
+    return model.to(device).eval(), load_tokenizer(name) if tokenizer is None else tokenizer
 
 
 def tokenize(tokenizer, text: str, length: int) -> torch.Tensor:

@@ -42,10 +42,15 @@ def _batched(info, in_dims, kept, *index):
     """Elementwise in the indices: mapped axes go to the front, before those that the others have."""
     own = [x.ndim - (dim is not None) for x, dim in zip(index, in_dims[1:], strict=True)]
     moved = [
-        x if dim is None else x.movedim(dim, 0).unflatten(0, (-1, *[1] * (max(own) - ndim)))
+        x if dim is None else _with_axes(x.movedim(dim, 0), max(own) - ndim)
         for x, dim, ndim in zip(index, in_dims[1:], own, strict=True)
     ]
     return _is_kept(kept, *moved), 0
+
+
+def _with_axes(x: Tensor, count: int) -> Tensor:
+    """x with `count` axes of one behind its first."""
+    return x.reshape(x.shape[0], *[1] * count, *x.shape[1:])
 
 
 _LIBRARY.impl("is_kept", _look_up, "CompositeExplicitAutograd")

@@ -69,6 +69,11 @@ def stance() -> str:
     return "force_eager" if torch._dynamo.config.disable else getattr(found, "stance", "default")
 
 
+def dispatch_mode() -> object | None:
+    """The innermost TorchDispatchMode of this thread (FlopCounterMode, FakeTensorMode ...). Without it: see checks."""
+    return _get_current_mode()
+
+
 class _named:
     """Turns what a moved part raises into an ImportError that names the parts and the tested versions."""
 
@@ -88,3 +93,5 @@ class _named:
 
 with _named("torch.fx.experimental.proxy_tensor.get_proxy_mode"):
     from torch.fx.experimental.proxy_tensor import get_proxy_mode as _get_proxy_mode
+with _named("torch.utils._python_dispatch._get_current_dispatch_mode"):
+    from torch.utils._python_dispatch import _get_current_dispatch_mode as _get_current_mode

@@ -4,46 +4,67 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from rr_flex.config import RRConfig
+from rr_flex.config import DEFAULTS, RRConfig
+from rr_flex.registry import BUDGETS
+from rr_flex.runtime.writing import write_atomically
 
 DENSE = "dense"
 
 
+KEY = ("suite", "task", "length", "attention", "model", "samples", "chat", "device", "dtype")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Setting:
+    """What all cells of a run share. Defaults are what a file says that was written before the field was kept."""
+
+    model: str
+    samples: int
+    batch_size: int = 1  # samples generated at once, which changes the time and not the task
+    device: str = ""  # the card's name or CPU
+    dtype: str = ""  # of the weights, as "bfloat16"
+    chat: bool = False  # prompts through the model's chat template
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Setting):
     """One task at one length under one attention."""
 
     suite: str
     task: str
     length: int  # tokens of prompt and answer
     attention: str  # DENSE, or the settings that differ from the defaults, as "tau=0.95 order=2"
-    model: str
-    samples: int
     score: float  # mean share of the references found, 0 to 1
     seconds: float  # wall time of the cell's generation
     density: float | None  # mean over layers and samples; None: dense
     dense_reasons: dict[str, int]  # prefill calls that stayed dense, by reason
     tokens: int  # prompt tokens of all samples
-    batch_size: int = 1  # samples generated at once, which changes the time and not the task
-    device: str = ""  # the card's name or CPU; "" in files written before it was kept
-    dtype: str = ""  # of the weights, as "bfloat16"; "" likewise
 
     @property
     def key(self) -> tuple:
-        return self.suite, self.task, self.length, self.attention, self.model, self.samples
+        return key_of(**asdict(self))
+
+
+def key_of(**facts: Any) -> tuple:
+    """What makes two cells the same one, so that the second is not run."""
+    return tuple(facts[name] for name in KEY)
 
 
 def describe(config: RRConfig | None) -> str:
-    """The settings that differ from the defaults, tau always; DENSE for None."""
+    """The level by the name of its budget's field, and the settings that differ from the defaults; DENSE for None."""
     if config is None:
         return DENSE
-    usual = RRConfig()
-    level = config.budget == "threshold"
-    shown = [f"threshold={config.threshold}" if level else f"tau={config.tau}"]
+    usual, levels = RRConfig(), {rule.level for rule in BUDGETS.values()}
+    shown = [f"{config.level_field}={config.level}"]
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("tau", "threshold", "budget") and value != getattr(usual, field.name):
+        if field.name not in ("budget", *levels) and value not in (
+            None,
+            getattr(usual, field.name),
+            DEFAULTS.get(field.name),
+        ):
             shown.append(f"{field.name}={value}")
     return " ".join(shown)
 
@@ -55,7 +76,7 @@ def read(path: Path) -> list[Cell]:
     names = {field.name for field in fields(Cell)}
     needed = {field.name for field in fields(Cell) if field.default is MISSING}
     cells = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -67,8 +88,8 @@ def read(path: Path) -> list[Cell]:
 
 
 def append(path: Path, cell: Cell) -> None:
-    with path.open("a") as stream:
-        stream.write(json.dumps(asdict(cell)) + "\n")
+    before = path.read_bytes() if path.exists() else b""
+    write_atomically(path, lambda stream: stream.write(before + json.dumps(asdict(cell)).encode() + b"\n"))
 
 
 def table(cells: Iterable[Cell], columns: Mapping[str, str] | None = None, *, seconds: bool = True) -> str:
@@ -101,20 +122,18 @@ def _shown(cell: Cell, seconds: bool) -> str:
     return f"{100 * cell.score:.0f}" + (f" ({', '.join(beside)})" if beside else "")
 
 
-def heat_map(cells: Iterable[Cell], path: Path) -> None:
-    """Task × length, a panel an attention, scores 0 to 100."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def heat_map(cells: Iterable[Cell]):
+    """Task × length, a panel an attention, scores 0 to 100; a matplotlib Figure."""
+    from matplotlib.figure import Figure
 
     cells = list(cells)
     attentions = _attentions(cells)
     tasks = sorted({cell.task for cell in cells})
     lengths = sorted({cell.length for cell in cells})
     size = (1.6 + len(attentions) * (0.8 + 0.7 * len(lengths)), 1.2 + 0.4 * len(tasks))
-    figure, axes = pyplot.subplots(1, len(attentions), figsize=size, squeeze=False, layout="constrained")
-    for axis, attention in zip(axes[0], attentions, strict=True):
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(attentions), squeeze=False)[0]
+    for axis, attention in zip(axes, attentions, strict=True):
         scores = {(cell.task, cell.length): 100 * cell.score for cell in cells if cell.attention == attention}
         grid = [[scores.get((task, length), float("nan")) for length in lengths] for task in tasks]
         image = axis.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
@@ -123,8 +142,7 @@ def heat_map(cells: Iterable[Cell], path: Path) -> None:
             place = lengths.index(length), tasks.index(task)
             axis.text(*place, f"{score:.0f}", ha="center", va="center", color=color, fontsize=8)
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axis.set_yticks(range(len(tasks)), tasks if axis is axes[0][0] else [])
+        axis.set_yticks(range(len(tasks)), tasks if axis is axes[0] else [])
         axis.set_title(attention, fontsize=9)
     figure.colorbar(image, ax=axes, label="score")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

@@ -23,7 +23,7 @@ TASKS = {
     "cwe": "ruler_cwe",
     "fwe": "ruler_fwe",
 }
-NO_ESSAY = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+USUAL = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 
 
 def scores(

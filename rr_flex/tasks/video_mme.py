@@ -13,7 +13,8 @@ ASK = (
     "Select the best answer to the following multiple-choice question based on the video. "
     "Respond with only the letter (A, B, C, or D) of the correct option."
 )
-DURATIONS = ("short", "medium", "long")
+TASKS = ("short", "medium", "long")
+LENGTHS = (0,)  # the video decides
 SUFFIXES = (".mp4", ".mkv", ".webm", ".npy")
 NEW_TOKENS = 16
 
@@ -23,15 +24,15 @@ class VideoQuestion:
     video: Path  # a video file, or .npy: uint8 [frames, height, width, 3], one frame a second
     prompt: str
     answer: str  # A, B, C or D
-    duration: str  # one of DURATIONS
+    duration: str  # one of TASKS
 
 
 def questions(folder: Path, duration: str, samples: int) -> list[VideoQuestion]:
     """The first `samples` of one duration: `videomme.jsonl` (fields videoID, question, options, answer, duration),
     one row a line as the data set has them, and `data/{videoID}.mp4`. FileNotFoundError for a video that is not there.
     """
-    if duration not in DURATIONS:
-        raise ValueError(f"task must be one of {', '.join(DURATIONS)}, got {duration!r}")
+    if duration not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {duration!r}")
     lines = (folder / "videomme.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, filter(str.strip, lines)) if row["duration"] == duration]
     return [

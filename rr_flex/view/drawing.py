@@ -1,9 +1,12 @@
-"""A Selection and a BlockMask as HTML for a notebook: one small picture a head, no library needed."""
+"""A Selection and a BlockMask as HTML for a notebook: one small picture a head.
+
+Pillow makes the pictures; it comes with matplotlib. Without it a notebook shows their text.
+"""
 
 import base64
 import html
-import struct
-import zlib
+import importlib.util
+import io
 
 import torch
 from jaxtyping import Bool, UInt8
@@ -20,8 +23,10 @@ WIDTH = 150  # CSS pixels a picture
 HIDDEN, DROPPED, CUT, KEPT = (0, 0, 0, 0), (189, 189, 189, 255), (230, 159, 0, 255), (0, 90, 160, 255)
 
 
-def selection_html(selection) -> str:
-    """What `Selection._repr_html_` shows: the first batch's heads."""
+def selection_html(selection) -> str | None:
+    """What `Selection._repr_html_` shows: the first batch's heads; None, so its text, without Pillow."""
+    if importlib.util.find_spec("PIL") is None:
+        return None
     B, Hq, nQ, nK = selection.kept.shape
     Lq, Lk = selection.seq_lengths
     about = f"Selection: {_count(B, Hq)}, {Lq:,} × {Lk:,} tokens, {nQ} × {nK} blocks of {_size(selection.block_size)}"
@@ -35,8 +40,10 @@ def selection_html(selection) -> str:
     return _page(f"{about}, density {selection.density.item():.1%}{dense}", pictures, Hq, DROPPED_TOO)
 
 
-def block_mask_html(block_mask: BlockMask) -> str:
-    """The blocks that FlexAttention would visit: read off the lists, whatever their width."""
+def block_mask_html(block_mask: BlockMask) -> str | None:
+    """The blocks that FlexAttention would visit: read off the lists, whatever their width; None without Pillow."""
+    if importlib.util.find_spec("PIL") is None:
+        return None
     whole, cut = blocks_of(block_mask)
     B, H, nQ, nK = whole.shape
     Lq, Lk = block_mask.seq_lengths
@@ -115,10 +122,8 @@ def _size(block_size: tuple[int, int]) -> str:
 
 def png(colours: UInt8[Tensor, "height width 4"]) -> bytes:
     """A PNG file of 8-bit red, green, blue and opacity."""
-    height, width, _ = colours.shape
-    lines = torch.nn.functional.pad(colours.flatten(1), (1, 0))  # each line begins with its filter, none
-    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.numpy().tobytes())), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(colours.numpy(), "RGBA").save(stream, "PNG")
+    return stream.getvalue()

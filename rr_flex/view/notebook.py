@@ -1,4 +1,4 @@
-"""`%load_ext rr_flex.view.notebook`: BlockMasks and matplotlib figures draw themselves, and `explore` adds widgets."""
+"""`%load_ext rr_flex.notebook`: BlockMasks and matplotlib figures draw themselves, and `explore` adds widgets."""
 
 import io
 from collections.abc import Callable, Iterable

@@ -3,7 +3,7 @@
 import html
 import math
 
-from rr_flex.view.page.documents import Chart
+from rr_flex.view.page.page_parts import Chart
 
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 46

@@ -2,39 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Scalar = str | int | float | bool | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    caption: str
-    columns: list[str]
-    rows: list[list[Scalar]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    caption: str
-    x: str
-    y: str
-    lines: dict[str, list[tuple[float, float]]]
-    log_x: bool = False
-    log_y: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    title: str
-    facts: dict[str, Scalar]  # what was run, on what
-    results: dict[str, str] = field(default_factory=dict)  # the few numbers to see first
-    tables: list[Table] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    heads: dict[str, dict[int, list[float]]] = field(default_factory=dict)  # measure -> layer -> a value a head
-    maps: dict[str, Any] | None = None  # as rr_flex.view.page.block_maps_json writes them
+from rr_flex.view.page.any_json import other_run
+from rr_flex.view.page.page_parts import Chart, Run, Scalar, Table
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -75,15 +47,20 @@ def is_demo(document: dict[str, Any]) -> bool:
     return "language_model" in document and "layers" in document
 
 
+DEMO_FACTS = ("device", "dtype", "torch", "python", "rr_flex")
+
+
 def demo_run(document: dict[str, Any]) -> Run:
-    """`rr-flex demo --json`."""
+    """`rr-flex demo --json`; files of before it told text and version are read too."""
     lm, mean, layers = document["language_model"], document["mean"], document["layers"]
     measures = {"density": "density", "recall": "mass recalled", "error": "output error"}
     change = lm["perplexity_compared"] / lm["perplexity"] - 1
     rows = [[each["layer"], *(sum(each[name]) / len(each[name]) for name in measures)] for each in layers]
     return Run(
         title=f"{document['model']}, {document['tokens']:,} tokens",
-        facts={name: document[name] for name in ("device", "dtype", "torch", "python")} | changed(document["config"]),
+        facts={name: document[name] for name in DEMO_FACTS if name in document}
+        | {"text": ", ".join(document.get("texts", ())) or None}
+        | changed(document["config"]),
         results={
             "density": f"{mean['density']:.1%}",
             "mass recalled": f"{mean['recall']:.2%}",
@@ -159,86 +136,3 @@ def benchmark_run(path: Path, rows: list[dict[str, Any]]) -> Run:
         # Points of different shapes make no line.
         charts=[chart] if drawn and len(shape) == 1 else [],
     )
-
-
-def other_run(path: Path, document: dict[str, Any]) -> Run:
-    """Any other JSON of ours: its plain values are facts, its lists of records are tables, wherever they stand."""
-    facts = {name: value for name, value in document.items() if is_scalar(value)}
-    tables = list(tables_in(document, ()))
-    if not tables:
-        raise ValueError(
-            f"RUN must be the JSON of rr-flex demo, evaluate or tasks or of benchmarks, got {str(path)!r} without a "
-            "list of records"
-        )
-    title = str(facts.pop("title", None) or facts.get("model") or path.stem)
-    curves = [found for table in tables if (found := curves_in(table))]
-    return Run(
-        title=title,
-        facts=facts,
-        tables=[means for means, _ in curves] + tables,
-        charts=[chart for _, charts in curves for chart in charts],
-    )
-
-
-def tables_in(value: Any, name: tuple[str, ...]):
-    """Every list of records in a document, and every record of plain numbers below the top, under its path's name."""
-    if isinstance(value, list) and value and all(isinstance(record, dict) for record in value):
-        columns = list(dict.fromkeys(key for record in value for key in record if is_scalar(record[key])))
-        if columns:
-            rows = [[record.get(key) for key in columns] for record in value]
-            yield Table(caption=", ".join(name) or "Results", columns=columns, rows=rows)
-        for record in value:
-            label = next((str(record[key]) for key in columns if isinstance(record[key], str)), "")
-            for key, inner in record.items():
-                yield from tables_in(inner, (*name, label, key) if label else (*name, key))
-    elif isinstance(value, dict):
-        plain = {key: inner for key, inner in value.items() if is_scalar(inner)}
-        if name and plain:
-            yield Table(caption=", ".join(name), columns=["name", "value"], rows=[[k, v] for k, v in plain.items()])
-        for key, inner in value.items():
-            yield from tables_in(inner, (*name, key))
-
-
-RULES = ("rule", "label", "method", "budget")
-MEASURES = ("error", "layer_error", "output_error", "recall", "kl", "agreement", "perplexity_ratio")
-
-
-def curves_in(table: Table) -> tuple[Table, list[Chart]] | None:
-    """Records with a rule and a density are points of that rule's curve: means over texts, layers and the like.
-
-    Points of one rule belong together by `level` (τ or a threshold) where the records have one, else by density.
-    """
-    label = next((name for name in RULES if name in table.columns), None)
-    measures = [name for name in MEASURES if name in table.columns]
-    if label is None or "density" not in table.columns or not measures:
-        return None
-    records = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    records = [record for record in records if all(is_number(record[name]) for name in ("density", *measures))]
-    scopes = {record.get("scope") for record in records}
-    points: dict[tuple, list[dict[str, Any]]] = {}
-    for record in records:
-        rule = str(record[label]) + (f", {record['scope']}" if len(scopes) > 1 else "")
-        level = record.get("level")
-        points.setdefault((rule, record["density"] if level is None else level), []).append(record)
-    # A density that was asked for can be out of reach: where the records tell what was kept, that is drawn.
-    columns = ["kept" if "kept" in table.columns else "density", *measures]
-    rows = [
-        [rule, *(sum(record[name] for record in group) / len(group) for name in columns)]
-        for (rule, _), group in points.items()
-    ]
-    charts = []
-    for place, measure in enumerate(measures, start=2):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            lines.setdefault(row[0], []).append((row[1], row[place]))
-        charts.append(Chart(caption=f"{table.caption}: {measure}", x="density", y=measure, lines=lines))
-    means = Table(caption=f"{table.caption}, means", columns=[label, *columns], rows=rows)
-    return (means, charts) if rows else None
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | bool)

@@ -1,4 +1,4 @@
-"""Block maps of a few heads: the true mass, the estimated mass, their difference and the kept blocks."""
+"""Block maps of a few heads: true and estimated mass, their difference, kept blocks, and each block row's error."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +12,11 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from rr_flex.view.cells import cell_size, kept_of_cells, row_share, shares_of_cells
-from rr_flex.view.plots.style import DIFFERENCE, DROPPED, KEPT, MASS, SIDE, share_norm, token_axes
+from rr_flex.view.plots.style import DIFFERENCE, DROPPED, ERROR, KEPT, MASS, SIDE, share_norm, token_axes
 
-Column = Literal["true", "estimate", "difference", "kept"]
+Column = Literal["true", "estimate", "difference", "kept", "error"]
 TITLES = {"true": "true mass", "estimate": "estimated mass", "difference": "estimate − truth"}
+BARS = 0.5  # width of the error's column over a map's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class HeadMap:
     estimated_mass: Float[Tensor, "nQ nK"]
     kept: Bool[Tensor, "nQ nK"]
     visible: Bool[Tensor, "nQ nK"]
+    row_error: Float[Tensor, " nQ"] | None = None  # ‖out − dense‖ / ‖dense‖ of each block row
 
 
 def block_map_figure(
@@ -42,21 +44,29 @@ def block_map_figure(
 
     Maps of more than 512 blocks a side are drawn as cells: shares add up along a row, kept blocks to a shade.
     """
-    figure = Figure(figsize=(0.2 + 3.4 * len(columns), 0.9 + 3.2 * len(heads)), layout="constrained")
-    axes = figure.subplots(len(heads), len(columns), squeeze=False, sharex=True, sharey=True)
+    widths = [BARS if column == "error" else 1 for column in columns]
+    figure = Figure(figsize=(0.2 + 3.4 * sum(widths), 0.9 + 3.2 * len(heads)), layout="constrained")
+    axes = figure.subplots(len(heads), len(columns), squeeze=False, sharey=True, width_ratios=widths)
     size = cell_size(*heads[0].kept.shape, SIDE)
     edges = [
         np.minimum(np.arange(-(-blocks // size) + 1) * (size * tokens), length)
         for blocks, tokens, length in zip(heads[0].kept.shape, block_size, (Lq, Lk), strict=True)
     ]
     images = {}
+    worst = max((head.row_error.max().item() for head in heads if head.row_error is not None), default=1)
     for row, head in zip(axes, heads, strict=True):
         for axis, column in zip(row, columns, strict=True):
-            images[column] = draw_column(axis, column, head, size, edges)
+            if column == "error":
+                draw_errors(axis, head, edges[0], size)
+                axis.set(xlim=(0, 1.05 * worst), box_aspect=Lq / Lk / BARS)
+            else:
+                images[column] = draw_column(axis, column, head, size, edges)
+                token_axes([axis], Lq, Lk)
+                axis.set_xlabel("key (token)")
         row[0].set_ylabel(f"{head.title}\n\nquery (token)")
-    token_axes(axes.flat, Lq, Lk)
-    for axis in axes[-1]:
-        axis.set_xlabel("key (token)")
+    for axis in axes[:-1].flat:
+        axis.set_xlabel("")
+        axis.tick_params(labelbottom=False)
     add_keys(figure, axes, columns, images)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -78,6 +88,18 @@ def draw_column(axis: Axes, column: Column, head: HeadMap, size: int, edges: lis
     if column == "difference":
         return axis.pcolormesh(x, y, values, cmap=DIFFERENCE, norm=Normalize(-0.1, 0.1, clip=True))
     return axis.pcolormesh(x, y, values, cmap=MASS, norm=share_norm())
+
+
+def draw_errors(axis: Axes, head: HeadMap, edges: np.ndarray, size: int) -> None:
+    """A bar a row of cells: the largest error of its block rows, since a mean would hide the one that is wrong."""
+    if head.row_error is None:
+        raise ValueError(f"heads must have row_error for the column error, got none in {head.title!r}")
+    errors = head.row_error.cpu().numpy()
+    errors = np.maximum.reduceat(errors, np.arange(0, len(errors), size))
+    axis.barh(edges[:-1], errors, height=np.diff(edges), align="edge", color=ERROR)
+    axis.set_title("output error", fontsize=10)
+    axis.set_xlabel("of the block row")
+    axis.grid(axis="x", alpha=0.3)
 
 
 def add_keys(figure: Figure, axes: np.ndarray, columns: tuple[Column, ...], images: dict) -> None:

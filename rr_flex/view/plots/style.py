@@ -14,6 +14,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 
 HIDDEN, DROPPED, CUT, KEPT = "#ffffff", "#d9d9d9", "#e69f00", "#08519c"
+ERROR = "#d55e00"
 MASS = "viridis_r"  # of a block's share of its row's mass, on a log scale
 DIFFERENCE = "PuOr"  # orange: too little, purple: too much
 FAINTEST_SHARE = 1e-4  # of a block row's mass: fainter blocks take the palest colour

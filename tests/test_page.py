@@ -1,4 +1,4 @@
-"""The report page: what it shows of each kind of file, and what it refuses. Its script is tested in test_browser.py."""
+"""The page: what it shows of each kind of file, and what it refuses. Its script is tested in test_browser.py."""
 
 import base64
 import html
@@ -15,7 +15,7 @@ from demo_document import demo_document, layer_maps
 
 from rr_flex.cli import main
 from rr_flex.view.cells import cell_size, kept_of_cells, row_share, shares_of_cells
-from rr_flex.view.page import read_runs, report_page
+from rr_flex.view.page import make_page, read_runs
 from rr_flex.view.page.chart import number_text
 
 ROW = {
@@ -76,9 +76,17 @@ def test_cell_size_is_the_smallest_that_fits():
 
 
 def test_demo_page_holds_its_numbers_and_nothing_from_outside(write, tmp_path):
-    assert main(["report", str(write(demo_document())), "-o", str(tmp_path / "page.html"), "--quiet"]) == 0
+    assert main(["page", str(write(demo_document())), "-o", str(tmp_path / "page.html"), "--quiet"]) == 0
     page = (tmp_path / "page.html").read_text()
-    for shown in ("tiny, 1,000 tokens", "11.000 (+10.00%)", "95.00%", "Layers, mean over heads", "float32"):
+    for shown in (
+        "tiny, 1,000 tokens",
+        "11.000 (+10.00%)",
+        "95.00%",
+        "Layers, mean over heads",
+        "float32",
+        "my.txt",
+        "0.9.9",
+    ):
         assert shown in page
     assert "query_stride" not in page.split('type="application/json"')[0]
     # The policy forbids every address, and none is there.
@@ -87,7 +95,7 @@ def test_demo_page_holds_its_numbers_and_nothing_from_outside(write, tmp_path):
 
 def test_json_says_what_was_written(write, tmp_path, capsys):
     page, about = tmp_path / "page.html", tmp_path / "about.json"
-    arguments = ["report", str(write(demo_document())), "-o", str(page), "--quiet", "--json"]
+    arguments = ["page", str(write(demo_document())), "-o", str(page), "--quiet", "--json"]
     assert main(arguments) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["output"] == str(page) and said["bytes"] == page.stat().st_size and len(said["runs"]) == 1
@@ -98,7 +106,7 @@ def test_json_says_what_was_written(write, tmp_path, capsys):
 def test_text_cannot_leave_its_place(write):
     evil = "</script><script>alert(1)</script><!--"
     document = demo_document(tokens=[evil] * 1000) | {"model": evil}
-    page = report_page(read_runs(write(document)))
+    page = make_page(read_runs(write(document)))
     assert "<script>alert" not in page and "<!--" not in page
     data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1)
     assert json.loads(data)[0]["maps"]["tokens"][0] == evil
@@ -116,7 +124,7 @@ def test_benchmark_rows_become_a_table_and_a_chart(write):
     assert "÷ limit" not in table.columns
     assert [row[table.columns.index("total, ms")] for row in table.rows] == [2.25, 9.0, None]
     assert run.charts[0].lines["rr"] == [(8192, 2.25), (32768, 9.0)]
-    page = report_page([run])
+    page = make_page([run])
     assert "RuntimeError: no" in page and page.count("<polyline") == 2
 
 
@@ -147,7 +155,7 @@ def test_evaluations_become_curves_of_means(write):
     charts = {chart.caption: chart.lines for chart in run.charts}
     assert charts["records: error"]["best"] == [(0.125, 0.25), (0.25, 0.5)]
     assert charts["predictions: kl"]["rr"] == [(0.25, 0.5), (0.5, 1.0)]
-    page = report_page([run])
+    page = make_page([run])
     assert "<summary>records: 160 rows</summary>" in page and page.count("<svg") == 4
 
 
@@ -155,7 +163,7 @@ def test_json_lines_of_records_are_one_table(write):
     cells = [{"task": task, "length": 2048, "score": 0.5, "density": None} for task in ("vt", "cwe")]
     (run,) = read_runs(write(*cells, name="tasks.jsonl"))
     assert run.title == "tasks" and run.tables[0].rows == [["vt", 2048, 0.5, None], ["cwe", 2048, 0.5, None]]
-    assert "cwe" in report_page([run])
+    assert "cwe" in make_page([run])
 
 
 BAD = [
@@ -170,7 +178,7 @@ BAD = [
 def test_other_files_are_refused(text, message, tmp_path, capsys):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(SystemExit) as stopped:
-        main(["report", str(tmp_path / "run.json"), "-o", str(tmp_path / "page.html")])
+        main(["page", str(tmp_path / "run.json"), "-o", str(tmp_path / "page.html")])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
@@ -178,7 +186,7 @@ def test_other_files_are_refused(text, message, tmp_path, capsys):
 def test_a_missing_file_or_folder_is_named(tmp_path, write, capsys):
     for arguments in (["missing.json"], [str(write(demo_document())), "-o", "missing/page.html"]):
         with pytest.raises(SystemExit) as stopped:
-            main(["report", *arguments])
+            main(["report", *arguments])  # its older name
         assert stopped.value.code == 2 and "missing" in capsys.readouterr().err
 
 

@@ -6,7 +6,6 @@ from benchmarks.study.combinations import (
     hedged,
     mean_of_squares,
     weighed_by_disagreement,
-    with_layer_before,
     with_row_before,
 )
 from benchmarks.study.estimators import (
@@ -16,7 +15,6 @@ from benchmarks.study.estimators import (
     block_means,
     by_value,
     clustered,
-    corrected,
     exact_keys,
     second_order,
     spent,
@@ -25,11 +23,7 @@ from benchmarks.study.estimators import (
 )
 from benchmarks.study.low_precision import LOW_PRECISION
 from rr_flex.config import RRConfig
-from rr_flex.evaluation.rules import Rule, configured, true_mass
-
-PUBLISHED, WIDE = (128, 128), (128, 64)
-BEST = "both, order 2, 8/32 (best)"
-FAST = "both, order 1, 8/32 (fast)"
+from rr_flex.evaluation.rules import BEST, FAST, PUBLISHED, WIDE, Rule, configured, true_mass
 
 PRESET_BEST = RRConfig.from_preset("best")
 
@@ -121,8 +115,6 @@ RULES: dict[str, Rule] = {
     "best, three quarters keys": hedged("mean", PRESET_BEST, 0.75),
     "best, weighed by disagreement": weighed_by_disagreement(PRESET_BEST),
     "best, weighed by disagreement, root": weighed_by_disagreement(PRESET_BEST, 0.5),
-    "best, layer before as prior, a tenth": with_layer_before(PRESET_BEST, 0.1),
-    "best, layer before as prior, a quarter": with_layer_before(PRESET_BEST, 0.25),
     "best, row before as prior, a tenth": with_row_before(PRESET_BEST, 0.1),
     "best, row before as prior, a quarter": with_row_before(PRESET_BEST, 0.25),
     "coarse to fine: order 2, 32/8 then 8/8": coarse_to_fine(_order_2(32), _order_2(8)),
@@ -130,8 +122,6 @@ RULES: dict[str, Rule] = {
         PRESET_BEST.with_settings({"pool": "queries", "order": 1}), PRESET_BEST
     ),
     "coarse to fine: best then strides 8/8": coarse_to_fine(PRESET_BEST, PRESET_BEST.with_settings({"key_stride": 8})),
-    "best + mean correction": corrected(configured(preset="best"), 1),
-    "best + mean correction, order 2": corrected(configured(preset="best"), 2),
     "oracle mass, top-τ": true_mass(PUBLISHED, "top_tau"),
     "oracle mass": true_mass(PUBLISHED),
     "oracle mass 128×64, top-τ": true_mass(WIDE, "top_tau"),

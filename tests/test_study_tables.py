@@ -1,14 +1,14 @@
-"""The study's file, its predictions read off at a density, and the README's tables, which come from that file."""
+"""The study's file, its predictions read off at a density, and its page's tables, which come from that file."""
 
 import json
 from dataclasses import asdict
 
 import pytest
 
-from benchmarks.study import study_tables as study_report
+from benchmarks.study import study_tables
+from benchmarks.study.study_file import StudyFile, density_from, group_of, kl_gain, write_records
 from rr_flex.evaluation.judging import Record
-from rr_flex.evaluation.predictions import Prediction, curve, density_from, kl_at, value_at
-from rr_flex.evaluation.summaries import StudyFile, group_of, kl_gain, write_records
+from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
 
 
 def run(rule, text, density, kl):
@@ -70,10 +70,10 @@ def test_texts_are_grouped_by_what_they_are_for(text, group):
     assert group_of(text) == group
 
 
-def test_the_readme_s_tables_are_the_file_s():
-    section = study_report.section(StudyFile.read(study_report.STUDY))
-    text = study_report.README.read_text(encoding="utf-8")
-    assert study_report.replace_section(text, section) == text
+def test_the_page_s_tables_are_the_file_s():
+    section = study_tables.section(StudyFile.read(study_tables.STUDY))
+    text = study_tables.PAGE.read_text(encoding="utf-8")
+    assert study_tables.replace_section(text, section) == text
     assert section in text
 
 
@@ -86,24 +86,24 @@ def study_of(device, texts, lengths):
 
 def test_runs_are_put_together_and_nothing_is_lost():
     old = study_of("CPU", ["prose1", "code1", "structured1-16384"], [2048, 4096])
-    merged = study_report.merge(old, study_of("GPU", ["prose1", "prose0"], [8192, 4096]))
+    merged = study_tables.merge(old, study_of("GPU", ["prose1", "prose0"], [8192, 4096]))
     assert merged.records == old.records and merged.about["device"] == "CPU"
     assert sorted(merged.predictions) == [2048, 4096, 8192]
     devices = {length: run["device"] for length, run in merged.about["predictions"].items()}
     assert devices == {"2048": "CPU", "4096": "GPU", "8192": "GPU"}
-    assert study_report.merge(old, study_of("GPU", [], [8192])).records == old.records
-    assert study_report.merge(old, study_of("GPU", ["prose1", "code1"], [])).about["device"] == "CPU"
-    more = study_report.merge(old, study_of("GPU", ["code1", "prose1", "structured1-16384", "table1"], []))
+    assert study_tables.merge(old, study_of("GPU", [], [8192])).records == old.records
+    assert study_tables.merge(old, study_of("GPU", ["prose1", "code1"], [])).about["device"] == "CPU"
+    more = study_tables.merge(old, study_of("GPU", ["code1", "prose1", "structured1-16384", "table1"], []))
     assert more.about["device"] == "GPU" and len(more.records) == 4
     assert more.predictions == old.predictions and more.about["predictions"] == old.about["predictions"]
 
 
 def test_lengths_are_told_of_measured_or_not():
     study = study_of("a card", ["prose1"], [8192])
-    measured, *_ = study_report.prediction_parts(study, 8192)
+    measured, *_ = study_tables.prediction_parts(study, 8192)
     assert "8,192 tokens" in measured and "prose1; a card, torch 2" in measured
-    assert study_report.prediction_parts(study, 4096) == ["What SmolLM2 predicts at 4,096 tokens: not measured."]
-    cells = study_report.prediction_table(study.predictions[8192]).splitlines()[2].split(" | ")
+    assert study_tables.prediction_parts(study, 4096) == ["What SmolLM2 predicts at 4,096 tokens: not measured."]
+    cells = study_tables.prediction_table(study.predictions[8192]).splitlines()[2].split(" | ")
     assert cells[1:4] == ["0.1000", "0.0316", "0.0100"] and cells[5:7] == ["90.0 %", "99.0 %"]
     assert cells[7:9] == ["+10.0 %", "+1.0 %"]
 
@@ -120,9 +120,9 @@ def test_a_raw_folder_is_condensed(tmp_path):
     write_records(tmp_path / "records.json", records)
     row = {"length": 2048} | asdict(run("rr", "prose2", 0.3, 4.0886328e-07))
     (tmp_path / "predictions.json").write_text(json.dumps([row]))
-    about = dict.fromkeys(study_report.RUN, "x")
+    about = dict.fromkeys(study_tables.RUN, "x")
     (tmp_path / "about.json").write_text(json.dumps(about))
-    study = study_report.condense(tmp_path)
+    study = study_tables.condense(tmp_path)
     found = {(record.rule, record.scope, record.text): record.error for record in study.records}
     assert set(found.values()) == {0.2} and len(found) == len(study.records)
     assert {label for label in found if label[1] == "model"} == {("rr", "model", "prose2")} and len(found) == 5

@@ -1,0 +1,169 @@
+"""The project's front page: `python -m benchmarks.front_page` writes the tables of README.md from the files of results.
+
+With `--picture` it also draws README's picture, for which it runs the small model once (a minute on a CPU).
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import prefill_tables
+from benchmarks.study import study_tables
+from benchmarks.study.study_tables import BEST, FAST, StudyFile, of_group
+from benchmarks.tables import Row, load, markdown_table, number, replace_between, timed
+from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
+from rr_flex.evaluation.summaries import summarise
+
+ROOT = Path(__file__).parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+CARD = "NVIDIA H200"  # of which the front page tells; the others are on benchmarks/README.md
+WHOLE_MODEL, WHOLE_LENGTH = "llama-8b-shape", 131072
+LENGTH = 8192  # of the accuracy table's texts
+
+
+class Call(NamedTuple):
+    """One row of the speed table: which measured case it shows."""
+
+    what: str
+    length: int  # tokens
+    label: str
+    density: float | None = None  # that the case asked for
+    error: float | None = None  # likewise
+
+
+AS_CALLED = "rr"  # label of a case without a setting
+BEST_TRITON = "rr key_stride=32 pool=both block_size=128x64 order=2 variance_weight=0.125 budget=threshold triton"
+BEST_FLASH = BEST_TRITON.replace(" block_size=128x64", "").replace("triton", "flash")
+CALLS = (
+    Call("default settings", 8192, AS_CALLED),
+    Call("default settings", 16384, AS_CALLED),
+    Call("`best`, blocks of 128, FLASH", 32768, BEST_FLASH, error=0.03),
+    Call("`best`, Triton", 131072, BEST_TRITON, error=0.03),
+    Call("`best`, blocks of 128, FLASH", 131072, BEST_FLASH, error=0.03),
+)
+# What the accuracy table shows -> rule of the errors, rule of the predictions; None: there is none.
+RULES_SHOWN = {
+    "`rr`, as published": ("rr", "rr"),
+    "`fast`": (FAST, FAST),
+    "`best`": (BEST, BEST),
+    "`best`, calibrated for the model": (None, "best, calibrated"),
+    "limit: the true mass": ("oracle mass 128×64", "oracle mass 128×64"),
+    "for scale: dense in bfloat16": (None, "dense, bfloat16"),
+}
+
+
+def speed_table(rows: Sequence[Row], prefills: Sequence[Row]) -> str:
+    """Six rows of CARD: a layer's attention at several lengths, and a whole model's prefill."""
+    heads = ["one layer's attention", "tokens", "density", "output error", "dense, ms", "rr_flex, ms", "faster by"]
+    found = [row_of(call, rows) for call in CALLS]
+    cells = [
+        [
+            call.what,
+            f"{call.length:,}",
+            "1, dense" if row["density"] == 1 else number(row["density"]),
+            "–" if row["density"] == 1 else number(row["error"], ".3f"),
+            number(row["fastest_dense_ms"], ".1f"),
+            number(row["total_ms"], ".1f"),
+            f"{row['speedup']:.1f} ×",
+        ]
+        for call, row in zip(CALLS, found, strict=True)
+    ]
+    whole = [row for row in prefills if (row["model"], row["length"]) == (WHOLE_MODEL, WHOLE_LENGTH)]
+    dense, sparse = (
+        next(row for row in whole if row["attention"] == name) for name in ("flash_attention_4", "rr_flex")
+    )
+    times = [f"{row['ms']:,.0f}" for row in (dense, sparse)]
+    shape = "**whole model**, Llama-3.1-8B's shape"
+    cells.append([shape, f"{WHOLE_LENGTH:,}", number(sparse["density"]), "–", *times, f"{sparse['speedup']:.1f} ×"])
+    return "\n".join(markdown_table(heads, cells)) + "\n"
+
+
+def row_of(call: Call, rows: Sequence[Row]) -> Row:
+    """The last measured of CARD's rows that show this call; timed in turns with the fastest dense kernel."""
+    wanted = (call.length, call.label, call.density, call.error)
+    shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "batch": 1, "dtype": "bfloat16", "workload": "structured"}
+    matching = [
+        row
+        for row in rows
+        if (row["length"], row["label"], row["wanted_density"], row["wanted_error"]) == wanted
+        and row["card"] == CARD
+        and timed(row) == "in turns"
+        and all(row[name] == value for name, value in shape.items())
+    ]
+    if not matching:
+        raise SystemExit(f"{RESULTS} must hold a row of {CARD} for {call}, got none")
+    return max(matching, key=lambda row: row["date"])
+
+
+def accuracy_table(study: StudyFile) -> str:
+    """Six rows of SmolLM2 at LENGTH tokens: output error at equal density, and what the model then predicts."""
+    errors = summarise(study.records, scope="layer", texts=of_group("held out"))
+    predictions = study.predictions[LENGTH]
+    heads = ["at equal density", "output error, .30", "KL, .30", "KL, .50", "same next token, .30", ".50"]
+    cells = []
+    for label, (rule, predicted) in RULES_SHOWN.items():
+        error = errors[rule][0.3].mean if rule else None
+        row = [label, number(error, ".3f")]
+        if predicted == "dense, bfloat16":
+            rounded = [each for each in predictions if each.rule == predicted]
+            kl, agreement = (mean([getattr(each, name) for each in rounded]) for name in ("kl", "agreement"))
+            row += [f"{kl:.4f}"] * 2 + [f"{agreement:.1%}"] * 2  # it drops nothing, whatever the density
+        else:
+            row += [f"{at(predictions, predicted, 'kl', density):.4f}" for density in (0.3, 0.5)]
+            row += [f"{at(predictions, predicted, 'agreement', density):.1%}" for density in (0.3, 0.5)]
+        cells.append([cell.replace("%", " %") for cell in row])
+    return "\n".join(markdown_table(heads, cells)) + "\n"
+
+
+def at(predictions: Sequence[Prediction], rule: str, measure: str, density: float) -> float:
+    """Mean over texts of a measure read off at a density."""
+    read = kl_at if measure == "kl" else value_at
+    texts = list(dict.fromkeys(each.text for each in predictions))
+    return mean([read(curve(predictions, rule, text, measure), density) for text in texts])
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def cpu_table(results: Path) -> str:
+    """How many times torch's dense kernel's time `rr_attention` saves on a CPU, by length and density."""
+    faster = json.loads((results / "cpu.json").read_text(encoding="utf-8"))["faster"]
+    densities = list(next(iter(faster.values())))
+    heads = ["on a CPU", *(f"density {density}" for density in densities)]
+    cells = [
+        [f"{int(length):,} tokens", *(f"{times[density]:.2f} ×" for density in densities)]
+        for length, times in faster.items()
+    ]
+    return "\n".join(markdown_table(heads, cells)) + "\n"
+
+
+def write(readme: Path, results: Path = RESULTS, study: Path = study_tables.STUDY) -> None:
+    """Replaces what stands between README's three pairs of markers."""
+    sections = {
+        "speed": speed_table(load(results), prefill_tables.load(results)),
+        "accuracy": accuracy_table(StudyFile.read(study)),
+        "cpu": cpu_table(results),
+    }
+    text = readme.read_text(encoding="utf-8")
+    for name, table in sections.items():
+        text = replace_between(text, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", table, readme)
+    readme.write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.front_page", description=__doc__.splitlines()[0])
+    parser.add_argument("--picture", action="store_true", help="also draw results/front-page.png, with the small model")
+    options = parser.parse_args(arguments)
+    write(README)
+    if options.picture:
+        from benchmarks.front_picture import draw  # with matplotlib and transformers, which the tables do without
+
+        draw(load(RESULTS), RESULTS / "front-page.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,148 @@
+"""Rows of `python -m benchmarks chunks` as tables and a picture."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import markdown_table, number, replace_between
+
+Row = dict[str, Any]
+
+SUITES = ("chunks", "cells", "packed", "host")
+BEGIN, END = "<!-- chunks: begin -->", "<!-- chunks: end -->"
+
+
+def way(row: Row) -> str:
+    return f"{row['backend']}{', state' if row.get('state') else ''}"
+
+
+COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
+    "chunks": {
+        "setting": lambda row: f"{row['config']}, density {row['density']:.3f}",
+        "kernel": way,
+        "chunk": lambda row: f"{row['chunk']:,}",
+        "ms": lambda row: number(row["ms"], ".1f"),
+        "÷ one shot": lambda row: number(row["ms"] / row["one_shot_ms"]),
+        "dense, ms": lambda row: f"{number(row['dense_ms'], '.1f')} ({row['dense']})",
+        "faster by": lambda row: f"{row['dense_ms'] / row['ms']:.2f}×",
+        "host ms a call": lambda row: number(row["host_ms_a_call"]),
+        "from one shot": lambda row: number(row["from_one_shot"], ".1e"),
+    },
+    "cells": {
+        "batch × queries, keys": lambda row: f"{row['batch']} × {row['queries']:,}, {row['keys']:,}",
+        "kernel": way,
+        "density": lambda row: number(row["density"], ".3f"),
+        "sparse, ms": lambda row: number(row["sparse_ms"], ".3f"),
+        "dense, ms": lambda row: f"{number(row['dense_ms'], '.3f')} ({row['dense']})",
+        "faster by": lambda row: f"{row['dense_ms'] / row['sparse_ms']:.2f}×",
+        "host, ms": lambda row: number(row["host_ms"]),
+        "chosen": lambda row: row["chosen"] or "–",
+    },
+    "packed": {
+        "prompts": lambda row: f"{row['prompts']} ({row['tokens']:,} tokens)",
+        "kernel": way,
+        "density": lambda row: number(row["density"], ".3f"),
+        "ms": lambda row: number(row["ms"]),
+        "dense, ms": lambda row: f"{number(row['dense_ms'])} ({row['dense']})",
+        "faster by": lambda row: f"{row['dense_ms'] / row['ms']:.2f}×",
+        "host, ms": lambda row: number(row["host_ms"]),
+    },
+    "host": {
+        "queries, keys": lambda row: f"{row['queries']:,}, {row['keys']:,}",
+        "kernel": lambda row: row["way"],
+        "host, ms": lambda row: number(row["host_ms"]),
+        "whole call, ms": lambda row: number(row["ms"]),
+        "guards": lambda row: number(row["guards_ms"]),
+        "graphs": lambda row: number(max(0.0, row["graphs_ms"])),
+        "launches": lambda row: f"{number(row['launches_ms'])} ({row['launches']})",
+    },
+}
+
+
+def load(folder: Path) -> list[Row]:
+    """The rows that worked; of one measured more than once on a card the last."""
+    latest: dict[tuple, Row] = {}
+    for suite in SUITES:
+        path = folder / f"{suite}.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            row = json.loads(line)
+            if not row["failed"]:
+                key = (suite, row["card"], row["torch"], what(row))
+                latest.pop(key, None)
+                latest[key] = row
+    return list(latest.values())
+
+
+def what(row: Row) -> tuple:
+    names = ("config", "chunk", "batch", "queries", "keys", "prompts", "wanted_density", "backend", "way", "state")
+    return tuple(row.get(name) for name in (*names, "heads", "kv_heads", "head_dim", "dtype", "workload", "seed"))
+
+
+def cells_of(row: Row) -> list[str]:
+    return [cell(row) for cell in COLUMNS[row["suite"]].values()]
+
+
+def one_line(row: Row) -> str:
+    if row["failed"]:
+        return f"{row['suite']}: FAILED, {row['failed']}"
+    named = zip(COLUMNS[row["suite"]], cells_of(row), strict=True)
+    return f"{row['suite']}: " + " · ".join(f"{name} {cell}" for name, cell in named)
+
+
+def text(rows: list[Row]) -> str:
+    """For the terminal: a line a row, failures last."""
+    return "\n".join(one_line(row) for row in sorted(rows, key=lambda row: bool(row["failed"])))
+
+
+def markdown(rows: list[Row]) -> str:
+    """For benchmarks/README.md: a table a card and suite, a CPU's last."""
+    lines = []
+    for setting in sorted(dict.fromkeys(map(setting_of, rows)), key=lambda setting: setting.startswith("CPU")):
+        lines += [f"**{setting}**", ""]
+        of_setting = [row for row in rows if setting_of(row) == setting]
+        for suite in SUITES:
+            of_suite = [row for row in of_setting if row["suite"] == suite]
+            if of_suite:
+                lines += [f"`{suite}`", "", *markdown_table(COLUMNS[suite], map(cells_of, of_suite)), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_page(page: Path, rows: list[Row]) -> None:
+    """Replaces what stands between the markers."""
+    page.write_text(replace_between(page.read_text(), BEGIN, END, markdown(rows), page))
+
+
+def setting_of(row: Row) -> str:
+    flash = f", flash-attn-4 {row['flash_attn_4']}" if row.get("flash_attn_4") else ""
+    heads = f"{row['heads']}/{row['kv_heads']} heads of {row['head_dim']}, {row['dtype']}"
+    workload = "" if row["workload"] == "structured" else f", {row['workload']}"
+    return f"{row['card']}, torch {row['torch']}{flash}; {heads}{workload}; commit {row['commit']} ({row['date'][:10]})"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Milliseconds of a whole prompt against the chunk's size, one picture a card; nothing without such rows."""
+    from matplotlib.figure import Figure
+
+    chunks = [row for row in rows if row["suite"] == "chunks"]
+    settings = list(dict.fromkeys(setting_of(row) for row in chunks))
+    if not settings:
+        return
+    figure = Figure(figsize=(8, 5 * len(settings)), layout="constrained")
+    for axis, setting in zip(figure.subplots(len(settings), squeeze=False)[:, 0], settings, strict=True):
+        lines: dict[str, dict[int, float]] = {}
+        for row in (row for row in chunks if setting_of(row) == setting):
+            lines.setdefault(f"dense, {row['dense']}", {})[row["chunk"]] = row["dense_ms"]
+            label = f"{row['config']}, density {row['density']:.2f}, {way(row)}"
+            lines.setdefault(label, {})[row["chunk"]] = row["ms"]
+        for label, points in lines.items():
+            sizes, times = zip(*sorted(points.items()), strict=True)
+            axis.plot(sizes, times, "--" if label.startswith("dense") else "-", marker="o", markersize=4, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(setting.split(";")[0], fontsize=11)
+        axis.set_xlabel("queries a chunk (tokens); the rightmost is one shot")
+        axis.set_ylabel("time of one layer's whole prompt (ms)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,80 @@
+"""What each threshold of each head gives on texts: density, error and recall, from one dense prefill a text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rr_flex.config import RRConfig
+from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
+from rr_flex.evaluation.plain import plain_selection
+from rr_flex.evaluation.sparse_model import attend_densely, hidden_states
+from rr_flex.mandatory import mandatory_blocks
+from rr_flex.selection import select_threshold
+
+THRESHOLDS = tuple(2.0 ** -(1 + step / 2) for step in range(37))  # from 1/2 down to 2^-19, half an octave each
+WAITING_ELEMENTS = 1 << 25  # of queries of layers judged at once
+
+Progress = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What each threshold gives, mean over texts."""
+
+    layers: list[int]
+    density: Float[Tensor, "layers Hq thresholds"]  # kept / visible blocks
+    error: Float[Tensor, "layers Hq thresholds"]  # squared, over the squared norm of the layer's whole output
+    recall: Float[Tensor, "layers Hq thresholds"]  # share of the true mass
+
+
+@torch.no_grad()
+def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRConfig, progress: Progress) -> Curves:
+    """One dense prefill a text; every threshold of every head judged on its q, k and v."""
+    found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    waiting: list[tuple[int, float, Tensor, Tensor, Tensor]] = []  # layers judged together: fewer, larger operations
+    n_layers = model.config.get_text_config().num_hidden_layers
+
+    def judge() -> None:
+        if not waiting:
+            return
+        numbers, scales, *parts = zip(*waiting, strict=True)
+        waiting.clear()
+        q, k, v = (torch.cat(part) for part in parts)
+        judged = zip(*_measure_thresholds(q, k, v, config, scales[0], len(numbers)), strict=True)
+        for layer, measured in zip(numbers, judged, strict=True):
+            found.setdefault(layer, []).append(measured)
+        progress("measuring thresholds", numbers[-1] + 1, n_layers)
+
+    def attend(q, k, v, *, layer, scale, window):
+        if window is None:
+            if waiting and (q.shape, scale) != (waiting[0][2].shape, waiting[0][1]):
+                judge()
+            waiting.append((layer, scale, q, k, v))
+            if len(waiting) * q.numel() >= WAITING_ELEMENTS:
+                judge()
+        return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
+
+    for ids in texts:
+        hidden_states(model, ids, attend)
+        judge()
+    if not found:
+        raise ValueError("model must have a layer of full causal attention, got none")
+    layers = sorted(found)
+    mean = [torch.stack([torch.stack(each).mean(0) for each in zip(*found[layer], strict=True)]) for layer in layers]
+    return Curves(layers, *torch.stack(mean, 1))
+
+
+def _measure_thresholds(q: Tensor, k: Tensor, v: Tensor, config: RRConfig, scale: float, n: int) -> list[Tensor]:
+    """Density, squared error and recall [n, Hq, thresholds] of n layers, which are the outer part of the batch."""
+    selection = plain_selection(q, k, config=config, scale=scale)
+    visible = selection.visible
+    mandatory = mandatory_blocks(visible, config, Lq=q.shape[2], q_offset=0)
+    kept = [select_threshold(selection.mass, level, visible, mandatory) for level in THRESHOLDS]
+    errors = output_errors(q, k, v, [KeptBlocks(each, config.block_sizes) for each in kept], scale=scale)
+    density = torch.stack([each.sum((2, 3)) for each in kept]) / visible.sum((2, 3))
+    squared = errors.difference / errors.reference.sum(-1, keepdim=True)
+    return [x.unflatten(1, (n, -1)).mean(2).permute(1, 2, 0).cpu() for x in (density.double(), squared, errors.recall)]

@@ -1,0 +1,171 @@
+"""What each way would take and hold, from measured rates: past the cards that are there.
+
+One attention layer's prefill on ranks that are alike. Time is the longest of what runs side by side, plus what nothing
+runs beside. Rates are data (rates.json): what was measured, and where a number was not, its "source" says so.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rr_flex.geometry import ceil_div
+
+RATES = Path(__file__).with_name("rates.json")
+BLOCK = 128
+STRIPS = 4  # as in context.py
+BYTES_PER_BLOCK = 25  # as in runtime/head_slices.py
+SLICE_BYTES = 12 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one rank. ValueError for what is not positive."""
+
+    attention_flops: float  # per second, of the block-sparse kernel
+    dense_flops: float  # of the fastest dense kernel
+    estimate_flops: float  # of the estimate as attention
+    block_seconds: float  # to select and list one block of the map
+    pool_bytes: float  # per second, of keys pooled
+    link_bytes: float  # per second that a rank receives, within a host
+    far_bytes: float  # the same between hosts
+    host_ranks: int  # ranks of a host
+    call_seconds: float  # of a call, whatever its size
+    across_seconds: float  # beside that, of the host's operations of a call of context parallel or ring
+    fetched: dict[str, dict[str, float]]  # density -> ranks -> share of foreign key blocks that a rank wants
+    source: str
+
+    @classmethod
+    def read(cls, path: str | Path = RATES) -> "Rates":
+        """From a JSON file of these fields; others in it are remarks. ValueError naming what is missing or wrong."""
+        found = json.loads(Path(path).read_text())
+        names = cls.__dataclass_fields__
+        if missing := sorted(set(names) - set(found)):
+            raise ValueError(f"{path} must hold {', '.join(names)}, got none for {', '.join(missing)}")
+        rates = cls(**{name: found[name] for name in names})
+        for name in names:
+            value = getattr(rates, name)
+            if name not in ("fetched", "source") and not value > 0:
+                raise ValueError(f"{name} in {path} must be positive, got {value}")
+        return rates
+
+    def fetched_share(self, density: float, ranks: int) -> float:
+        """The measured share at the nearest density and number of ranks, on a scale of ratios."""
+
+        def nearest(table: dict[str, Any], wanted: float) -> Any:
+            return table[min(table, key=lambda at: max(float(at) / wanted, wanted / float(at)))]
+
+        return nearest(nearest(self.fetched, density), ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One layer's shape and what is kept of it."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+    density: float = 0.1
+    element: int = 2  # bytes
+    strides: tuple[int, int] = (16, 8)
+    order: int = 2
+
+    def flops(self, density: float) -> float:
+        return 4.0 * self.head_dim * self.heads * self.tokens * (self.tokens + 1) / 2 * density
+
+    @property
+    def estimate_flops(self) -> float:
+        """Two products: of features, and with 128 one-hot columns."""
+        pairs = self.tokens / self.strides[0] * self.tokens / self.strides[1] / 2
+        return 2.0 * self.heads * pairs * (self.head_dim * self.order + 128)
+
+    @property
+    def blocks(self) -> float:
+        """Of all heads' maps."""
+        return float(self.heads) * ceil_div(self.tokens, BLOCK) ** 2
+
+    @property
+    def kv_bytes(self) -> float:
+        return 2.0 * self.kv_heads * self.tokens * self.head_dim * self.element
+
+    @property
+    def q_bytes(self) -> float:
+        return float(self.heads) * self.tokens * self.head_dim * self.element
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the slowest rank."""
+
+    way: str
+    ranks: int
+    seconds: float
+    memory: float  # bytes
+    moved: float  # bytes received
+
+
+WAYS = ("one card", "heads", "ulysses", "kept", "all", "ring", "dense ulysses")
+
+
+def costs(prompt: Prompt, ranks: int, rates: Rates) -> list[Cost]:
+    """Every way that fits the heads, fastest first; heads × sequence by its best split."""
+    found = [cost(way, prompt, ranks, rates) for way in WAYS[1:]] if ranks > 1 else [cost("one card", prompt, 1, rates)]
+    splits = [h for h in range(2, ranks) if ranks % h == 0 and prompt.kv_heads % h == 0]
+    planes = [plane(prompt, h, ranks // h, rates) for h in splits]
+    if planes:
+        found.append(min(planes, key=lambda each: each.seconds))
+    return sorted(filter(None, found), key=lambda each: each.seconds)
+
+
+def plane(prompt: Prompt, heads: int, sequence: int, rates: Rates) -> Cost:
+    """Heads × sequence: each group of `sequence` ranks fetches by block for its part of the heads."""
+    part = replace(prompt, heads=prompt.heads // heads, kv_heads=prompt.kv_heads // heads)
+    # Neighbours on a host share the sequence first.
+    of_part = cost("kept", part, sequence, rates)
+    return Cost(f"{heads} heads × {sequence} kept", heads * sequence, of_part.seconds, of_part.memory, of_part.moved)
+
+
+def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
+    """None where the ranks are more than the heads that the way shares out."""
+    if way in ("heads", "ulysses", "dense ulysses") and prompt.heads % ranks:
+        return None
+    link = rates.link_bytes if ranks <= rates.host_ranks else rates.far_bytes
+    foreign = (ranks - 1) / ranks
+    kv = prompt.kv_bytes
+    if way in ("heads", "ulysses", "dense ulysses") and ranks > prompt.kv_heads:
+        kv *= ranks / prompt.kv_heads  # a key head goes to each rank that shares it
+    own = (2 * prompt.q_bytes + kv) / ranks  # q, out, k, v
+    if way == "dense ulysses":
+        moved = foreign * own
+        seconds = prompt.flops(1) / ranks / rates.dense_flops + moved / link
+        return Cost(way, ranks, seconds + rates.call_seconds, 2 * own, moved)
+
+    pool = prompt.kv_bytes / 2 / ranks / rates.pool_bytes
+    choose = prompt.estimate_flops / ranks / rates.estimate_flops + prompt.blocks / ranks * rates.block_seconds
+    attend = prompt.flops(prompt.density) / ranks / rates.attention_flops
+    maps = min(SLICE_BYTES, prompt.blocks / ranks * BYTES_PER_BLOCK)
+    alone = pool + choose + rates.call_seconds
+    if way in ("one card", "heads"):
+        return Cost(way, ranks, alone + attend, own + maps, 0.0)
+    if way == "ulysses":
+        moved = foreign * own
+        return Cost(way, ranks, alone + attend + moved / link, 2 * own + maps, moved)
+
+    pooled = foreign * prompt.kv_bytes / 2 * prompt.order / prompt.strides[1]
+    kept = prompt.blocks / ranks  # one byte a block until it has attended
+    gathered = foreign * prompt.kv_bytes
+    alone += rates.across_seconds
+    if way == "ring":
+        step = max(attend / ranks, gathered / (ranks - 1) / link)
+        seconds = alone + pooled / link + attend / ranks + (ranks - 1) * step
+        return Cost(
+            way, ranks, seconds, own + 2 * kv / ranks + 2 * prompt.q_bytes / ranks + maps + kept, gathered + pooled
+        )
+    share = rates.fetched_share(prompt.density, ranks) if way == "kept" else 1.0
+    strips = min(STRIPS, prompt.kv_heads)
+    transfer = share * gathered / link
+    beside = max(attend * (strips - 1) / strips, transfer * (strips - 1) / strips)
+    seconds = alone + pooled / link + transfer / strips + beside + attend / strips
+    memory = own + (2 if strips > 1 else 1) * prompt.kv_bytes / strips + pooled + maps + kept
+    return Cost(way, ranks, seconds, memory, share * gathered + pooled)

@@ -1,0 +1,59 @@
+"""The graphs of sparse attention, compiled at start so that no request pays for them."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from rr_flex.serving.rows import ROW, Piece
+from rr_flex.serving.step import SparseStep, attend_sparse
+
+# Rows and keys before them, in rows, of each request of a step: one row and several, with and without earlier chunks,
+# one request and two. The attention is one graph for all; selecting on an accelerator has some of its own.
+STEPS = (((2, 3),), ((3, 0),), ((1, 6),), ((1, 0),), ((2, 1), (4, 0)))
+_compiled: set[tuple] = set()
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled."""
+    return counters["stats"]["unique_graphs"]
+
+
+def compile_graphs(impl: Any, sample: Tensor, page: int, tell: Callable[[str], None]) -> None:
+    """Runs sparse attention of random tokens in steps of every kind; once for each shape of heads and settings.
+
+    `impl`: the attention of a layer, with `num_heads`, `num_kv_heads`, `head_size`, `layer_settings` and `pools`.
+    `sample`: an empty tensor of the model's dtype, on its device.
+    """
+    settings = impl.layer_settings
+    key = (impl.num_heads, impl.num_kv_heads, impl.head_size, sample.dtype, page, settings.config.block_sizes)
+    if key in _compiled:
+        return
+    _compiled.add(key)
+    began, before = time.perf_counter(), graphs()
+    # As the server's steps run: a graph of another mode would be compiled again.
+    with torch.inference_mode():
+        for number, requests in enumerate(STEPS, 1):
+            tell(f"compiling at start, step {number} of {len(STEPS)}, {time.perf_counter() - began:.0f} s")
+            step, pages, queries = synthetic_step(requests, page, sample.device)
+            shape = (pages, impl.num_kv_heads, page, 2 * impl.head_size)
+            cache = torch.randn(shape, device=sample.device).to(sample.dtype)
+            q = torch.randn(queries, impl.num_heads, impl.head_size, device=sample.device).to(sample.dtype)
+            attend_sparse(step, settings, q, *impl.pools(cache))
+    tell(f"{graphs() - before} graphs compiled in {time.perf_counter() - began:.0f} s")
+
+
+def synthetic_step(requests: tuple, page: int, device: torch.device) -> tuple[SparseStep, int, int]:
+    """A step of (rows, rows before them) for each request, with the pages and the queries that it takes."""
+    pieces, tables, pages, token = [], [], 1, 0
+    for number, (rows, before) in enumerate(requests):
+        start, stop = before * ROW, (before + rows) * ROW
+        pieces.append(Piece(request=number, start=start, stop=stop, token=token, reason="sparse"))
+        count = -(-stop // page)
+        tables.append(torch.arange(pages, pages + count, device=device))
+        pages, token = pages + count, token + rows * ROW
+    tokens = torch.arange(token, device=device)
+    return SparseStep(pieces=pieces, sparse=pieces, dense=None, tables=tables, tokens=tokens), pages, token

@@ -1,0 +1,166 @@
+"""Several processes keep the blocks that one keeps and give its outputs: 2 and 4 processes, gloo, CPU."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rr_flex.distributed import Layout, Piece, balanced, contiguous, zigzag
+from rr_flex.distributed.layout import BLOCK
+from rr_flex.distributed.transfer import in_order, true_places
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "rr_flex" / "distributed" / "README.md"
+
+
+def environment(**more):
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def torchrun(processes, *program):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, *map(str, program)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_give_what_one_gives():
+    """Every rule, mask and layout; chunked; heads alone."""
+    printed = torchrun(2, HERE / "distributed_worker.py", 2)
+    assert len(printed.splitlines()) >= 10
+    moved = re.search(r"window: .*'kept': (\d+), 'all': (\d+)", printed)
+    assert int(moved[1]) < int(moved[2])
+
+
+def test_four_processes_give_what_one_gives():
+    """Fewer key heads than ranks, and heads × sequence."""
+    printed = torchrun(4, HERE / "distributed_worker.py", 4, "per head", "best", "window", "right padding")
+    assert len(printed.splitlines()) == 4
+
+
+def test_a_models_prompt_on_two_processes():
+    pytest.importorskip("transformers")
+    printed = torchrun(2, HERE / "distributed_models_worker.py", 2, "llama", "gemma3")
+    assert printed.count("same logits, cache and tokens") == 2
+
+
+def test_the_benchmark_runs_on_two_processes(tmp_path):
+    """Uncompiled, on the CPU: every way gives one process's output, and a row that says how."""
+    shape = ["--lengths", 640, "--heads", 4, 2, "--head-dim", 16, "--dtype", "float32", "--densities", 0.6]
+    rows = bench(tmp_path, 2, "--device", "cpu", "--eager", *shape)
+    assert [row["way"] for row in rows] == [
+        *("stages", "one card", "heads", "ulysses", "kept", "all", "dense ulysses", "one card, dense")
+    ]
+    assert all(row["error"] < 1e-5 for row in rows if row["way"] in ("ulysses", "kept", "all"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_cards_give_what_one_gives(tmp_path):
+    rows = bench(tmp_path, 2, "--lengths", 16384, "--densities", 0.3, "--no-dense")
+    assert {row["way"] for row in rows} >= {"ulysses", "kept", "all", "ring"}
+    assert all(row["error"] < 1e-2 for row in rows if row["way"] in ("ulysses", "kept", "all", "ring"))
+
+
+def bench(folder, processes, *arguments):
+    torchrun(processes, "-m", "benchmarks.parallel", *arguments, "--output", folder / "rows.jsonl")
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_errors_on_every_rank_and_a_rank_that_dies():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    program = [sys.executable, HERE / "distributed_lost_worker.py"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [
+        subprocess.Popen(program, env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), **streams)
+        for rank in range(2)
+    ]
+    printed = [rank.communicate(timeout=200)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    assert "got an error on another one" in printed[0] and "v must have k's batch" in printed[1]
+    assert all("settings must be the same on every rank" in text for text in printed)
+    assert "got one that is gone or late" in printed[0]
+    assert float(re.search(r"after ([\d.]+) s", printed[0])[1]) < 60
+
+
+def test_the_pages_script_runs(tmp_path):
+    script = re.search(r"```python\n(# prefill\.py.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    assert len(script.splitlines()) <= 40
+    program = tmp_path / "prefill.py"
+    program.write_text(script)
+    assert "1024 tokens on 2 ranks" in torchrun(2, program)
+
+
+layouts = st.builds(
+    lambda arrange, ranks, rows, short: arrange(max(1, rows * BLOCK - short), ranks),
+    st.sampled_from([contiguous, zigzag, lambda tokens, ranks: balanced(range(-(-tokens // BLOCK)), tokens, ranks)]),
+    st.integers(1, 4),
+    st.integers(5, 40),
+    st.integers(0, BLOCK - 1),
+)
+
+
+@given(layouts, st.sampled_from([1, 8, 64]))
+def test_tokens_go_to_ranks_and_come_back(layout, stride):
+    x = torch.arange(layout.tokens, dtype=torch.float64).view(1, 1, -1, 1)
+    parts = [layout.take(x, rank)[:, :, ::stride] for rank in range(layout.ranks)]
+    assert torch.equal(in_order(parts, layout, stride, 1), x[:, :, ::stride])
+    padded = in_order(parts, layout, stride, 7)
+    assert padded.shape[2] % 7 == 0 and not padded[:, :, x[:, :, ::stride].shape[2] :].any()
+    assert torch.equal(torch.cat([layout.positions(rank) for rank in range(layout.ranks)]).sort()[0], x.flatten())
+    owners, places = layout.owner_of_blocks(64)
+    assert len(set(zip(owners, places, strict=True))) == len(owners) == -(-layout.tokens // 64)
+
+
+@given(st.integers(1, 16), st.integers(1, 12))
+def test_zigzag_is_even_under_a_causal_mask(ranks, runs):
+    rows = 2 * ranks * runs
+    layout = zigzag(rows * BLOCK, ranks)
+    work = [int((layout.positions(rank) // BLOCK + 1).sum()) for rank in range(ranks)]
+    assert max(work) == min(work)
+
+
+@given(st.integers(1, 8), st.lists(st.floats(0.1, 100), min_size=32, max_size=100))
+def test_balanced_shares_tokens_and_cost_better_than_runs(ranks, cost):
+    cost = sorted(cost)
+    tokens = len(cost) * BLOCK
+    layout, runs = balanced(cost, tokens, ranks), contiguous(tokens, ranks)
+    assert layout.most_keys - min(layout.keys_on(rank) for rank in range(ranks)) <= 2 * BLOCK
+
+    def worst(layout):
+        return max(sum(cost[int(p)] for p in layout.positions(rank)[::BLOCK] // BLOCK) for rank in range(ranks))
+
+    assert worst(layout) <= worst(runs) + max(cost)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=50))
+def test_true_places(flags):
+    flags = torch.tensor(flags)
+    assert torch.equal(true_places(flags, int(flags.sum())), flags.nonzero()[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ranks", "first_query", "said"),
+    [
+        ((Piece(0, 0, 100), Piece(1, 100, 300)), 2, 0, "multiples of 128"),
+        ((Piece(0, 0, 128), Piece(1, 256, 300)), 2, 0, "follow each other"),
+        ((), 1, 0, "follow each other"),
+        ((Piece(0, 0, 128),), 2, 0, "at least one block"),
+        ((Piece(0, 0, 256),), 1, 128, "where a piece begins"),
+    ],
+)
+def test_layouts_that_cannot_be(pieces, ranks, first_query, said):
+    with pytest.raises(ValueError, match=said):
+        Layout(pieces, ranks, first_query)

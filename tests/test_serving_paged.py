@@ -1,0 +1,180 @@
+"""Attention over a pool of pages is attention over the gathered keys, however the pages lie."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rr_flex import RRConfig, select_blocks
+from rr_flex.block_mask import list_partial_and_full
+from rr_flex.serving.paged import as_sequence, attend_pages, folds_heads, side_by_side
+from rr_flex.serving.pages import PooledPages, onto_pages, pools_of_cpu, pools_of_flash, read_pages
+from rr_flex.serving.rows import pieces_of_step
+from rr_flex.serving.step import Layer, SparseStep, attend_sparse, select_piece
+from rr_flex.serving.warmup import compile_graphs, graphs, synthetic_step
+
+P, Hq, Hkv, D, PAGES = 128, 4, 2, 16, 24
+LAYOUTS = ("heads outermost", "tokens outermost")
+
+
+def random_cache(layout: str, seed: int) -> torch.Tensor:
+    """[pages, Hkv, P, 2·D] in the memory order that a server may choose."""
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "heads outermost":
+        return torch.randn(PAGES, Hkv, P, 2 * D, generator=generator)
+    return torch.randn(PAGES, P, Hkv, 2 * D, generator=generator).transpose(1, 2)
+
+
+def attention_over_kept(q, k, v, kept, k_block):
+    """Plain softmax attention, float64, over the causal pairs of the kept blocks; queries end where the keys end."""
+    Lq, Lk = q.shape[2], k.shape[2]
+    position = torch.arange(Lk - Lq, Lk)[:, None]
+    seen = (torch.arange(Lk) <= position) & kept.repeat_interleave(128, 2)[:, :, :Lq].repeat_interleave(k_block, 3)
+    scores = q.double() @ k.double().repeat_interleave(Hq // Hkv, 1).mT * D**-0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.double().repeat_interleave(Hq // Hkv, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k_block", [128, 64])
+def test_attention_over_pages_is_attention_over_the_gathered_keys(layout, k_block):
+    keys, values = pools_of_flash(random_cache(layout, 0))
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(PAGES, generator=generator)
+    config = RRConfig(block_size=(128, k_block), tau=0.6, dense_last_rows=0)
+    queries, lists, expected = [], [], []
+    # Three requests, of which the first begins its prompt and the others go on after a chunk or a prefix hit.
+    for rows, pages, at in ((2, 2, 0), (1, 5, 2), (3, 9, 7)):
+        table = order[at : at + pages]
+        q = torch.randn(1, Hq, rows * 128, D, generator=generator)
+        k, v = read_pages(keys, table), read_pages(values, table)
+        chosen = select_blocks(q, k, config=config)
+        assert chosen.density < 1 or pages == 2
+        queries.append(q)
+        folded = Hkv if folds_heads(keys) else None
+        lists.append(onto_pages(list_partial_and_full(chosen.kept, chosen.whole), table, P // k_block, folded))
+        expected.append(attention_over_kept(q, k, v, chosen.kept, k_block))
+    q = torch.cat(queries, 2)
+    out = attend_pages(q, keys, values, side_by_side(lists), k_block=k_block, scale=D**-0.5)
+    torch.testing.assert_close(out.double(), torch.cat(expected, 2), atol=2e-6, rtol=0)
+
+
+class Heads:
+    """What a warm-up asks of a server's attention."""
+
+    num_heads, num_kv_heads, head_size = Hq, Hkv, D
+    layer_settings = Layer(
+        config=RRConfig(tau=0.6, dense_last_rows=0, min_length=0), scale=D**-0.5, softcap=None, head_offset=0
+    )
+    pools = staticmethod(pools_of_cpu)
+
+
+def step_of(chunks, generator):
+    """A step of (start, stop) of each prefilling request, its block table and its queries."""
+    starts = [0]
+    for start, stop in chunks:
+        starts.append(starts[-1] + stop - start)
+    order = torch.randperm(PAGES, generator=generator)
+    table, at = torch.zeros(len(chunks), 10, dtype=torch.int32), 0
+    for number, (_, stop) in enumerate(chunks):
+        pages = -(-stop // P)
+        table[number, :pages], at = order[at : at + pages], at + pages
+    pieces = pieces_of_step(starts, [stop for _, stop in chunks], [True] * len(chunks))
+    return SparseStep.of(pieces, table, P), table, torch.randn(starts[-1], Hq, D, generator=generator)
+
+
+@pytest.mark.parametrize("pools_of", [pools_of_cpu, pools_of_flash])
+def test_a_step_attends_as_each_request_alone(pools_of):
+    """A mixed step of cut rows, a prefix hit and a new prompt, with keys pooled by page and without."""
+    generator = torch.Generator().manual_seed(4)
+    keys, values = pools_of(random_cache("heads outermost", 5))
+    step, table, query = step_of([(100, 700), (0, 300), (640, 1200)], generator)
+    assert [(piece.start, piece.stop) for piece in step.sparse] == [(128, 640), (0, 256), (640, 1152)]
+    pooled = PooledPages(features=torch.zeros(PAGES, Hkv, P // 8, D), stride=8, order=1)
+    pooled.rewrite(keys, torch.arange(PAGES * P))
+    for kept_pages in (None, pooled):
+        out, counted = attend_sparse(step, Heads.layer_settings, query, keys, values, kept_pages)
+        kept = visible = at = 0
+        for piece in step.sparse:
+            k, v = (
+                read_pages(pool, table[piece.request, : -(-piece.stop // P)].long())[:, :, : piece.stop]
+                for pool in (keys, values)
+            )
+            q = query[piece.token : piece.token + len(piece)].transpose(0, 1)[None]
+            alone = select_blocks(q, k, config=Heads.layer_settings.config, q_offset=piece.start)
+            expected = attention_over_kept(q, k, v, alone.kept, 128)[0].transpose(0, 1)
+            torch.testing.assert_close(out[at : at + len(piece)].double(), expected, atol=2e-6, rtol=0)
+            kept, visible, at = kept + int(alone.kept.sum()), visible + int(alone.visible.sum()) * Hq, at + len(piece)
+        assert (int(counted.kept), int(counted.visible)) == (kept, visible) and kept < visible
+
+
+def test_ranks_of_tensor_parallelism_select_as_one():
+    """Each rank has its query heads, their key heads, and the global index of its first head."""
+    generator = torch.Generator().manual_seed(8)
+    keys, _ = pools_of_cpu(random_cache("heads outermost", 9))
+    step, _, query = step_of([(128, 1152)], generator)
+    q, (piece,), (table,) = query[step.tokens].transpose(0, 1)[None], step.sparse, step.tables
+    whole = select_piece(q, piece, table, Heads.layer_settings, keys).kept
+    ranks = [
+        select_piece(q[:, first : first + 2], piece, table, layer, keys[:, first // 2 : first // 2 + 1]).kept
+        for first, layer in ((0, Heads.layer_settings), (2, replace(Heads.layer_settings, head_offset=2)))
+    ]
+    assert torch.equal(torch.cat(ranks, 1), whole) and not whole.all()
+
+
+def test_pooled_keys_of_pages_select_as_keys_pooled_anew():
+    """At both orders, and beside pooled queries, which read the keys themselves too."""
+    generator = torch.Generator().manual_seed(10)
+    keys, _ = pools_of_cpu(random_cache("heads outermost", 11))
+    step, _, query = step_of([(256, 1152)], generator)
+    q, (piece,), (table,) = query[step.tokens].transpose(0, 1)[None], step.sparse, step.tables
+    for settings in ({"tau": 0.7}, {"tau": 0.7, "order": 2, "key_stride": 16}, {"preset": "best", "threshold": 0.05}):
+        config = RRConfig.resolve(None, settings | {"dense_last_rows": 0, "min_length": 0})
+        layer, stride = replace(Heads.layer_settings, config=config), config.strides[1]
+        features = torch.zeros(PAGES, Hkv, P // stride, D * config.order)
+        pooled = PooledPages(features=features, stride=stride, order=config.order)
+        pooled.rewrite(keys, torch.arange(PAGES * P))
+        fresh = select_piece(q, piece, table, layer, keys).kept
+        assert torch.equal(select_piece(q, piece, table, layer, keys, pooled).kept, fresh) and not fresh.all()
+
+
+def test_after_the_warm_up_no_step_compiles():
+    told = []
+    compile_graphs(Heads, torch.empty(0), P, told.append)
+    assert "step 1 of 5" in told[0] and "graphs compiled in" in told[-1]
+    before = graphs()
+    generator = torch.Generator().manual_seed(6)
+    for chunks in ([(0, 128)], [(128, 256)], [(0, 1152)], [(512, 1024), (0, 256), (128, 384)], [(1024, 1152)]):
+        step, _, query = step_of(chunks, generator)
+        with torch.inference_mode():
+            attend_sparse(step, Heads.layer_settings, query, *pools_of_cpu(random_cache("heads outermost", 7)))
+    assert graphs() == before
+    compile_graphs(Heads, torch.empty(0), P, told.append)
+    assert graphs() == before
+
+
+def test_a_synthetic_step_has_pages_of_its_own():
+    step, pages, queries = synthetic_step(((2, 1), (1, 0)), 256, torch.device("cpu"))
+    assert [table.tolist() for table in step.tables] == [[1, 2], [3]]
+    assert (pages, queries, len(step.tokens)) == (4, 384, 384)
+
+
+def test_a_pool_is_one_sequence_without_a_copy():
+    for layout in LAYOUTS:
+        cache = random_cache(layout, 2)
+        for pool in pools_of_flash(cache):
+            assert as_sequence(pool).untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
+    assert folds_heads(pools_of_flash(random_cache("heads outermost", 2))[0])
+    assert not folds_heads(pools_of_flash(random_cache("tokens outermost", 2))[0])
+
+
+def test_keys_that_lie_across_their_pages_are_refused():
+    keys, values = pools_of_cpu(random_cache("heads outermost", 3))
+    assert keys.shape == values.shape == (PAGES, Hkv, P, D)
+    with pytest.raises(ValueError, match="pool must have whole tokens one behind the other"):
+        as_sequence(keys)
+
+
+def test_a_pool_beyond_the_kernels_offsets_is_refused():
+    pool = torch.empty(2**16, 8, 128, 256, device="meta")[..., :128]
+    with pytest.raises(ValueError, match="pool must reach over at most 2147483648 elements"):
+        as_sequence(pool)
