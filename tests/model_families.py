@@ -143,21 +143,26 @@ WAYS = {
 def cells():
     """(family, way) pairs that meet each family, each way, and each way with each thing that a family's layers ask for.
 
-    What rr_flex does depends on these two alone, so that the other pairs repeat what some cell has shown. Greedy: the
-    cell that meets most of what is left, and of equal ones that of the family met least.
+    What rr_flex does depends on these two alone, so that the other pairs repeat what some cell has shown.
     """
-    left = set(FAMILIES) | {(asked, way) for family in FAMILIES.values() for asked in family.asks for way in WAYS}
+    every = [(family, way) for family in FAMILIES for way in WAYS]
+    return cover(every, lambda family, way: {family} | {(asked, way) for asked in FAMILIES[family].asks})
+
+
+def cells_to_compile():
+    """Those of `cells` that meet each family and each way: the others run in torch's eager mode, which means the same
+    and takes a second a cell."""
+    return cover(cells(), lambda family, way: {("family", family), ("way", way)})
+
+
+def cover(candidates, met_by):
+    """Some of `candidates` that meet all that these meet. Greedy: the one that meets most of what is left, and of equal
+    ones that of the family met least."""
+    left = set().union(*(met_by(*cell) for cell in candidates))
     chosen = []
-
-    def gain(cell):
-        return len(left & met_by(*cell)), -sum(family == cell[0] for family, _ in chosen)
-
     while left:
-        best = max(((family, way) for family in FAMILIES for way in WAYS), key=gain)
+        gain = {cell: len(left & met_by(*cell)) for cell in candidates}
+        best = max(candidates, key=lambda cell: (gain[cell], -sum(family == cell[0] for family, _ in chosen)))
         chosen.append(best)
         left -= met_by(*best)
     return chosen
-
-
-def met_by(family, way):
-    return {family} | {(asked, way) for asked in FAMILIES[family].asks}
