@@ -183,7 +183,7 @@ def test_settings_are_those_of_rrconfig():
     import dataclasses
 
     from rr_flex import RRConfig
-    from rr_flex.cli.settings import PRESETS, SETTINGS
+    from rr_flex.cli.config_flags import PRESETS, SETTINGS
     from rr_flex.config import PRESETS as KNOWN
 
     assert set(SETTINGS) == {field.name for field in dataclasses.fields(RRConfig)} and set(PRESETS) == set(KNOWN)

@@ -14,7 +14,7 @@ from rr_flex.cli.arguments import (
     told,
     whole,
 )
-from rr_flex.cli.settings import PRESETS
+from rr_flex.cli.config_flags import PRESETS
 
 EXAMPLES = """
 examples:

@@ -19,7 +19,7 @@ from rr_flex.cli.arguments import (
     whole,
     write_json,
 )
-from rr_flex.cli.settings import add_settings, config_of
+from rr_flex.cli.config_flags import add_settings, config_of
 
 EXAMPLES = """
 examples:
