@@ -1,5 +1,5 @@
-"""`python -m benchmarks run | tune | capture | report`: measure, tune the kernels' options, keep a model's q, k, v,
-tabulate and draw."""
+"""`python -m benchmarks run | chunks | tune | capture | report`: measure, tune the kernels' options, keep a model's
+q, k, v, tabulate and draw."""
 
 import argparse
 import json
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import server_suites, server_tables, task_tables, together
-from benchmarks import tables as report
+from benchmarks import prefill_tables, server_suites, server_tables, tables, task_tables, time_plot, together
 from benchmarks import tuning as tune
+from benchmarks.bench import Bench
 from benchmarks.cases import SUITES, Case
 from benchmarks.environment import describe
-from benchmarks.runner import Bench, run, with_length
+from benchmarks.runner import run, with_length
 from benchmarks.timing import OutOfTime, Progress
 from benchmarks.workloads import captured
 from rr_flex.evaluation.texts import KINDS, sample_text
@@ -120,10 +120,10 @@ def run_suites(options: argparse.Namespace) -> int:
             out = options.out / f"{suite}.jsonl"
             for row in run(of_suite, bench, out=out, suite=suite, about=about, profile=options.profile):
                 rows.append(row)
-                print("\n" + report.one_line(row), file=sys.stderr)
+                print("\n" + tables.one_line(row), file=sys.stderr)
     except OutOfTime as reason:
         print(f"\nstopped: {reason}; {len(rows)} of {len(cases)} rows are written", file=sys.stderr)
-    print(report.text_table(rows))
+    print(tables.text_table(rows))
     return 1 if any(row["failed"] for row in rows) else 0
 
 
@@ -136,7 +136,7 @@ def run_jobs(cases: list[tuple[str, Case]], options: argparse.Namespace, about: 
     files = [options.out / f"{suite}.jsonl" for suite in options.suite]
     lines = [line for path in files if path.exists() for line in path.read_text().splitlines()]
     rows = [row for row in map(json.loads, lines) if row["case"] in names and row["date"] == about["date"]]
-    print(report.text_table(rows))
+    print(tables.text_table(rows))
     return 1 if len(rows) < len(cases) or any(row["failed"] for row in rows) else 0
 
 
@@ -185,15 +185,17 @@ def capture_layers(options: argparse.Namespace) -> int:
 
 
 def write_report(options: argparse.Namespace) -> int:
-    rows = report.load(options.results, options.suites)
+    rows = tables.load(options.results, options.suites)
     if not rows:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
-    report.write_readme(options.readme, rows, report.load_prefills(options.results))
+    tables.write_page(options.readme, rows)
     task_tables.write_page(task_tables.load(options.results))
-    (options.results / report.ALL_ROWS).write_text(report.every_row(rows))
-    report.draw(rows, options.plot or options.results / "time-against-length.png")
+    (options.results / tables.ALL_ROWS).write_text(tables.every_row(rows))
+    time_plot.draw(rows, options.plot or options.results / "time-against-length.png")
     task_tables.draw(options.results)
-    server_rows = server_tables.load(options.results)
+    prefills, server_rows = prefill_tables.load(options.results), server_tables.load(options.results)
+    if prefills:
+        prefill_tables.write_page(options.readme, prefills)
     if server_rows:
         server_tables.write_page(options.readme, server_rows)
         server_tables.draw(server_rows, options.results / "chunks.png")

@@ -45,9 +45,14 @@ def preset_of(row: dict) -> str | None:
     return None
 
 
+def rows() -> list[dict]:
+    """Of `python -m benchmarks run`, of every file of results."""
+    lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [row for row in map(json.loads, lines) if "settings" in row]
+
+
 def main() -> None:
-    rows = [json.loads(line) for path in sorted(RESULTS.glob("*.jsonl")) for line in path.open()]
-    document = card_times([row for row in rows if "settings" in row])
+    document = card_times(rows())
     TABLE.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"{TABLE}: {len(document['times'])} times")
 

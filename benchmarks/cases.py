@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from rr_flex import RRConfig
+from rr_flex.registry import BUDGETS
 
 K = 1024
 
@@ -37,11 +38,15 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of `config` differs from the defaults, the budget's level aside."""
-        default = RRConfig()
-        names = [each.name for each in fields(RRConfig) if each.name not in ("tau", "threshold")]
+        """What of `config` differs from the defaults of its rules, and which rules; the budget's level aside."""
+        rules = {name: getattr(self.config, name) for name in ("pool", "order", "budget")}
+        default, of_rules = RRConfig(), RRConfig(**rules)
+        levels = {each.level for each in BUDGETS.values()}
+        values = {each.name: getattr(self.config, each.name) for each in fields(RRConfig) if each.name not in levels}
         return {
-            name: getattr(self.config, name) for name in names if getattr(self.config, name) != getattr(default, name)
+            name: value
+            for name, value in values.items()
+            if value != getattr(default if name in rules else of_rules, name)
         }
 
     @property

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import prefill_tables
 from benchmarks.study import study_tables
 from benchmarks.study.study_tables import BEST, FAST, StudyFile, of_group
-from benchmarks.tables import Row, load, load_prefills, markdown_table, number, replace_between, timed
+from benchmarks.tables import Row, load, markdown_table, number, replace_between, timed
 from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
 from rr_flex.evaluation.summaries import summarise
 
@@ -142,7 +143,7 @@ def cpu_table(results: Path) -> str:
 def write(readme: Path, results: Path = RESULTS, study: Path = study_tables.STUDY) -> None:
     """Replaces what stands between README's three pairs of markers."""
     sections = {
-        "speed": speed_table(load(results), load_prefills(results)),
+        "speed": speed_table(load(results), prefill_tables.load(results)),
         "accuracy": accuracy_table(StudyFile.read(study)),
         "cpu": cpu_table(results),
     }

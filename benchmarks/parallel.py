@@ -173,9 +173,9 @@ def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[
     peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
     moved = run.largest(peak, account.fetched, account.selecting, account.all_gather)
     row |= dict(zip(("peak_bytes", "fetched_bytes", "selecting_bytes", "all_gather_bytes"), moved, strict=True))
-    if account.kept:
-        kept = float(sum(account.kept))
-        row["balance"] = run.largest(kept)[0] / (run.total(kept)[0] / run.ranks)
+    if account.attended:
+        own = float(sum(account.attended))
+        row["balance"] = run.largest(own)[0] / (run.total(own)[0] / run.ranks)
         row["strips_by_block"] = account.ways.count("kept") / max(1, len(account.ways))
     if prompt.exact is not None and out is not None and out.shape == prompt.exact.shape:
         off, size = run.total((out - prompt.exact).float().square().sum(), prompt.exact.float().square().sum())
@@ -221,6 +221,8 @@ def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:
 def main(arguments: list[str] | None = None) -> int:
     torch._dynamo.config.automatic_dynamic_shapes = False  # a graph of its own for every shape
     run = Run(parser().parse_args(arguments))
+    if run.options.eager:
+        torch.compiler.set_stance("force_eager")
     for length in run.options.lengths:
         torch._dynamo.reset()
         prompt = Prompt(run, length)
@@ -292,6 +294,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--most-ring", type=int, default=512 * K)
     parser.add_argument("--most-dense", type=int, default=512 * K, help="tokens up to which one card is dense")
     parser.add_argument("--seconds", type=float, default=500, help="no way begins after so many")
+    parser.add_argument("--eager", action="store_true", help="uncompiled: a dry run, no times to report")
     parser.add_argument("--output", default="parallel.jsonl")
     parser.add_argument("--commit", help="where there is no git history")
     parser.add_argument("--world", default=os.environ.get("WORLD_SIZE", "1"), help=argparse.SUPPRESS)

@@ -26,12 +26,17 @@ RANKS = (2, 4, 8, 16, 32, 64)
 
 
 def kept_at(density: float, mass: Float[Tensor, "B Hq nQ nK"], chosen: Any) -> Bool[Tensor, "B Hq nQ nK"]:
-    """The blocks over the one threshold that keeps `density` of the visible ones, mandatory ones among them."""
+    """The blocks over the one threshold that keeps `density` of the visible ones, with the sink and the diagonal.
+
+    Without the dense last row, whose queries go to the keys and not the keys to them.
+    """
     share = row_share(mass)[chosen.visible.expand_as(mass)]
     threshold = share.flatten().kthvalue(max(1, int(len(share.flatten()) * (1 - density)))).values
     sink_and_diagonal = torch.eye(mass.shape[2], dtype=torch.bool)
-    sink_and_diagonal[:, 0] = sink_and_diagonal[-1] = True
-    return chosen.visible & ((row_share(mass) > threshold) | sink_and_diagonal)
+    sink_and_diagonal[:, 0] = True
+    kept = chosen.visible & ((row_share(mass) > threshold) | sink_and_diagonal)
+    kept[:, :, -1] = False
+    return kept
 
 
 def fetched_share(kept: Bool[Tensor, "B Hq nQ nK"], Hkv: int, layout: Layout) -> list[float]:

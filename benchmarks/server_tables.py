@@ -96,9 +96,9 @@ def text(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For benchmarks/README.md: a table a card and suite."""
+    """For benchmarks/README.md: a table a card and suite, a CPU's last."""
     lines = []
-    for setting in dict.fromkeys(setting_of(row) for row in rows):
+    for setting in sorted(dict.fromkeys(map(setting_of, rows)), key=lambda setting: setting.startswith("CPU")):
         lines += [f"**{setting}**", ""]
         of_setting = [row for row in rows if setting_of(row) == setting]
         for suite in SUITES:

@@ -52,15 +52,16 @@ def estimate_of(config: RRConfig) -> Callable[[Tensor, Tensor], Float[Tensor, "B
 
 
 def estimate(q: Tensor, k: Tensor, config: RRConfig) -> Float[Tensor, "B Hq nQ nK"]:
-    if len(head_slices(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], config)) > 1:
-        return select_blocks(q, k, config=without_level(config)).mass  # one graph for all strips
+    heads, lengths = (q.shape[0], q.shape[1], k.shape[1]), (q.shape[2], k.shape[2])
+    if len(head_slices(heads, lengths, config, q.device)) > 1:
+        return select_blocks(q, k, config=without_level(config)).mass  # one graph for all slices
     return estimate_of(without_level(config))(q, k)
 
 
 def without_level(config: RRConfig) -> RRConfig:
     """One configuration for all of its levels, on which neither the mass nor any compiled code depends."""
-    default = RRConfig()
-    return replace(config, tau=default.tau, threshold=default.threshold, target_density=default.target_density)
+    name = config.level_field
+    return replace(config, **{name: getattr(RRConfig(budget=config.budget), name)})
 
 
 def shape_of(case: Case) -> tuple:

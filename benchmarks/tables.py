@@ -1,4 +1,4 @@
-"""Result rows to text: a table for the terminal, those of benchmarks/README.md, a picture of time against length."""
+"""Rows of `python -m benchmarks run` as tables: one for the terminal, those of benchmarks/README.md."""
 
 import json
 from collections.abc import Callable, Collection, Iterable
@@ -11,7 +11,6 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 CHIEF = "rr query_stride=16 key_stride=8 order=2 budget=threshold"  # the setting that is shown of many
 LONG_TABLE = 10  # rows of a card; where there are more, the page has CHIEF's at one shape
 ALL_ROWS = "rows.md"  # in the folder of results
-PREFILL_BEGIN, PREFILL_END = "<!-- prefill: begin -->", "<!-- prefill: end -->"
 
 
 def load(folder: Path, suites: list[str] | None = None) -> list[Row]:
@@ -27,13 +26,6 @@ def load(folder: Path, suites: list[str] | None = None) -> list[Row]:
                 latest.pop(key, None)
                 latest[key] = row
     return list(latest.values())
-
-
-def load_prefills(folder: Path) -> list[Row]:
-    """The rows of `benchmarks.prefill_model` that worked."""
-    path = folder / "prefill-model.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if "absent" not in row]
 
 
 def timed(row: Row) -> str:
@@ -169,45 +161,9 @@ def setting_of(row: Row) -> str:
     return f"{row['card']}, torch {row['torch']}{triton}{flash}"
 
 
-# Of `python -m benchmarks.prefill_model`, milliseconds.
-PREFILL_COLUMNS = {
-    "attention": lambda row: row["attention"] + (f", {', '.join(row['kernels'])}" if row.get("kernels") else ""),
-    "density": lambda row: number(row.get("density"), ".3f"),
-    "to the first token": lambda row: number(row["ms"], ".0f"),
-    "of it attention": lambda row: number(row["attention_total_ms"], ".0f"),
-    "of that estimate, selection, lists": lambda row: number(row.get("estimate_ms"), ".0f"),
-    "the rest": lambda row: number(row["rest_ms"], ".0f"),
-    "faster by": lambda row: f"{row['speedup']:.2f}×" if "speedup" in row else "–",
-}
-
-
-def prefill_markdown(rows: list[Row]) -> str:
-    """For the page: a table a model and length."""
-    lines = []
-    sparse = {prefilled(row) for row in rows if row["attention"] == "rr_flex"}
-    for title in dict.fromkeys(prefill_title(row) for row in rows):
-        of_title = [row for row in rows if prefill_title(row) == title]
-        lines += table(PREFILL_COLUMNS, of_title, title)
-        if prefilled(of_title[0]) not in sparse:
-            lines += ["rr_flex at this length: not measured.", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def prefilled(row: Row) -> str:
-    return f"{row['model']}, {row['length']:,} tokens, {row['dtype']}"
-
-
-def prefill_title(row: Row) -> str:
-    about = f"commit {row['commit']}, {row['date'][:10]}"
-    return f"{prefilled(row)} ({setting_of(row)}, {about})"
-
-
-def write_readme(readme: Path, rows: list[Row], prefills: list[Row]) -> None:
-    """Replaces what stands between the markers; of prefills only if there are some."""
-    text = replace_between(readme.read_text(), BEGIN, END, markdown(rows), readme)
-    if prefills:
-        text = replace_between(text, PREFILL_BEGIN, PREFILL_END, prefill_markdown(prefills), readme)
-    readme.write_text(text)
+def write_page(page: Path, rows: list[Row]) -> None:
+    """Replaces what stands between the markers."""
+    page.write_text(replace_between(page.read_text(), BEGIN, END, markdown(rows), page))
 
 
 def replace_between(text: str, begin: str, end: str, content: str, source: Path) -> str:
@@ -217,62 +173,3 @@ def replace_between(text: str, begin: str, end: str, content: str, source: Path)
     before, rest = text.split(begin)
     after = rest.split(end)[1]
     return f"{before}{begin}\n{content}{end}{after}"
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Time against length, both logarithmic: dense kernels and settings of rr_attention with two lengths or more.
-
-    Cards without any are left out. Needs matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    pictures = []
-    for card in dict.fromkeys(row["card"] for row in rows):
-        of_card = [row for row in rows if row["card"] == card]
-        shape = max(
-            {like(row) for row in of_card}, key=lambda shape: len({r["length"] for r in of_card if like(r) == shape})
-        )
-        lines = lines_of([row for row in of_card if like(row) == shape])
-        lines = {label: points for label, points in sorted(lines.items()) if len(points) > 1}
-        if lines:
-            pictures.append((card, shape, lines))
-    figure = Figure(figsize=(8, 5.5 * max(len(pictures), 1)), layout="constrained")
-    axes = figure.subplots(max(len(pictures), 1), squeeze=False)[:, 0]
-    for axis, (card, shape, lines) in zip(axes, pictures, strict=bool(pictures)):
-        for label, points in lines.items():
-            dense = label.startswith("dense")
-            lengths, times = zip(*sorted(points.items()), strict=True)
-            axis.plot(lengths, times, "--" if dense else "-", marker="o", markersize=4, label=label)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        heads, kv_heads, head_dim, dtype, _ = shape
-        axis.set_title(f"{card}: causal prefill, {heads}/{kv_heads} heads of {head_dim}, {dtype}", fontsize=11)
-        axis.set_xlabel("length (tokens)")
-        axis.set_ylabel("time of one layer's attention (ms)")
-        ticks = sorted({length for line in axis.lines for length in line.get_xdata()})
-        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="upper left")
-    figure.savefig(path, dpi=130)
-
-
-def like(row: Row) -> tuple:
-    """What rows on one line share."""
-    return row["heads"], row["kv_heads"], row["head_dim"], row["dtype"], row["workload"]
-
-
-def lines_of(rows: list[Row]) -> dict[str, dict[int, float]]:
-    """Milliseconds by label and length, timed alone where there is such a row, else in turns."""
-    lines: dict[str, dict[int, float]] = {}
-    for row in sorted(rows, key=timed, reverse=True):
-        for name, result in row["dense"].items():
-            if "ms" in result:
-                lines.setdefault(f"dense, {name}", {})[row["length"]] = result["ms"]
-        if row["total_ms"] is not None and row["wanted_error"] is None and timed(row) != "rested":
-            wanted = row["wanted_density"]
-            label = (
-                "rr_attention, dense below min_length" if wanted is None else f"{row['label']}, density {wanted:.2f}"
-            )
-            lines.setdefault(label, {})[row["length"]] = row["total_ms"]
-    return lines

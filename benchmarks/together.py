@@ -12,8 +12,9 @@ from torch import multiprocessing
 
 from benchmarks import stages
 from benchmarks import tables as report
+from benchmarks.bench import Bench
 from benchmarks.cases import Case
-from benchmarks.runner import Bench, run
+from benchmarks.runner import run
 from benchmarks.timing import OutOfTime, Progress
 
 WARM_SECONDS = 0.01  # of each timing whose figure is thrown away

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks import dense_kernels as dense
 from benchmarks import stages
+from benchmarks.bench import Bench
 from benchmarks.cases import COARSE_QUERIES, PUBLISHED, Case
 from benchmarks.environment import describe
-from benchmarks.runner import Bench
 from benchmarks.timing import OutOfTime, Progress
 from rr_flex import rr_attention
 from rr_flex.kernels.options import TUNED

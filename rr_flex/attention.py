@@ -18,6 +18,7 @@ from rr_flex.checks import (
     gradient_wanted,
 )
 from rr_flex.config import RRConfig
+from rr_flex.estimate import valid_keys_of
 from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, rows_taken_apart
 from rr_flex.kernels.dense import SHORTEST_FLASH, dense_attention, dense_kernel_serves
 from rr_flex.kernels.flex import Attended
@@ -106,6 +107,9 @@ def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> A
     if corrected and "lse" not in request.returns:
         request = replace(request, returns=(*request.returns, "lse"))
     request = replace(request, rows_apart=rows_taken_apart(name, q, k, request))
+    valid = valid_keys_of(request, q, k)
+    if valid is not None:
+        v = torch.where(valid[..., None], v, 0)  # padding weighs 0, and 0 · NaN is NaN
     parts = [KERNELS[name].attend(*own_qkv, own) for _, own, own_qkv in in_head_slices(request, q, k, v)]
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)

@@ -1,5 +1,7 @@
 """Kept blocks to a FlexAttention BlockMask."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -48,7 +50,7 @@ def build_block_mask(
     block_mask = BlockMask.from_kv_blocks(
         *list_partial_and_full(kept, whole),
         BLOCK_SIZE=block_size,
-        mask_mod=within_kept(kept, mask_mod, block_size),
+        mask_mod=KeptMask(buffered(kept), mask_mod, block_size),
         seq_lengths=seq_lengths,
         compute_q_blocks=False,
     )
@@ -59,12 +61,15 @@ def build_block_mask(
     return block_mask
 
 
-def within_kept(kept: Bool[Tensor, "B H nQ nK"], mask_mod: MaskMod, block_size: tuple[int, int]) -> MaskMod:
+@dataclass(frozen=True, eq=False)
+class KeptMask:
     """`mask_mod` inside the kept blocks, nothing outside."""
-    q_block, k_block = block_size
-    kept = buffered(kept)
 
-    def kept_mask_mod(b, h, q_idx, kv_idx):
-        return is_kept(kept, b, h, q_idx // q_block, kv_idx // k_block) & mask_mod(b, h, q_idx, kv_idx)
+    kept: Bool[Tensor, "B H nQ nK"]
+    mask_mod: MaskMod
+    block_size: tuple[int, int]  # tokens: (queries, keys)
 
-    return kept_mask_mod
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Bool[Tensor, "..."]:
+        q_block, k_block = self.block_size
+        kept = is_kept(self.kept, b, h, q_idx // q_block, kv_idx // k_block)
+        return kept & self.mask_mod(b, h, q_idx, kv_idx)

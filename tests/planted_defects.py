@@ -41,6 +41,7 @@ PLACED = "test_mask_mods.py::test_each_mask_stands_where_the_call_stands"
 PARTS = "test_mask_mods.py::test_compositions_and_runs_of_heads_place_their_parts"
 REFUSED = "test_mask_checks.py::test_masks_of_another_call_are_refused"
 SEQUENCES = "test_mask_sequences.py::test_masks_one_after_another_attend_as_alone"
+SHORT = "test_mask_sequences.py::test_padded_sequences_shorter"
 ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
 MASKED = "test_selection.py::test_any_mask_selects_as_the_oracle"
 ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
@@ -107,6 +108,7 @@ DEFECTS = [
     ),
     Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
+    Defect("mask_mods/blocks.py", "buffered(mask_mod.keys(b, h, kv_idx))", "mask_mod.keys(b, h, kv_idx)", SHORT),
     Defect("rr_flex/runtime/flex_names.py", "[*names, *(symbol", "[*names, *(() and symbol", SEQUENCES),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
@@ -119,10 +121,13 @@ DEFECTS = [
     ),
     Defect("rr_flex/geometry.py", "head % stride", "0 * head", ORACLE),
     Defect("rr_flex/geometry.py", "(column <= last)", "(column < last)", ORACLE),
-    Defect("rr_flex/kernels/last_rows.py", "h // RUNS", "h % 2", APART),
+    Defect("rr_flex/kernels/last_rows.py", "h // PIECES", "h % 2", APART),
     Defect("rr_flex/kernels/last_rows.py", "smaller(q_idx + first_query, last_query)", "q_idx", APART),
     Defect(
-        "rr_flex/kernels/last_rows.py", "(run + 1) // RUNS", "run // RUNS + 1", "test_last_rows.py::test_runs_share"
+        "rr_flex/kernels/last_rows.py",
+        "(place[:, :, None] < stop)",
+        "(place[:, :, None] <= stop)",
+        "test_last_rows.py::test_pieces_share",
     ),
     Defect(
         "rr_flex/kernels/last_rows.py", "(lse == -torch.inf)", "(lse == torch.inf)", "test_last_rows.py::test_merged"
@@ -133,7 +138,12 @@ DEFECTS = [
         "q_idx + first_query",
         "test_last_rows.py::test_rows_apart_ask_for_no_query_past_the_last",
     ),
-    Defect("rr_flex/config.py", "0 < share <= 1", "0 <= share <= 1", "test_errors.py::test_a_bad_setting_dies_at"),
+    Defect(
+        "rr_flex/config.py",
+        '"tau": ("(0, 1]", lambda share: 0 < share <= 1)',
+        '"tau": ("(0, 1]", lambda share: 0 <= share <= 1)',
+        "test_errors.py::test_a_bad_setting_dies_at",
+    ),
     Defect("rr_flex/checks.py", "if Hq % k.shape[1]:", "if False:", "test_errors.py::test_a_bad_tensor_is_refused"),
     Defect(
         "rr_flex/sampling.py",
@@ -141,18 +151,26 @@ DEFECTS = [
         "live.sum(3).clamp(min=stride)",
         "test_sampling.py::test_pools_each_stride_to_its_mean",
     ),
-    Defect("rr_flex/sampling.py", "_with_square(sampled, weight * scale)", "_with_square(sampled, scale)", ORACLE),
+    Defect(
+        "rr_flex/estimate.py",
+        "queries = with_square(queries, config.variance_weight * request.scale)",
+        "queries = with_square(queries, request.scale)",
+        ORACLE,
+    ),
     Defect("rr_flex/mass.py", "scores = torch.where(visible, scores, -torch.inf)", "pass", ORACLE),
     Defect("rr_flex/mass.py", "else scores + weights.log()", "else scores", COUNTS),
-    Defect("rr_flex/pipeline.py", "mass(queries, keys, valid_keys=valid_keys, ", "mass(queries, keys, ", COUNTS),
+    Defect("rr_flex/estimate.py", "queries, keys)._replace(valid_keys=valid)", "queries, keys)", COUNTS),
     Defect(
         "rr_flex/mass_by_attention.py",
-        "values = values * weights[..., None].to(values.dtype)",
+        "values = values * weights.to(dtype)",
         "pass",
         "test_mass_by_attention.py::test_both_forms_agree_on_any_real_keys",
     ),
     Defect(
-        "rr_flex/mass.py", "start, stop = row * q", "start, stop = 0 * q", "test_mass_by_attention.py::test_the_size"
+        "rr_flex/mass.py",
+        "stride_index.split(size), strict=True",
+        "stride_index[:size].split(1) * 5000, strict=False",
+        "test_mass_by_attention.py::test_the_size",
     ),
     Defect(
         "rr_flex/mass_by_attention.py",
@@ -187,7 +205,7 @@ DEFECTS = [
         "test_selection.py::test_a_row_without_a_finite_total_keeps_what_is_visible",
     ),
     Defect("rr_flex/selection.py", "(mass > threshold * total)", "(mass > threshold)", ANY),
-    Defect("rr_flex/mandatory.py", "nQ - config.dense_last_rows", "nQ + 1 - config.dense_last_rows", ANY),
+    Defect("rr_flex/mandatory.py", "stop - config.dense_last_rows", "stop + 1 - config.dense_last_rows", ANY),
     Defect(
         "rr_flex/mandatory.py",
         "column < start + config.sink_blocks",
@@ -196,8 +214,8 @@ DEFECTS = [
     ),
     Defect("mask_mods/heads.py", "mask_mod.spans(b, h + self.first, q_idx)", "mask_mod.spans(b, h, q_idx)", STRIPS),
     Defect("mask_mods/heads.py", "mask_mod(b, h + self.first, q_idx", "mask_mod(b, h, q_idx", STRIPS),
-    Defect("rr_flex/pipeline.py", "head_offset + heads.start, mask", "head_offset, mask", STRIPS),
-    Defect("rr_flex/pipeline.py", "level[heads], q_offset", "level[: len(level[heads])], q_offset", STRIPS),
+    Defect("rr_flex/request.py", "self.head_offset + heads.start", "self.head_offset", STRIPS),
+    Defect("rr_flex/request.py", "level=self.level[heads]", "level=self.level[: len(self.level[heads])]", STRIPS),
     Defect(
         "rr_flex/runtime/head_slices.py",
         "slice(first // group, ",
@@ -216,26 +234,26 @@ DEFECTS = [
     Defect("rr_flex/block_mask.py", "place - 1, nK", "place - 1 + (place > 1).int(), nK", LISTS),
     Defect(
         "rr_flex/block_mask.py",
-        "kept_mask_mod if look_up else mask_mod",
-        "mask_mod",
+        "return kept & self.mask_mod",
+        "return self.mask_mod",
         "test_block_mask.py::test_eager_attention_sees_the_kept_blocks_only",
     ),
     Defect(
-        "rr_flex/pipeline.py",
-        "both(causal_mask(q_offset), mask_mod) if causal else",
-        "",
+        "rr_flex/request.py",
+        "both(causal_mask(q_offset), own) if self.causal else own",
+        "own",
         "test_mandatory.py::test_causal_cuts_a_mask_that_looks_ahead",
     ),
     Defect(
-        "rr_flex/pipeline.py",
-        "moments(k, k_stride, valid_keys)",
-        "moments(k, k_stride)",
+        "rr_flex/estimate.py",
+        "config.strides[1], config.order, valid)",
+        "config.strides[1], config.order)",
         "test_selection_symmetries.py::test_what_padding_holds_never_matters",
     ),
     Defect(
-        "rr_flex/pipeline.py",
-        "sample_queries(q, q_stride, head_offset, config.phase)",
-        "sample_queries(q, q_stride, 0, config.phase)",
+        "rr_flex/estimate.py",
+        "sample_queries(q, config.strides[0], request.head_offset)",
+        "sample_queries(q, config.strides[0])",
         "test_selection_symmetries.py::test_a_shard_of_heads_selects_its_slice",
     ),
     Defect("rr_flex/kernels/options.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
@@ -246,21 +264,21 @@ DEFECTS = [
         "test_kernel.py::test_past_the_limit_a_call_raises",
     ),
     Defect(
-        "rr_flex/kernels/graphs.py",
-        '{"scale": scale, "enable_gqa"',
-        '{"scale": None, "enable_gqa"',
+        "rr_flex/kernels/flex.py",
+        '{"scale": request.scale, ',
+        '{"scale": None, ',
         "test_attention.py::test_a_scale_is_used_by_the_estimate_and_by_attention",
     ),
     Defect(
         "rr_flex/mass.py",
-        'for end in ("first", "last")',
-        'for end in ("last",)',
+        "(0, q_stride - 1)",
+        "(q_stride - 1,)",
         "test_estimators.py::test_pooled_queries_obey_any_mask",
     ),
     Defect(
-        "rr_flex/pipeline.py",
-        'config.order if config.pool == "queries" else 1',
-        "config.order",
+        "rr_flex/estimate.py",
+        "_by_pooled_queries(q, k, request, 1)",
+        "_by_pooled_queries(q, k, request, request.config.order)",
         "test_estimators.py::test_both_is_the_mean_of_two_shares",
     ),
     Defect(
@@ -270,7 +288,7 @@ DEFECTS = [
         "test_estimators.py::test_a_density_is_kept_by_one_threshold_a_sequence",
     ),
     Defect(
-        "rr_flex/config.py",
+        "rr_flex/request.py",
         "torch.where((level >= 0) & (level < 1), level, -1.0)",
         "level * 2",
         "test_estimators.py::test_a_threshold_may_be_one_a_head",
@@ -353,6 +371,27 @@ DEFECTS = [
         "            switches[-1].apply()",
         "            pass",
         "test_models_threads.py::test_enabled_ends_in_any_order",
+    ),
+    Defect(
+        "rr_flex/state.py", "self._whole = Lk // stride", "self._whole = strides", "test_state.py::test_any_cut_gives"
+    ),
+    Defect(
+        "rr_flex/state.py",
+        "min(self._whole, tokens // self._layout.stride)",
+        "self._whole",
+        "test_state.py::test_trimmed",
+    ),
+    Defect(
+        "rr_flex/runtime/tracing.py",
+        "torch.compiler.is_dynamo_compiling()",
+        "torch.compiler.is_compiling()",
+        "test_whoever_runs.py::test_another_thread",
+    ),
+    Defect(
+        "rr_flex/registry.py",
+        "ESTIMATORS[name] = Estimator(estimate, reads)",
+        "ESTIMATORS[name] = Estimator(estimate, (*reads, 'query_pool'))",
+        "test_errors.py::test_a_setting_that_no_rule_reads",
     ),
 ]
 

@@ -13,11 +13,12 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import dense_kernels as dense
-from benchmarks import rivals, stages, task_tables, together
+from benchmarks import prefill_tables, rivals, stages, task_tables, time_plot, together
 from benchmarks import tables as report
 from benchmarks import tuning as tune
+from benchmarks.bench import Bench
 from benchmarks.cases import COARSE_QUERIES, SUITES, Case
-from benchmarks.runner import STAGES, Bench, run
+from benchmarks.runner import STAGES, run
 from benchmarks.timing import OutOfTime, Progress, measure, measure_in_turns
 from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
@@ -270,7 +271,7 @@ def test_each_way_of_timing_has_its_row_and_of_many_rows_few_are_on_the_page(tmp
     few = report.markdown(rows[-9:])
     assert few.count("| alone |") == 7 and few.count("| in turns |") == 1 and "other rows" not in few
     # A picture's line has no rested time, which others could not be compared with.
-    lines = report.lines_of(rows)
+    lines = time_plot.lines_of(rows)
     assert 77.7 not in lines[f"{report.CHIEF} triton, density 0.30"].values()
 
 
@@ -279,7 +280,8 @@ def test_the_readme_is_what_the_files_say(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(program.README.read_text())
     folder = program.RESULTS
-    report.write_readme(copy, report.load(folder), report.load_prefills(folder))
+    for part in (report, prefill_tables):
+        part.write_page(copy, part.load(folder))
     assert copy.read_text() == program.README.read_text()
     assert (folder / "rows.md").read_text() == report.every_row(report.load(folder))
 
@@ -295,8 +297,8 @@ def test_a_length_is_not_measured_only_if_no_run_of_it_has_rr_flex():
     about = {"dtype": "bfloat16", "ms": 2.0, "attention_total_ms": 1.0, "rest_ms": 1.0, "date": "2026-01-01"}
     about |= {"card": "card", "torch": "2", "triton": None, "flash_attn_4": None, "model": "model", "length": 8192}
     rows = [about | {"attention": "sdpa", "commit": "a"}, about | {"attention": "rr_flex", "commit": "b"}]
-    assert "not measured" not in report.prefill_markdown(rows)
-    assert "not measured" in report.prefill_markdown(rows[:1])
+    assert "not measured" not in prefill_tables.markdown(rows)
+    assert "not measured" in prefill_tables.markdown(rows[:1])
 
 
 def test_task_cells_tell_what_was_not_run():

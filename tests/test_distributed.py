@@ -1,5 +1,6 @@
 """Several processes keep the blocks that one keeps and give its outputs: 2 and 4 processes, gloo, CPU."""
 
+import json
 import os
 import re
 import socket
@@ -22,7 +23,7 @@ PAGE = HERE.parent / "rr_flex" / "distributed" / "README.md"
 
 def environment(**more):
     path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | more
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
 def torchrun(processes, *program):
@@ -51,6 +52,28 @@ def test_a_models_prompt_on_two_processes():
     pytest.importorskip("transformers")
     printed = torchrun(2, HERE / "distributed_models_worker.py", 2, "llama", "gemma3")
     assert printed.count("same logits, cache and tokens") == 2
+
+
+def test_the_benchmark_runs_on_two_processes(tmp_path):
+    """Uncompiled, on the CPU: every way gives one process's output, and a row that says how."""
+    shape = ["--lengths", 640, "--heads", 4, 2, "--head-dim", 16, "--dtype", "float32", "--densities", 0.6]
+    rows = bench(tmp_path, 2, "--device", "cpu", "--eager", *shape)
+    assert [row["way"] for row in rows] == [
+        *("stages", "one card", "heads", "ulysses", "kept", "all", "dense ulysses", "one card, dense")
+    ]
+    assert all(row["error"] < 1e-5 for row in rows if row["way"] in ("ulysses", "kept", "all"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_cards_give_what_one_gives(tmp_path):
+    rows = bench(tmp_path, 2, "--lengths", 16384, "--densities", 0.3, "--no-dense")
+    assert {row["way"] for row in rows} >= {"ulysses", "kept", "all", "ring"}
+    assert all(row["error"] < 1e-2 for row in rows if row["way"] in ("ulysses", "kept", "all", "ring"))
+
+
+def bench(folder, processes, *arguments):
+    torchrun(processes, "-m", "benchmarks.parallel", *arguments, "--output", folder / "rows.jsonl")
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
 def test_errors_on_every_rank_and_a_rank_that_dies():

@@ -197,3 +197,30 @@ def test_mask_mods_are_taken_by_every_call():
     """The table above refuses for the right reason: the same calls with good arguments go through."""
     for call in (select_blocks, create_rr_block_mask):
         call(good, good, mask_mod=causal(), q_offset=0, head_offset=0, tau=[0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("threshold", {"threshold": 0.5}),
+        ("target_density", {"target_density": 0.5}),
+        ("tau", {"preset": "best", "tau": 0.1}),
+        ("tau", {"budget": "density", "tau": 0.95}),
+        ("mandatory", {"budget": "threshold", "mandatory": "add"}),
+        ("query_pool", {"query_pool": 64}),
+        ("key_stride", {"pool": "queries", "key_stride": 16}),
+        ("stride", {"pool": "queries", "stride": 16}),
+        ("stride", {"stride": 16, "query_stride": 8, "key_stride": 8}),
+        ("variance_weight", {"variance_weight": 0.25}),
+    ],
+)
+def test_a_setting_that_no_rule_reads_is_refused_and_the_rule_is_named(name, chosen):
+    with pytest.raises(ValueError, match=rf"^{name} must not be given"):
+        select_blocks(good, good, **chosen)
+
+
+def test_a_preset_stands_beside_no_config():
+    with pytest.raises(ValueError, match=r"^preset must not be given beside a config"):
+        select_blocks(good, good, config=RRConfig(tau=0.5), preset="best")
+    # Where a rule is replaced, its number goes with it.
+    assert RRConfig(tau=0.5).with_settings({"budget": "threshold"}) == RRConfig(budget="threshold")

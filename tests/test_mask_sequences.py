@@ -7,8 +7,9 @@ which masks, lengths and orders met it depends on hashes, so all of them are run
 import oracle
 import pytest
 import torch
-import torch._inductor.config
 from cases import Shape, assert_attends, tensors
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 
 from mask_mods import (
     bidirectional,
@@ -21,8 +22,10 @@ from mask_mods import (
     prefix,
     sink,
     sliding_window,
+    visible_keys,
 )
 from rr_flex import rr_attention
+from rr_flex.sampling import moments
 
 # Two batch sizes and three lengths: the first as it is, the second as symbols, the third by the second's graph.
 CALLS = ((2, 384), (3, 300), (2, 457))
@@ -56,7 +59,7 @@ MASKS = {
 @pytest.fixture(autouse=True, scope="module")
 def nothing_compiled_by_others(nothing_compiled_before):
     """The compiler keeps code on disk, that of another torch's names too."""
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         yield
 
 
@@ -71,3 +74,17 @@ def test_masks_one_after_another_attend_as_alone(name):
         out = rr_attention(q, k, v, mask_mod=mask, causal=causal_too, min_length=10**6)
         whole = both(causal(), mask) if causal_too else mask
         assert_attends(out, q, k, v, oracle.pairs(whole, B, shape.Hq, L, L))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_sequences_shorter_than_a_vector_are_pooled(side):
+    """Of 3 tokens; inductor (2.13) could not pad what `keys` computes to a stride's 8."""
+
+    def pooled(k, lengths):
+        return moments(k, 8, visible_keys(padding(lengths, side, total=3), 2, 1, 3, k.device))
+
+    k, real = torch.arange(12.0).view(2, 1, 3, 2), torch.tensor([3, 2])
+    mean, _ = torch.compile(pooled, fullgraph=True)(k, real)
+    last_two = slice(1, 3) if side == "left" else slice(0, 2)
+    assert mean[0].tolist() == k[0].mean(1, keepdim=True).tolist()
+    assert mean[1].tolist() == k[1, :, last_two].mean(1, keepdim=True).tolist()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import __main__ as program
 from benchmarks import chunk_suite, server_tables, work_suite
 from benchmarks.server import Server, sdpa
 from benchmarks.server_suites import write_rows
@@ -89,3 +90,10 @@ def test_tables_show_the_last_row_of_each(tmp_path):
     assert (tmp_path / "chunks.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "chunks.jsonl").read_text().splitlines()
     assert "FAILED, x" in server_tables.text([json.loads(line) for line in lines])
+
+
+def test_the_page_is_what_the_files_say(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(program.README.read_text())
+    server_tables.write_page(copy, server_tables.load(program.RESULTS))
+    assert copy.read_text() == program.README.read_text()

@@ -22,7 +22,7 @@ EXAMPLES = """
 examples:
   rr-flex plan --tokens 4M --heads 64/8 --gpus 8..1024 --density .1
   rr-flex plan --tokens 1M --heads 32/8 --gpus 2,4,8 --plot plan.png
-  rr-flex plan --check benchmarks/results/parallel.jsonl
+  rr-flex plan --check benchmarks/results/parallel.jsonl benchmarks/results/128k.jsonl
 """
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -45,7 +45,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     plan.add_argument("--density", type=share, default=0.1, help="share of blocks that attention keeps [%(default)s]")
     plan.add_argument("--rates", type=Path, metavar="JSON", help="measured rates of another machine [the shipped ones]")
-    plan.add_argument("--check", type=Path, metavar="JSONL", help="rows of benchmarks/parallel.py, beside predictions")
+    plan.add_argument("--check", type=Path, nargs="+", metavar="JSONL", help="benchmarks' rows beside predictions")
     plan.add_argument("--plot", type=picture, metavar="PNG", help="draws times against GPUs")
     add_json(plan)
 
@@ -109,26 +109,43 @@ def plan_rows(arguments: argparse.Namespace, rates) -> list[dict]:
     return rows
 
 
-def check_rows(path: Path, rates) -> list[dict]:
-    """Measured rows that the model has a word on, with its word."""
+def check_rows(paths: list[Path], rates) -> list[dict]:
+    """Measured rows that the model has a word on, with it: of benchmarks/parallel.py, and of one card's suites."""
     from rr_flex.distributed import cost
 
     rows = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        way = row.get("way", "").removesuffix(", triton")
-        if "ms" not in row or way not in cost.WAYS:
+    for row in (json.loads(line) for path in paths for line in path.read_text().splitlines()):
+        found = of_one_card(row) or of_several(row)
+        if found is None or found["way"].removesuffix(", triton") not in cost.WAYS:
             continue
-        shape = {"heads": row["heads"], "kv_heads": row["kv_heads"], "head_dim": row["head_dim"]}
-        prompt = cost.Prompt(tokens=row["length"], density=row.get("density", 1.0), **shape)
-        each = cost.cost(way, prompt, 1 if way == "one card" else row["ranks"], rates)
-        names = ("way", "ranks", "length", "density", "card")
-        predicted = 1000 * each.seconds
-        kept = {name: row.get(name) for name in names} | {"way": row["way"], "ms": row["ms"], "predicted_ms": predicted}
-        rows.append(
-            kept | {"off": predicted / row["ms"] - 1, "memory_bytes": each.memory, "peak_bytes": row["peak_bytes"]}
-        )
+        way = found["way"].removesuffix(", triton")
+        shape = {name: row[name] for name in ("heads", "kv_heads", "head_dim")}
+        rule = {name: found[name] for name in ("strides", "order") if name in found}
+        prompt = cost.Prompt(tokens=row["length"], density=row.get("density", 1.0), **shape, **rule)
+        each = cost.cost(way, prompt, found["ranks"], rates)
+        about = {name: row.get(name) for name in ("length", "density", "card")} | found
+        about |= {"predicted_ms": 1000 * each.seconds, "off": 1000 * each.seconds / found["ms"] - 1}
+        rows.append(about | {"memory_bytes": each.memory})
     return rows
+
+
+def of_several(row: dict) -> dict | None:
+    """A way's time in a row of benchmarks/parallel.py."""
+    if "ms" not in row or "way" not in row:
+        return None
+    ranks = 1 if row["way"].startswith("one card") else row["ranks"]
+    return {"way": row["way"], "ranks": ranks, "ms": row["ms"]}
+
+
+def of_one_card(row: dict) -> dict | None:
+    """The whole call's time in a row of `python -m benchmarks run` whose rule and kernel the rates are of."""
+    settings = row.get("settings", {})
+    rates_know = row.get("method") == "rr" and row.get("backend") == "flash" and "pool" not in settings
+    if not rates_know or row.get("total_ms") is None:
+        return None
+    stride = settings.get("stride", 8)
+    strides = settings.get("query_stride", stride), settings.get("key_stride", stride)
+    return {"way": "one card", "ranks": 1, "ms": row["total_ms"], "strides": strides, "order": settings.get("order", 1)}
 
 
 def planned_table(rows: list[dict]) -> str:

@@ -3,86 +3,51 @@
 Only pooled keys go to every rank; from them each chooses its own queries' blocks. Then it fetches the key blocks that
 some query here kept or, where that is not less, all of them, one strip of key heads after the other: the next strip's
 transfer runs beside this one's attention. A rule that scores single keys (pool="queries", "both") needs all keys to
-choose: they are gathered in whole, and only the values are fetched by block. (The other way, pooled queries to the
-keys' owners and their block masses back, moves Hq · L² / 4,096 bytes against the keys' 2 · Hkv · L · D: more from
-32K tokens on with 32/8 heads of 128, and to all ranks.)
+choose: they are gathered in whole, and only the values are fetched by block. (The other way,
+pooled queries to the keys' owners and block masses back, moves Hq · L² / 4,096 bytes against the keys' 2 · Hkv · L · D:
+more from 262,144 tokens on with 32/8 heads of 128.)
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mask_mods import from_head, hides_keys, visible_keys
-from mask_mods.spans import MaskMod
+from mask_mods import hides_keys, visible_keys
 from rr_flex.attention import shortest_sparse
-from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked
 from rr_flex.distributed.attend import attend, attend_with_flash, kernel_for
 from rr_flex.distributed.choose import (
     Chosen,
-    Rows,
     choose,
     for_strip,
     ground_of,
-    last_row,
     needs_every_key,
     pool_on,
-    rows_of,
     shape_of_keys,
 )
+from rr_flex.distributed.far_rows import attend_far_rows, first_far_query, without_far_rows
 from rr_flex.distributed.fetch import Deliveries
-from rr_flex.distributed.masks import at_positions
+<<<<<<< HEAD
+from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import HEADS, Shards
 from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.choose import KERNELS
 from rr_flex.kernels.last_rows import rows_apart
+from rr_flex.request import make_request
+=======
+from rr_flex.distributed.last_rows import attend_far_rows, first_far_query, last_rows_here, without_far_rows
+from rr_flex.distributed.masks import at_positions
+from rr_flex.distributed.shards import HEADS, Shards
+from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.request import Request, make_request
+>>>>>>> distributed
 from rr_flex.runtime.head_slices import head_slices
 
 STRIPS = 4  # of key heads at least, where there are so many: all but the first travel while another attends
-
-
-class Local(NamedTuple):
-    """What one rank works with in one call."""
-
-    q: Float[Tensor, "B Hq n D"]
-    k: Float[Tensor, "B Hkv m D"]
-    v: Float[Tensor, "B Hkv m Dv"]
-    shards: Shards
-    asked: Asked
-    request: Request  # of this rank's queries and heads; each strip has a mask of its own
-    strips: list[tuple[slice, slice]]  # query heads and their key heads
-    kernel: str  # "flash", "triton" or "cpu"
-
-    @property
-    def config(self) -> RRConfig:
-        return self.request.config
-
-    @property
-    def count(self) -> int:
-        """Keys of all ranks."""
-        return self.shards.layout.tokens
-
-    def position_mask(self, heads: slice) -> MaskMod:
-        """What a strip of heads may see, by positions."""
-        first = torch.full((), heads.start, dtype=torch.int64, device=self.q.device) + self.request.head_offset
-        return from_head(self.asked.mask, first)
-
-    def of_strip(self, heads: slice) -> Request:
-        """The request of a strip of heads, its mask one of query indices here and key positions."""
-        position = self.shards.layout.positions(self.shards.place, self.q.device)
-        sizes = self.q.shape[0], heads.stop - heads.start, self.count
-        return for_strip(self.request, heads, at_positions(self.position_mask(heads), position, sizes))
-
-    def rows(self, heads: slice) -> Rows:
-        """Where this rank's block rows lie."""
-        q_block, sizes = self.config.block_sizes[0], (self.q.shape[0], heads.stop - heads.start, self.count)
-        last = last_row(self.position_mask(heads), sizes, q_block, self.q.device)
-        return rows_of(self.shards.layout, self.shards.place, q_block, last)
 
 
 def context_parallel(
@@ -101,15 +66,21 @@ def context_parallel(
     """
     local = prepare(q, k, v, shards, check_asked(q, k, v, shards, options, {"fetch", "backend"}))
     chosen, all_keys = choose_blocks(local)
+    first_far = first_far_query(local)
+    if first_far < local.count:
+        chosen = [without_far_rows(one, local, first_far) for one in chosen]
+    local.asked.account.attended += [one.kept.sum() for one in chosen]
     deliveries = Deliveries(local, chosen, all_keys)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     coming = deliveries.start(0)
+    far = attend_far_rows(local, first_far) if first_far < local.count else out[:, :, :0]
     for place, (heads, _) in enumerate(local.strips):
         arriving = coming
         # Before this strip's attention is queued: the transfer would wait for it.
         coming = deliveries.start(place + 1) if place + 1 < len(local.strips) else None
         keys, values = arriving()
         out[:, heads] = attend_strip(local, heads, (keys, values), chosen[place])
+    out[:, :, out.shape[2] - far.shape[2] :] = far
     return out
 
 
@@ -185,13 +156,3 @@ def _gather_keys(local: Local) -> list:
     flights = [gather_tokens(local.k[:, keys], local.shards, pad_to=size) for _, keys in local.strips]
     local.asked.account.fetched += sum(flight.received for flight in flights)
     return flights
-
-
-def last_rows_here(local: Local) -> int:
-    """How many of this rank's last block rows attend by themselves."""
-    pieces = local.shards.layout.queries_of(local.shards.place)
-    rows = ceil_div(pieces[-1].stop - pieces[-1].start, local.config.block_sizes[0])
-    if local.request.dense or pieces[-1].stop < local.count or rows < local.config.dense_last_rows:
-        return 0
-    least_keys = KERNELS[local.kernel].least_keys_apart
-    return 0 if least_keys is None else rows_apart(local.q.shape[2], local.count, local.config, least_keys)

@@ -31,6 +31,7 @@ class Rates:
     far_bytes: float  # the same between hosts
     host_ranks: int  # ranks of a host
     call_seconds: float  # of a call, whatever its size
+    across_seconds: float  # beside that, of the host's operations of a call of context parallel or ring
     fetched: dict[str, dict[str, float]]  # density -> ranks -> share of foreign key blocks that a rank wants
     source: str
 
@@ -154,6 +155,7 @@ def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
     pooled = foreign * prompt.kv_bytes / 2 * prompt.order / prompt.strides[1]
     kept = prompt.blocks / ranks  # one byte a block until it has attended
     gathered = foreign * prompt.kv_bytes
+    alone += rates.across_seconds
     if way == "ring":
         step = max(attend / ranks, gathered / (ranks - 1) / link)
         seconds = alone + pooled / link + attend / ranks + (ranks - 1) * step

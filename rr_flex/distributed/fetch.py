@@ -1,17 +1,14 @@
 """The keys and values of one strip of key heads after the other, from the ranks that hold them."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rr_flex.distributed.choose import Chosen, wanted_blocks
+from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import SEQUENCE
 from rr_flex.distributed.transfer import Owners, fetch_blocks, gather_tokens, gather_wanted
-
-if TYPE_CHECKING:
-    from rr_flex.distributed.context import Local
 
 Arriving = Callable[[], tuple[Tensor, Tensor]]  # waits, and gives k and v by position, in whole key blocks
 
@@ -19,7 +16,7 @@ Arriving = Callable[[], tuple[Tensor, Tensor]]  # waits, and gives k and v by po
 class Deliveries:
     """Decides for each strip what travels, the same on every rank, and sends it when told to."""
 
-    def __init__(self, local: "Local", chosen: list[Chosen], all_keys: list[Tensor] | None) -> None:
+    def __init__(self, local: Local, chosen: list[Chosen], all_keys: list[Tensor] | None) -> None:
         self.local, self.all_keys = local, all_keys
         self.size = local.config.block_sizes[1]
         self.account = local.asked.account
