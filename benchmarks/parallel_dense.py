@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rr_flex.distributed import Shards
-from rr_flex.distributed.heads import split_heads
+from rr_flex.distributed.by_heads import split_heads
 from rr_flex.distributed.shards import SEQUENCE
 from rr_flex.distributed.transfer import exchange, gather_tokens, in_order
 from rr_flex.kernels.dense import dense_attention

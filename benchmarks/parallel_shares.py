@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.workloads import captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.distributed import Layout, balanced, contiguous, zigzag
-from rr_flex.distributed.choose import wanted_blocks
+from rr_flex.distributed.choosing import wanted_blocks
 from rr_flex.mass import row_share
 
 RULE = RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold")

@@ -199,7 +199,8 @@ def look(model, ids: Tensor, config: RRConfig, densities: list[float]) -> Look:
 
 def time_sparse(model, ids: Tensor, config: RRConfig, profile, found: Look, options: argparse.Namespace) -> Row:
     """As `time_dense`, with the estimate's part and the density that was kept."""
-    with enable(model, config=config, profile=profile, backend=options.backend) as on:
+    settings = {"config": config} if profile is None else {"profile": profile}
+    with enable(model, **settings, backend=options.backend) as on:
         ways = Counter(attention.calls)
         row = time_first_token(model, ids, "rr_flex", repeats=options.repeats, seconds=options.row_seconds)
         row["kernels"] = dict(attention.calls - ways)

@@ -135,7 +135,8 @@ def level_per_head(config: RRConfig, Hq: int, device: torch.device) -> Float[Ten
     An entry out of range keeps every visible block.
     """
     name, level = config.level_field, config.level
-    if not isinstance(level, Tensor) and not traced():
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not isinstance(level, Tensor) and not traced() and not capturing:
         return _kept_level(level, Hq, device, name)
     return _level_tensor(level, Hq, device, name)
 
@@ -144,7 +145,10 @@ def level_per_head(config: RRConfig, Hq: int, device: torch.device) -> Float[Ten
 @lru_cache(maxsize=4096)
 def _kept_level(level: float | tuple[float, ...], Hq: int, device: torch.device, name: str) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not enter a call that is differentiated
-        return _level_tensor(level, Hq, device, name)
+        kept = _level_tensor(level, Hq, device, name)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other threads read it from streams of their own
+    return kept
 
 
 def _level_tensor(level: object, Hq: int, device: torch.device, name: str) -> Tensor:

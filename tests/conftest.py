@@ -16,7 +16,7 @@ settings.register_profile("planted", settings.get_profile("ci"), phases=[Phase.e
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "local"))
 
 
-LONGEST = "test_models_families.py"  # two fifths of all tests' time
+LONGEST = "test_models_families.py"
 
 
 def pytest_collection_modifyitems(items):

@@ -323,10 +323,12 @@ DEFECTS = [
         "if False:",
         "test_calibration.py::test_another_model_s_profile_is_refused",
     ),
-    Defect("rr_flex/serving/rows.py", "last = stop // row * row", "last = ceil_div(stop, row) * row", WHOLE_ROWS),
-    Defect("rr_flex/serving/rows.py", "first = ceil_div(start, row) * row", "first = start // row * row", WHOLE_ROWS),
-    Defect("rr_flex/serving/rows.py", "ceil_div(min_length, row) - 1", "ceil_div(min_length, row)", SHORT_ROWS),
-    Defect("rr_flex/serving/rows.py", "key=lambda piece: len(piece) > 1", "key=len", SINGLE_FIRST),
+    Defect("rr_flex/serving/step_rows.py", "last = stop // row * row", "last = ceil_div(stop, row) * row", WHOLE_ROWS),
+    Defect(
+        "rr_flex/serving/step_rows.py", "first = ceil_div(start, row) * row", "first = start // row * row", WHOLE_ROWS
+    ),
+    Defect("rr_flex/serving/step_rows.py", "ceil_div(min_length, row) - 1", "ceil_div(min_length, row)", SHORT_ROWS),
+    Defect("rr_flex/serving/step_rows.py", "key=lambda piece: len(piece) > 1", "key=len", SINGLE_FIRST),
     Defect("rr_flex/serving/pages.py", "(stride - 1 - start) % stride", "(stride - start) % stride", POOLED_ONCE),
     Defect("rr_flex/serving/pages.py", "page = page * folded_heads + head", "page = page * folded_heads", ONTO_PAGES),
     Defect(

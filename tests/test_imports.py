@@ -132,3 +132,12 @@ def test_import_is_light():
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert printed.stdout.strip() == "False []"
+
+
+def test_no_two_modules_have_one_name():
+    """Apart from mask_mods, a package of its own, and the former names `rr_flex.plots` and `rr_flex.notebook`."""
+    places: dict[str, list[str]] = {}
+    for path in [*ROOT.glob("rr_flex/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
+        if path.stem not in ("__init__", "__main__") and path.parent.name + path.name != "rr_flexnotebook.py":
+            places.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rr_flex.kernels.options import TUNED, attention_options, estimate_options
+from rr_flex.kernels import options as options_module
+from rr_flex.kernels.options import TUNED, attention_options, estimate_options, read_cards
 from rr_flex.runtime import private
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.runtime.private import RECOMPILE_LIMIT
@@ -38,6 +39,19 @@ def test_the_table_names_cards_head_dims_and_dtypes():
             for dtype, entry in by_dtype.items():
                 assert isinstance(getattr(torch, dtype), torch.dtype)
                 assert set(entry) <= {"attention", "estimate", "estimate_columns", "min_length"}
+
+
+def test_a_file_of_cards_joins_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(options_module, "TUNED", {"9.0": {"128": {"bfloat16": {"min_length": 1}}}})
+    path = tmp_path / "cards.json"
+    path.write_text('{"9.0": {"128": {"float16": {"min_length": 2}}}, "8.6": {"64": {"float16": {}}}}')
+    read_cards(path)
+    assert options_module.TUNED["9.0"]["128"] == {"bfloat16": {"min_length": 1}, "float16": {"min_length": 2}}
+    assert options_module.TUNED["8.6"] == {"64": {"float16": {}}}
+    for text in ("{", "[]", '{"9.0": 3}', '{"9.0": {"128": {"float16": 3}}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^path must hold card"):
+            read_cards(path)
 
 
 def test_past_the_limit_a_call_raises(monkeypatch):

@@ -22,7 +22,7 @@ from model_families import IDS, SETTINGS, generate, logits, make, with_cache
 import rr_flex
 from rr_flex import attention, rr_attention, select_blocks
 from rr_flex.models import enable, report
-from rr_flex.models.plan import ATTRIBUTE
+from rr_flex.models.layer_plan import ATTRIBUTE
 
 
 @pytest.fixture(scope="module")

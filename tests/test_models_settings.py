@@ -14,8 +14,8 @@ from model_families import SETTINGS, logits, make
 from rr_flex import RRConfig
 from rr_flex.models import enable, register, report
 from rr_flex.models.choices import Choices, make_plan
-from rr_flex.models.plan import Plan, plan_of
-from rr_flex.models.shards import heads_of
+from rr_flex.models.head_shards import heads_of
+from rr_flex.models.layer_plan import Plan, plan_of
 from rr_flex.profiles import load_profile
 
 

@@ -19,7 +19,7 @@ from model_families import IDS, SETTINGS, logits, make, with_cache
 
 from rr_flex.models import enable
 from rr_flex.models.attention_by import attention_by
-from rr_flex.models.plan import ATTRIBUTE, plan_of
+from rr_flex.models.layer_plan import ATTRIBUTE, plan_of
 from rr_flex.models.records import LayerRecord
 from rr_flex.models.switches import SWITCHES
 

@@ -9,8 +9,8 @@ from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import list_partial_and_full
 from rr_flex.serving.paged import as_sequence, attend_pages, folds_heads, side_by_side
 from rr_flex.serving.pages import PooledPages, onto_pages, pools_of_cpu, pools_of_flash, read_pages
-from rr_flex.serving.rows import pieces_of_step
 from rr_flex.serving.step import Layer, SparseStep, attend_sparse, select_piece
+from rr_flex.serving.step_rows import pieces_of_step
 from rr_flex.serving.warmup import compile_graphs, graphs, synthetic_step
 
 P, Hq, Hkv, D, PAGES = 128, 4, 2, 16, 24

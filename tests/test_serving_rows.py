@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rr_flex.serving.rows import ROW, dense_batch, pieces_of_step
+from rr_flex.serving.step_rows import ROW, dense_batch, pieces_of_step
 
 
 def pieces(start, stop, prefilling=True, **options):

@@ -8,7 +8,7 @@ from paged_server import VOCABULARY, PagedServer
 from rr_flex import RRConfig, select_blocks
 from rr_flex.sampling import pooled_features
 from rr_flex.serving.pages import PooledPages, read_pages, tokens_to_pool
-from rr_flex.serving.rows import dense_batch, pieces_of_step
+from rr_flex.serving.step_rows import dense_batch, pieces_of_step
 
 SCHEDULES = 10_000
 SCHEDULES_WITH_ATTENTION = 300

@@ -18,7 +18,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpec
 
 from rr_flex.sampling import pooled_features
 from rr_flex.serving.pages import pools_of_cpu, read_pages
-from rr_flex.serving.vllm import attention, plugin, start
+from rr_flex.serving.vllm import implementation as attention
+from rr_flex.serving.vllm import plugin, start
 from rr_flex.serving.vllm.cpu import SparseCPUBuilder, SparseCPUImpl
 from rr_flex.serving.vllm.side_cache import PooledKeys
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import Lists, build_block_mask, list_partial_and_full
-from rr_flex.distributed.choose import Chosen
+from rr_flex.distributed.choosing import Chosen
 from rr_flex.kernels import flash
 from rr_flex.kernels.choose import KERNELS
 from rr_flex.kernels.flex import Attended, flex, of_pieces, with_last_rows

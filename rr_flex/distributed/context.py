@@ -19,7 +19,7 @@ from mask_mods import hides_keys, visible_keys
 from rr_flex.attention import shortest_sparse
 from rr_flex.distributed.asked import Asked, check_asked
 from rr_flex.distributed.attend import attend, attend_with_flash, kernel_for
-from rr_flex.distributed.choose import (
+from rr_flex.distributed.choosing import (
     Chosen,
     choose,
     for_strip,

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mask_mods import hides_keys
-from rr_flex.distributed.choose import Chosen
+from rr_flex.distributed.choosing import Chosen
 from rr_flex.distributed.local import Local
-from rr_flex.distributed.masks import at_positions
+from rr_flex.distributed.position_masks import at_positions
 from rr_flex.distributed.shards import SEQUENCE, answering
 from rr_flex.distributed.transfer import all_gather
 from rr_flex.geometry import ceil_div

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rr_flex.distributed.choose import Chosen, wanted_blocks
+from rr_flex.distributed.choosing import Chosen, wanted_blocks
 from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import SEQUENCE
 from rr_flex.distributed.transfer import Owners, fetch_blocks, gather_tokens, gather_wanted

@@ -10,8 +10,8 @@ from mask_mods import from_head
 from mask_mods.spans import MaskMod
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked
-from rr_flex.distributed.choose import Rows, for_strip, last_row, rows_of
-from rr_flex.distributed.masks import at_positions
+from rr_flex.distributed.choosing import Rows, for_strip, last_row, rows_of
+from rr_flex.distributed.position_masks import at_positions
 from rr_flex.distributed.shards import Shards
 from rr_flex.request import Request
 

@@ -21,7 +21,7 @@ from rr_flex.distributed.context import context_parallel
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards, answering
 from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.models.hf_masks import FAR, causal_window
-from rr_flex.models.plan import plan_of
+from rr_flex.models.layer_plan import plan_of
 
 NAME = "rr_flex_context_parallel"
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mask_mods.spans import MaskMod
 from rr_flex.distributed.asked import check_asked
 from rr_flex.distributed.attend import attend
-from rr_flex.distributed.choose import Chosen, for_strip, needs_every_key
+from rr_flex.distributed.choosing import Chosen, for_strip, needs_every_key
 from rr_flex.distributed.context import choose_blocks, prepare
 from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import SEQUENCE, Shards, answering

@@ -9,6 +9,24 @@ from torch import Tensor
 
 # Compute capability -> head dim -> dtype -> options, as `python -m benchmarks tune` writes it.
 TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
+
+
+def read_cards(path: str | Path) -> None:
+    """Takes the cards of a JSON file, such as `rr-flex tune --table` writes, beside those that ship; its entries win.
+
+    For this process. ValueError where the file is none.
+    """
+    try:
+        cards = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = [(card, D, by_dtype) for card, by_dim in cards.items() for D, by_dtype in by_dim.items()]
+        if not all(isinstance(options, dict) for _, _, by_dtype in entries for options in by_dtype.values()):
+            raise AttributeError("options that are no object")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"path must hold card -> head dim -> dtype -> options as JSON, got {path}: {error}") from error
+    for card, D, by_dtype in entries:
+        TUNED.setdefault(card, {}).setdefault(D, {}).update(by_dtype)
+
+
 COLUMNS = 128  # key blocks that the estimate as attention takes at once, where the table says nothing
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.choose import Backend
-from rr_flex.models.plan import LayerSettings, Plan, SlidingLayers
+from rr_flex.models.layer_plan import LayerSettings, Plan, SlidingLayers
 from rr_flex.profiles import Profile
 
 

@@ -12,7 +12,7 @@ from rr_flex.config import RRConfig
 from rr_flex.kernels.choose import Backend
 from rr_flex.models.choices import Choices, check_heads, make_plan
 from rr_flex.models.forward import rr_flex_attention
-from rr_flex.models.plan import ATTRIBUTE, LayerSettings, Plan, SlidingLayers, set_plan, set_registered
+from rr_flex.models.layer_plan import ATTRIBUTE, LayerSettings, Plan, SlidingLayers, set_plan, set_registered
 from rr_flex.models.prefill_mask import prefill_mask
 from rr_flex.models.records import Report
 from rr_flex.models.states import before_attention

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from mask_mods.spans import SpanMask
 from rr_flex.attention import rr_attention
 from rr_flex.models import records
+from rr_flex.models.head_shards import heads_of
 from rr_flex.models.layer_call import LayerCall, layer_of, why_dense
+from rr_flex.models.layer_plan import Plan, plan_of
 from rr_flex.models.own_attention import dense_attention
-from rr_flex.models.plan import Plan, plan_of
-from rr_flex.models.shards import heads_of
 from rr_flex.models.states import Place, after_update, state_of
 from rr_flex.runtime.tracing import traced
 

@@ -12,7 +12,7 @@ from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.models import records
-from rr_flex.models.plan import Plan
+from rr_flex.models.layer_plan import Plan
 from rr_flex.models.prefill_mask import PrefillMask
 from rr_flex.pipeline import is_short
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rr_flex.models.plan import ATTRIBUTE, set_plan
+from rr_flex.models.layer_plan import ATTRIBUTE, set_plan
 
 SWITCHES = "rr_flex_switches"  # attribute of the model and of its attention modules
 _LOCK = RLock()

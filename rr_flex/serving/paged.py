@@ -21,7 +21,7 @@ from rr_flex.kernels.score_mods import score_mod_of
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.runtime.is_kept import is_kept
 from rr_flex.serving.pages import Pool
-from rr_flex.serving.rows import ROW
+from rr_flex.serving.step_rows import ROW
 
 LARGEST_POOL = 2**31  # elements, keys and values together, that the kernels' int32 offsets reach (torch 2.13)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rr_flex.config import RRConfig
 from rr_flex.profiles import load_profile
-from rr_flex.serving.rows import ROW
+from rr_flex.serving.step_rows import ROW
 
 VARIABLE = "RR_FLEX"
 FORMS = """a JSON object such as {"preset": "best"} or {"tau": 0.9}, a .json file, or the name of a shipped profile"""
@@ -27,7 +27,7 @@ class ServingSettings:
     def of_layer(self, layer: int, first_head: int, heads: int) -> RRConfig | None:
         """The settings for query heads first_head … first_head + heads − 1 of a layer; None: the layer is dense.
 
-        Dense last rows and short rows are decided before anything is selected (`rr_flex.serving.rows`), so here they
+        Dense last rows and short rows are decided before anything is selected (`rr_flex.serving.step_rows`); here they
         are none.
         """
         config = self.config or self.layers.get(layer)

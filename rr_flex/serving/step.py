@@ -15,7 +15,7 @@ from rr_flex.result import Selection
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.serving.paged import attend_pages, folds_heads, side_by_side
 from rr_flex.serving.pages import Pool, PooledPages, onto_pages, read_pages
-from rr_flex.serving.rows import DenseBatch, Piece, dense_batch
+from rr_flex.serving.step_rows import DenseBatch, Piece, dense_batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from rr_flex.serving.rows import ROW, Piece
 from rr_flex.serving.step import SparseStep, attend_sparse
+from rr_flex.serving.step_rows import ROW, Piece
 
 # Rows and keys before them, in rows, of each request of a step: one row and several, with and without earlier chunks,
 # one request and two. The attention is one graph for all; selecting on an accelerator has some of its own.

@@ -12,8 +12,8 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from rr_flex.serving.pages import tokens_to_pool
-from rr_flex.serving.rows import pieces_of_step
 from rr_flex.serving.step import SparseStep
+from rr_flex.serving.step_rows import pieces_of_step
 from rr_flex.serving.vllm.start import Started, start
 
 logger = init_logger("vllm.rr_flex")

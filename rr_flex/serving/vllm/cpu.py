@@ -8,8 +8,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from rr_flex.serving.pages import Pool, pools_of_cpu
-from rr_flex.serving.vllm.attention import SparseImpl
 from rr_flex.serving.vllm.builder import SparseBuilder
+from rr_flex.serving.vllm.implementation import SparseImpl
 
 
 class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):

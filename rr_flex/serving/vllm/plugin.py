@@ -26,7 +26,7 @@ def _override_backends() -> None:
 
     ours = {
         "CPU_ATTN": "rr_flex.serving.vllm.cpu.SparseCPUBackend",
-        "FLASH_ATTN": "rr_flex.serving.vllm.flash.SparseFlashBackend",
+        "FLASH_ATTN": "rr_flex.serving.vllm.flash_attn.SparseFlashBackend",
     }
     for name, member in AttentionBackendEnum.__members__.items():
         if name in ours:

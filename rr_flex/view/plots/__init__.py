@@ -2,9 +2,9 @@
 
 from rr_flex.view.plots.block_maps import HeadMap, block_map_figure
 from rr_flex.view.plots.curves import density_figure, time_figure
-from rr_flex.view.plots.masks import dynamic_blocks_figure, mask_figure
+from rr_flex.view.plots.mask_maps import dynamic_blocks_figure, mask_figure
 from rr_flex.view.plots.model import model_figure
-from rr_flex.view.plots.rows import row_budget_figure, top_tau_figure
+from rr_flex.view.plots.row_budgets import row_budget_figure, top_tau_figure
 
 __all__ = [
     "HeadMap",

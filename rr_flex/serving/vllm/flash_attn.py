@@ -9,9 +9,9 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from rr_flex.serving.pages import Pool, pools_of_flash
-from rr_flex.serving.rows import ROW
-from rr_flex.serving.vllm.attention import SparseImpl
+from rr_flex.serving.step_rows import ROW
 from rr_flex.serving.vllm.builder import SparseBuilder
+from rr_flex.serving.vllm.implementation import SparseImpl
 
 
 class SparseFlashBuilder(SparseBuilder, FlashAttentionMetadataBuilder):

@@ -1,7 +1,7 @@
 """A server's step on a card without the server: its pages and metadata built here, sparse against the dense kernel.
 
-    python -m benchmarks.paged --contexts 32768 131072 --chunk 8192 --batch 1 8 --output paged.jsonl
-    python -m benchmarks.paged --dry-run
+    python -m benchmarks.paged_step --contexts 32768 131072 --chunk 8192 --batch 1 8 --output paged.jsonl
+    python -m benchmarks.paged_step --dry-run
 
 Each row: the last chunk of a prompt of `context` tokens for `batch` requests at once (each its own pages, drawn at
 random from one pool), its time by sparse attention over the pages, by selecting alone, by the dense kernel over the
@@ -25,8 +25,8 @@ from benchmarks.timing import measure, synchronize
 from benchmarks.workloads import Shape, structured
 from rr_flex.config import RRConfig
 from rr_flex.serving.pages import PooledPages, pools_of_flash
-from rr_flex.serving.rows import pieces_of_step
 from rr_flex.serving.step import Layer, SparseStep, attend_sparse, parts, select_piece
+from rr_flex.serving.step_rows import pieces_of_step
 
 PAGE = 128
 SETTINGS = {
@@ -156,7 +156,9 @@ def pooled_keys(keys: Tensor, config: RRConfig) -> PooledPages:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paged", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.paged_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step, of each request")

@@ -16,7 +16,7 @@ from rr_flex.attention import rr_attention
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked, of_heads
 from rr_flex.distributed.layout import Layout
-from rr_flex.distributed.masks import at_positions
+from rr_flex.distributed.position_masks import at_positions
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards
 from rr_flex.distributed.transfer import exchange, in_order
 
