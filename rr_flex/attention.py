@@ -18,7 +18,7 @@ from rr_flex.checks import (
     gradient_wanted,
 )
 from rr_flex.config import RRConfig
-from rr_flex.estimate import valid_keys_of
+from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
 from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, rows_taken_apart
 from rr_flex.kernels.dense import SHORTEST_FLASH, dense_attention, dense_kernel_serves
 from rr_flex.kernels.flex import Attended
@@ -29,8 +29,8 @@ from rr_flex.request import Request, in_head_slices, make_request
 from rr_flex.runtime.tracing import traced
 from rr_flex.state import PrefillState, check_state
 
-# How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash". A call inside a caller's
-# torch.compile is not counted.
+# How often rr_attention ran which way: "dense", or sparse on "cpu", "triton" or "flash"; and how often its mass was
+# found in strips, the slow form (see estimate.in_strips). A call inside a caller's torch.compile is not counted.
 calls: Counter[str] = Counter()
 
 
@@ -90,7 +90,9 @@ def rr_attention(
     name = choose_kernel(backend, q, v, request)
     if request.dense and request.plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")
-        flash = name == "flash" and (backend == "flash" or q.shape[2] >= SHORTEST_FLASH)
+        flash = "must" if backend == "flash" else "no"
+        if backend == "auto" and name == "flash" and q.shape[2] >= SHORTEST_FLASH:
+            flash = "if right"
         out = dense_attention(q, k, v, causal=request.causal, scale=scale, flash=flash)
         return (out, q.new_ones((), dtype=torch.float32)) if return_density else out
     count("dense" if request.dense else name)
@@ -110,11 +112,23 @@ def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> A
     valid = valid_keys_of(request, q, k)
     if valid is not None:
         v = torch.where(valid[..., None], v, 0)  # padding weighs 0, and 0 · NaN is NaN
-    parts = [KERNELS[name].attend(*own_qkv, own) for _, own, own_qkv in in_head_slices(request, q, k, v)]
+    parts = [
+        KERNELS[name].attend(*own_qkv, with_mass_of_strips(*own_qkv[:2], own))
+        for _, own, own_qkv in in_head_slices(request, q, k, v)
+    ]
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
     )
     return Attended(beside_sinks(out, lse, sinks) if corrected else out, lse, density)
+
+
+def with_mass_of_strips(q: Tensor, k: Tensor, request: Request) -> Request:
+    """The request with its mass, where that is held in strips: a loop that no graph should unroll. Counted."""
+    if request.dense or traced() or not in_strips(q, k, request):
+        return request
+    count("mass in strips")
+    with torch.no_grad():
+        return replace(request, mass=estimate_mass(q, k, request))
 
 
 def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) -> int:

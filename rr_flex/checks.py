@@ -1,6 +1,7 @@
 """Arguments of the public calls, checked before any compute. On an accelerator nothing here reads a tensor's values."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def check_queries_and_keys(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"k must have q's batch size {B}, got {k.shape[0]}")
     if k.shape[3] != D:
         raise ValueError(f"k must have q's head dim {D}, got {k.shape[3]}")
+    if Hq >= 256 and Hq > 4 * q.shape[2] and not traced():
+        warnings.warn(
+            f"q must be [B, heads, tokens, D], got {Hq} heads of {q.shape[2]} tokens: are heads and tokens exchanged?",
+            stacklevel=4,
+        )
     if Hq % k.shape[1]:
         raise ValueError(f"q must have a multiple of k's {k.shape[1]} heads, got {Hq}")
 

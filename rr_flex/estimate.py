@@ -8,8 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mask_mods import hides_keys, seeing_queries, visible_keys
+from rr_flex import mass
+from rr_flex.geometry import ceil_div
 from rr_flex.mass import Samples, block_mass, row_share
-from rr_flex.mass_by_attention import block_mass_by_attention, kernel_can_estimate
+from rr_flex.mass_by_attention import FEATURES, block_mass_by_attention, kernel_can_estimate
 from rr_flex.registry import ESTIMATORS, estimator
 from rr_flex.request import Request
 from rr_flex.sampling import pooled_features, sample_queries, with_square
@@ -21,6 +23,24 @@ def estimate_mass(q: Float[Tensor, "B Hq Lq D"], k: Float[Tensor, "B Hkv Lk D"],
     """Block mass by the request's estimator; a soft cap bounds what stands for a stride's logits, with order 2 their
     mean and variance together."""
     return ESTIMATORS[request.config.pool].estimate(q, k, request)
+
+
+def in_strips(q: Tensor, k: Tensor, request: Request) -> bool:
+    """Whether scores are stored, and of so many that they are held for a strip of block rows at a time.
+
+    Then a graph would be of one length, and mass is found ahead of it. On a GPU that is so where no kernel takes the
+    features: more than 256 of them, which head dim 256 has at order 2.
+    """
+    config, (Hq, D) = request.config, (q.shape[1], q.shape[3])
+    pooled_keys = (config.order * D, config.strides)
+    pooled_queries = ((config.order if config.pool == "queries" else 1) * D, (config.tokens_per_pooled_query, 1))
+    scored = {"keys": [pooled_keys], "queries": [pooled_queries], "both": [pooled_keys, pooled_queries]}
+    for features, (q_stride, k_stride) in scored.get(config.pool, []):
+        if request.estimate == "by kernel" and q.device.type == "cuda" and FEATURES[0] <= features <= FEATURES[1]:
+            continue
+        if q.shape[0] * Hq * ceil_div(q.shape[2], q_stride) * ceil_div(k.shape[2], k_stride) > mass.STRIP_ELEMENTS:
+            return True
+    return False
 
 
 @estimator("keys", reads=("stride", "query_stride", "key_stride", "order", "variance_weight"))

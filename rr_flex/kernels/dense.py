@@ -1,6 +1,7 @@
 """Dense attention for lengths at which sparse attention does not pay, through the fastest kernel that is installed."""
 
 import warnings
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -41,12 +42,21 @@ def dense_attention(
     *,
     causal: bool,
     scale: float | None,
-    flash: bool = False,
+    flash: Literal["no", "if right", "must"] = "no",
 ) -> Float[Tensor, "B Hq L Dv"]:
-    """torch's scaled_dot_product_attention, causal or over all pairs; with `flash` FlashAttention 4 where its dense
-    kernel, another than the block-sparse one, is right on a small problem too."""
-    if flash and _flash_is_right(q, v):
-        return _flash_attention(q, k, v, causal, scale)
+    """torch's scaled_dot_product_attention, causal or over all pairs, or FlashAttention 4.
+
+    The latter where its dense kernel, another than the block-sparse one, is right on a small problem too; RuntimeError
+    where it must and is not.
+    """
+    if flash != "no":
+        if _flash_is_right(q, v):
+            return _flash_attention(q, k, v, causal, scale)
+        if flash == "must":
+            raise RuntimeError(
+                "backend must be 'auto' or 'triton' for a short call here, got 'flash': FlashAttention 4's dense "
+                "kernel failed its check on a small problem"
+            )
     settings = {"is_causal": causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if q.device.type != "cuda" or traced():
         return F.scaled_dot_product_attention(q, k, v, **settings)
@@ -79,6 +89,8 @@ def _flash_is_right(q: Tensor, v: Tensor) -> bool:
                 warnings.simplefilter("ignore")  # its own deprecations are no reason against it
                 error = (_flash_attention(*small, True, None) - exact).norm() / exact.norm()
             _right[key] = error.item() < CHECK_ERROR
+        except torch.OutOfMemoryError:
+            return False  # that says nothing about the kernel: asked again
         except Exception:  # a beta's compilation may fail in any way; torch's kernel is as right
             _right[key] = False
     return _right[key]
