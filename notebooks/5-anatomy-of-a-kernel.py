@@ -32,7 +32,7 @@ from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import list_blocks
 from rr_flex.kernels.options import attention_options
 from rr_flex.mandatory import mandatory_blocks
-from rr_flex.mass import block_mass
+from rr_flex.mass import Samples, block_mass
 from rr_flex.sampling import pool_keys, sample_queries
 from rr_flex.selection import select_top_tau
 
@@ -152,14 +152,21 @@ def milliseconds(function, repeats: int = 5) -> float:
 
 
 config = RRConfig(tau=0.8)
-sampled, pooled = sample_queries(q, 8), pool_keys(k, 8)
-shape = {"Lq": LENGTH, "Lk": LENGTH, "strides": (8, 8), "block_size": (128, 128), "scale": HEAD_DIM**-0.5}
-mass = block_mass(sampled, pooled, mask_mod=selection.mask_mod, **shape)
+samples = Samples(
+    sample_queries(q, 8),
+    pool_keys(k, 8),
+    strides=(8, 8),
+    seq_lengths=(LENGTH, LENGTH),
+    block_size=(128, 128),
+    mask_mod=selection.mask_mod,
+    scale=HEAD_DIM**-0.5,
+)
+mass = block_mass(samples)
 always = mandatory_blocks(selection.visible, config, Lq=LENGTH, q_offset=0)
 steps = {
     "sample the queries": lambda: sample_queries(q, 8),
     "pool the keys": lambda: pool_keys(k, 8),
-    "score, softmax, sum by block": lambda: block_mass(sampled, pooled, mask_mod=selection.mask_mod, **shape),
+    "score, softmax, sum by block": lambda: block_mass(samples),
     "select: top-τ": lambda: select_top_tau(mass, 0.8, selection.visible, always),
     "list the blocks": lambda: list_blocks(selection.kept & selection.whole),
     "attention over the blocks": lambda: attend(q, k, v, **call),
