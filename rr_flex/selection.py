@@ -58,7 +58,8 @@ def select_density(
     mandatory: Bool[Tensor, "#B #H nQ nK"] | None = None,
 ) -> Bool[Tensor, "B H nQ nK"]:
     """`select_threshold` at each sequence's own threshold: the least that keeps no more than `density` of its visible
-    blocks, over all heads. Found to a factor 1 + 2e−5; mandatory blocks stay where they alone are more.
+    blocks, over all heads. Found to a factor 1 + 2e−5, within which blocks count as equal and the first are kept;
+    mandatory blocks stay where they alone are more.
 
     A row's choice depends on the other rows and heads. No host sync: each pass over the mass cuts the interval of
     log-shares in eight.
@@ -76,9 +77,13 @@ def select_density(
         counts = (free[..., None] > cuts[:, None, None, None]).sum((1, 2, 3), dtype=torch.float32)
         place = (counts + fixed > wanted).sum(-1, keepdim=True)
         low, high = edges.gather(1, place), edges.gather(1, place + 1)
-    threshold = high.exp()[:, :, None, None]
+    above = free > high.exp()[:, :, None, None]
+    # What lies between the last two thresholds is equal to them: the first of these, as many as there is room for.
+    tied = (free > low.exp()[:, :, None, None]) & ~above
+    room = wanted - fixed - above.sum((1, 2, 3), dtype=torch.float32)[:, None]
+    first = (tied.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(tied)
     everything = torch.as_tensor(density, device=mass.device) >= 1
-    return torch.where(told & ~everything, (share > threshold) & visible | mandatory, visible)
+    return torch.where(told & ~everything, above | (tied & first) | mandatory, visible)
 
 
 @budget("top_tau", level="tau", reads=("mandatory",))

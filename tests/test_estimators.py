@@ -187,6 +187,14 @@ def test_a_density_is_kept_by_one_threshold_a_sequence(seed, density):
     assert torch.equal(alone, kept[1:])
 
 
+def test_equal_blocks_fill_a_density_from_the_first():
+    q, k = torch.zeros(2, 4, 1024, 16), torch.randn(2, 2, 1024, 16)
+    chosen = {"budget": "density", "target_density": 0.5, "sink_blocks": 0, "local_blocks": 0, "dense_last_rows": 0}
+    selection = select_blocks(q, k, causal=False, **chosen)
+    assert selection.kept.sum((1, 2, 3)).tolist() == [128, 128]
+    assert selection.kept[:, :2].all() and not selection.kept[:, 2:].any()
+
+
 def test_full_density_keeps_everything_and_a_silent_row_too():
     mass, visible, mandatory = blocks_of_mass(0)
     assert torch.equal(select_density(mass, 1.0, visible, mandatory), visible.expand_as(mass))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from rr_flex.attention import rr_attention
 from rr_flex.kernels.flash import check_flash
 from rr_flex.kernels.options import TUNED
+from rr_flex.serving.vllm.support import found_here
 
 State = Literal["ok", "missing", "optional"]  # missing: without it rr_attention does not run here
 
@@ -55,6 +56,8 @@ def examine(*, attempt: bool = True, progress: Callable[..., None] = lambda stag
     yield break_even()
     for package, (purpose, install) in OPTIONAL.items():
         yield optional(package, purpose, install)
+    found, remedy = found_here()
+    yield Finding(name="vLLM plugin", state="optional" if remedy else "ok", found=found, remedy=remedy)
 
 
 def torch_version() -> Finding:
