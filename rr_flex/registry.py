@@ -34,7 +34,7 @@ OWN = ("rr_flex.estimate", "rr_flex.selection")  # modules whose rules are alway
 
 def fill() -> None:
     """Imports the modules of our own rules, which nothing else may have done before the first RRConfig is made."""
-    if not ESTIMATORS or not BUDGETS:
+    if "keys" not in ESTIMATORS or "top_tau" not in BUDGETS:
         for name in OWN:
             importlib.import_module(name)
 
