@@ -406,6 +406,7 @@ def fault_of(defect: Defect, folder: Path) -> str:
     for name in ("mask_mods", "rr_flex", "tests", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")  # some tests compare with the study's rules
     (folder / defect.path).write_text(source.replace(defect.text, defect.wrong))
     return ""
 
