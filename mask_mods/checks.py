@@ -135,8 +135,8 @@ def check_integers(name: str, value: Tensor, dims: tuple[int, ...], shape: str) 
     """Raise unless `value` is an integer tensor of one of the given numbers of dims; its values are never read."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {show(value)}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got dtype {value.dtype}")
+    if value.dtype not in (torch.int32, torch.int64):  # in a narrower one sums of tokens would wrap
+        raise TypeError(f"{name} must be an integer tensor (int32, int64) of shape {shape}, got dtype {value.dtype}")
     if value.ndim not in dims or value.numel() == 0:
         raise ValueError(f"{name} must be an integer tensor of shape {shape}, got shape {list(value.shape)}")
     if value.layout != torch.strided or value.device.type == "meta":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mask_mods.checks import check_mask_mod
+from mask_mods.checks import check_count, check_integers, check_mask_mod
 from mask_mods.positions import place
 from mask_mods.spans import Index, MaskMod, SpanMask, called
 
@@ -51,4 +51,8 @@ def from_head(mask_mod: MaskMod, first: Index) -> MaskMod:
 
     A SpanMask if `mask_mod` is one. `first` is an int or a 0-dim integer tensor; a new tensor causes no recompile.
     """
+    if isinstance(first, torch.Tensor):
+        check_integers("first", first, (0,), "[]")
+    else:
+        check_count("first", first, 0)
     return (SpansFromHead if isinstance(mask_mod, SpanMask) else FromHead)(mask_mod, first)

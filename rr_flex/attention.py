@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mask_mods.spans import MaskMod
 from rr_flex.checks import (
+    as_autocast_says,
     check_differentiable,
     check_flag,
     check_queries_and_keys,
@@ -34,6 +35,7 @@ from rr_flex.state import PrefillState, check_state
 calls: Counter[str] = Counter()
 
 
+@as_autocast_says
 def rr_attention(
     q: Float[Tensor, "B Hq Lq D"],
     k: Float[Tensor, "B Hkv Lk D"],
@@ -59,7 +61,8 @@ def rr_attention(
     The selection is held fixed under differentiation.
     `sinks`: a logit a head that joins each query's softmax and brings no value; the selection does not look at it.
     `return_lse` adds the natural log-sum-exp of each query's kept logits (soft-capped, without the sink), float32
-    [B, Hq, Lq]; `return_density` adds the Selection's density (1 where it is dense), 0-dim, for which nothing waits.
+    [B, Hq, Lq]; `return_density` adds the Selection's density (1 where it is dense, 0 for a head that sees nothing; the
+    mean of heads), 0-dim, for which nothing waits.
     Under `config.min_length` keys (None: where the card was measured to gain nothing) it is dense attention.
     `backend` on CUDA: "triton", "flash" (FlashAttention 4, an extra) or "auto": flash where it is installed, passes a
     self-check, there is no soft cap and the mask is only causal or none; inside a caller's torch.compile always triton.
@@ -83,10 +86,11 @@ def rr_attention(
     request = make_request(q, k, RRConfig.resolve(config, settings), options)
     returns = (*(("lse",) if return_lse else ()), *(("density",) if return_density else ()))
     request = replace(request, sinks=sinks, backward=backward, returns=returns)
+    check_state(state)
     if is_short(k, shortest_sparse(q, request.config, plain_softmax=request.plain_softmax)):
         request = replace(request, estimate="none")
     elif state is not None:
-        request = check_state(state).pool(q, k, request)
+        request = state.pool(q, k, request)
     name = choose_kernel(backend, q, v, request)
     if request.dense and request.plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
         count("dense")

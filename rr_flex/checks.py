@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,6 +15,25 @@ from rr_flex.runtime.tracing import traced
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AXES = ("batch", "heads", "tokens", "D")
 FARTHEST = 2**31 - 1  # position, or number of a head: kernels count in int32
+
+
+def as_autocast_says(function: Callable) -> Callable:
+    """Under torch.autocast: tensors in its dtype, as scaled_dot_product_attention takes them, the rest without it."""
+
+    @wraps(function)
+    def call(*tensors: Any, **options: Any) -> Any:
+        given = [*tensors, *(options.get(name) for name in ("q", "k", "v"))]
+        kind = next((x.device.type for x in given if isinstance(x, Tensor)), "")
+        if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+            return function(*tensors, **options)
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPES else x for x in tensors]
+        for name in {"q", "k", "v"}.intersection(options):
+            options[name] = options[name].to(dtype) if isinstance(options[name], Tensor) else options[name]
+        with torch.autocast(kind, enabled=False):
+            return function(*tensors, **options)
+
+    return call
 
 
 def check_context() -> None:
@@ -77,8 +98,8 @@ def check_sinks(q: Tensor, sinks: object) -> None:
         raise ValueError(f"sinks must hold one logit a query head ({q.shape[1]}), got shape {tuple(sinks.shape)}")
     if sinks.device != q.device:
         raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
-    if readable(sinks) and bool(sinks.isnan().any()):
-        raise ValueError("sinks must be numbers, got nan")
+    if readable(sinks) and not bool((sinks < torch.inf).all()):
+        raise ValueError(f"sinks must be numbers below infinity, got {sinks[~(sinks < torch.inf)][0].item()}")
 
 
 def check_numbers(scale: object, softcap: object) -> None:
@@ -101,8 +122,9 @@ def check_offset(name: str, value: object, lowest: int, highest: int) -> None:
     """An int in range, or a 0-dim integer tensor; one on an accelerator is not read."""
     if isinstance(value, Tensor):
         check_plain(name, value)
-        if value.ndim or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must be an int or a 0-dim integer tensor, got {value.dtype} {tuple(value.shape)}")
+        if value.ndim or value.dtype not in (torch.int32, torch.int64):
+            shown = f"{value.dtype} {tuple(value.shape)}"
+            raise TypeError(f"{name} must be an int or a 0-dim integer tensor (int32, int64), got {shown}")
         if not readable(value):
             return
         value = value.item()

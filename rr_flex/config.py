@@ -65,7 +65,7 @@ class RRConfig:
     def __post_init__(self) -> None:
         registry.fill()
         for name, table in (("pool", ESTIMATORS), ("budget", BUDGETS)):
-            if getattr(self, name) not in table:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in table:
                 raise ValueError(f"{name} must be one of {', '.join(table)}, got {getattr(self, name)!r}")
         if isinstance(self.block_size, Sequence):
             object.__setattr__(self, "block_size", tuple(self.block_size))
@@ -165,7 +165,7 @@ class RRConfig:
     def from_preset(cls, preset: Preset, **settings: Any) -> "RRConfig":
         """ "rr": the paper's rule. "best": what the study recommends, more accurate for no more multiplications.
         "fast": three quarters of them, a little less accurate. `settings` replace single fields."""
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
         return cls(**PRESETS[preset]).with_settings(settings)
 

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mask_mods import block_visibility
 from mask_mods.spans import MaskMod
-from rr_flex.checks import check_queries_and_keys
+from rr_flex.checks import as_autocast_says, check_queries_and_keys
 from rr_flex.config import RRConfig
 from rr_flex.estimate import estimate_mass, valid_keys_of
 from rr_flex.mandatory import mandatory_blocks
@@ -30,6 +30,7 @@ def create_rr_block_mask(q: Tensor, k: Tensor, **options: Any) -> BlockMask:
     return select_blocks(q, k, **options).build_block_mask()
 
 
+@as_autocast_says
 def select_blocks(
     q: Float[Tensor, "B Hq Lq D"],
     k: Float[Tensor, "B Hkv Lk D"],
@@ -62,10 +63,11 @@ def select_blocks(
     options = {"mask_mod": mask_mod, "causal": causal, "scale": scale, "softcap": softcap}
     options |= {"q_offset": q_offset, "head_offset": head_offset}
     request = make_request(q, k, RRConfig.resolve(config, settings), options)
+    check_state(state)
     if is_short(k, request.config.min_length):
         request = replace(request, estimate="none")
     elif state is not None:
-        request = check_state(state).pool(q, k, request)
+        request = state.pool(q, k, request)
     # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
     choose = _select_compiled if q.device.type != "cpu" and not traced() else select
     with torch.no_grad():

@@ -81,8 +81,6 @@ def make_request(q: Tensor, k: Tensor, config: RRConfig, options: dict[str, Any]
     """
     known = dict(mask_mod=None, causal=True, scale=None, softcap=None, q_offset=None, head_offset=0) | options
     mask_mod, causal = known["mask_mod"], known["causal"]
-    if causal is None:
-        causal = True
     check_flag("causal", causal)
     check_numbers(known["scale"], known["softcap"])
     Lq, Lk = q.shape[2], k.shape[2]

@@ -60,7 +60,11 @@ class PrefillState:
 
     def reorder(self, rows: Int[Tensor, " rows"]) -> None:
         """Takes the given rows of the batch, in this order, with repeats: beams."""
+        if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"rows must be an integer tensor [rows], got {getattr(rows, 'dtype', type(rows).__name__)}")
         if self._layout is not None:
+            if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < self._layout.batch)).all()):
+                raise ValueError(f"rows must be from 0 to {self._layout.batch - 1}, got {rows.tolist()}")
             self._pooled = self._pooled.index_select(0, rows.to(self._pooled.device))
             self._layout = replace(self._layout, batch=self._pooled.shape[0])
 
@@ -107,11 +111,10 @@ class PrefillState:
             self._pooled = grown
 
 
-def check_state(state: object) -> PrefillState:
-    """TypeError for anything but a PrefillState."""
-    if not isinstance(state, PrefillState):
+def check_state(state: object) -> None:
+    """TypeError for anything but a PrefillState or None."""
+    if state is not None and not isinstance(state, PrefillState):
         raise TypeError(f"state must be a PrefillState, got {type(state).__name__}")
-    return state
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import Shape, tensors
 
-from mask_mods import causal
+from mask_mods import causal, padding
 from rr_flex import RRConfig, create_rr_block_mask, rr_attention, select_blocks
 
 SMALL = Shape(Lq=64, Lk=64)
@@ -224,3 +224,28 @@ def test_a_preset_stands_beside_no_config():
         select_blocks(good, good, config=RRConfig(tau=0.5), preset="best")
     # Where a rule is replaced, its number goes with it.
     assert RRConfig(tau=0.5).with_settings({"budget": "threshold"}) == RRConfig(budget="threshold")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.bool])
+def test_integers_that_would_wrap_are_refused(dtype):
+    few = torch.tensor([1], dtype=dtype)
+    with pytest.raises(TypeError, match=r"^lengths must be an integer tensor \(int32, int64\)"):
+        padding(few)
+    with pytest.raises(TypeError, match=r"^offset must be an integer tensor \(int32, int64\)"):
+        causal(few[0])
+    with pytest.raises(TypeError, match=r"^q_offset must be an int or a 0-dim integer tensor \(int32, int64\)"):
+        select_blocks(good, good, q_offset=few[0])
+
+
+def test_a_wrong_state_is_refused_where_the_call_is_dense_too():
+    for call in (select_blocks, lambda *tensors, **chosen: rr_attention(*tensors, good, **chosen)):
+        with pytest.raises(TypeError, match=r"^state must be a PrefillState, got int"):
+            call(good, good, state=5, min_length=9999)
+
+
+@pytest.mark.parametrize("preset", ["rr", "best"])
+def test_autocast_takes_tensors_in_its_dtype(preset):
+    q, k = (torch.randn(1, 2, 256, 16, generator=torch.Generator().manual_seed(seed)).half() for seed in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = select_blocks(q, k, preset=preset)
+    assert torch.equal(found.mass, select_blocks(q.bfloat16(), k.bfloat16(), preset=preset).mass)

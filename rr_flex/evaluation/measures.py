@@ -11,8 +11,8 @@ def recalled_mass(true_mass: Float[Tensor, "B Hq nQ nK"], kept: Bool[Tensor, "B 
 
 
 def density(kept: Bool[Tensor, "B Hq nQ nK"], visible: Bool[Tensor, "*#B nQ nK"]) -> Float[Tensor, "B Hq"]:
-    """Kept blocks as a share of the blocks that the mask lets through."""
-    return kept.sum((-2, -1)) / visible.expand_as(kept).sum((-2, -1))
+    """Kept blocks as a share of the blocks that the mask lets through; 0 where it lets none through."""
+    return kept.sum((-2, -1)) / visible.expand_as(kept).sum((-2, -1)).clamp(min=1)
 
 
 def output_error(out: Float[Tensor, "B Hq L D"], reference: Float[Tensor, "B Hq L D"]) -> Float[Tensor, "B Hq"]:
