@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.environment import describe
-from benchmarks.workloads import structured
+from benchmarks.workloads import Shape, structured
 from rr_flex import RRConfig, rr_attention
 from rr_flex.distributed import Account, Shards, context_parallel, head_parallel, make_mesh, ring, ulysses, zigzag
 from rr_flex.distributed.asked import check_asked
@@ -103,8 +103,7 @@ class Prompt:
         Hq, Hkv = run.options.heads
         self.run, self.length, self.shape = run, length, (Hq, Hkv, run.options.head_dim)
         dtype = getattr(torch, run.options.dtype)
-        shape = {"L": length, "Hq": Hq, "Hkv": Hkv, "D": run.options.head_dim}
-        whole = structured(**shape, dtype=dtype, device=run.device, seed=0)
+        whole = structured(Shape(length, Hq, Hkv, run.options.head_dim), dtype=dtype, device=run.device, seed=0)
         self.layout = zigzag(length, run.ranks)
         self.shards = Shards(run.sequence, self.layout)
         self.part = [self.layout.take(x, self.shards.place).contiguous() for x in whole]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from benchmarks.workloads import captured, structured
+from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.distributed import Layout, balanced, contiguous, zigzag
 from rr_flex.distributed.choosing import wanted_blocks
@@ -89,13 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "parallel-shares.json")
     options = parser.parse_args(arguments)
     Hq, Hkv = options.heads
-    shape = {"L": options.length, "Hq": Hq, "Hkv": Hkv, "D": 128, "dtype": torch.float32, "device": "cpu"}
+    shape, made = Shape(options.length, Hq, Hkv, 128), {"dtype": torch.float32, "device": "cpu"}
     rows = []
     with torch.no_grad():
         if options.length:
-            other = structured(**shape, seed=1)
+            other = structured(shape, **made, seed=1)
             predicted = select_blocks(other.q, other.k, config=RULE).mass
-            this = structured(**shape, seed=0)
+            this = structured(shape, **made, seed=0)
             rows += study("structured", this.q, this.k, predicted)
         for path in options.captured:
             q, k, _ = captured(path, "cpu", torch.float32)

@@ -85,9 +85,7 @@ class PrefillState:
         stride, order = config.strides[1], config.order
         layout = Layout(B, Hkv, order * D, stride, order, k.dtype, k.device)
         if self._layout not in (None, layout):
-            raise ValueError(
-                f"state must be used with one batch, model layer and setting, got {layout} after {self._layout}"
-            )
+            raise ValueError(f"state must keep its batch, layer and settings, {self._layout}, got {layout}")
         if Lk < self.tokens:
             raise ValueError(f"k must hold the state's {self.tokens} tokens, got {Lk}; `state.trim` takes tokens back")
         self._layout, start = layout, self._whole * stride

@@ -111,7 +111,7 @@ def test_another_thread_that_compiles():
 
 
 def test_threads_that_meet_new_shapes_together():
-    cases = [(tensors(SHAPE._replace(Lq=L, Lk=L), L), window) for L in (390, 520) for window in (None, 177)]
+    cases = [(tensors(SHAPE._replace(Lq=L, Lk=L), L), window) for L, window in ((390, None), (390, 177), (520, 177))]
 
     def run(case):
         qkv, window = case
