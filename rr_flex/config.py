@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "target_density": 0.4,
     "mandatory": "count",
 }
+FIELDS_OF_RULES = (*DEFAULTS, "query_pool", "query_stride", "key_stride")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +104,8 @@ class RRConfig:
 
     def _settle_what_rules_read(self) -> None:
         """A field that no chosen rule reads must not be given; one that is read and not given has its default."""
-        rule = BUDGETS[self.budget]
-        read = {rule.level, *rule.reads, *ESTIMATORS[self.pool].reads}
-        if self.order != 2:
-            read.discard("variance_weight")
-        for name in (*DEFAULTS, "query_pool", "query_stride", "key_stride"):
+        read = _fields_read(self.pool, self.budget, self.order)
+        for name in FIELDS_OF_RULES:
             if name not in read and getattr(self, name) is not None:
                 raise ValueError(
                     f"{name} must not be given beside budget={self.budget!r}, pool={self.pool!r}, order={self.order}, "
@@ -210,8 +208,11 @@ class RRConfig:
             if name not in known:
                 raise TypeError(f"settings must be preset or fields of RRConfig ({', '.join(known)}), got {name!r}")
         if {"pool", "budget", "order"}.intersection(settings):
-            fallen = dict.fromkeys(self._fields_that_fall(settings))
-            settings = fallen | settings
+            rules = [settings.get(name, getattr(self, name)) for name in ("pool", "budget", "order")]
+            named = isinstance(rules[0], str) and isinstance(rules[1], str)
+            if named and rules[0] in ESTIMATORS and rules[1] in BUDGETS:  # else it is an error soon
+                read = _fields_read(*rules)
+                settings = {name: None for name in FIELDS_OF_RULES if name not in read} | settings
         return replace(self, **settings)
 
     def _is_default(self) -> bool:
@@ -220,16 +221,12 @@ class RRConfig:
         expected |= dict.fromkeys(("threshold", "target_density", "variance_weight"))
         return not any(isinstance(value, Tensor) for value in own.values()) and own == expected
 
-    def _fields_that_fall(self, settings: dict[str, Any]) -> list[str]:
-        """Fields that this configuration's rules read and those of `settings` do not."""
-        names = {name: settings.get(name, getattr(self, name)) for name in ("pool", "budget", "order")}
-        if names["budget"] not in BUDGETS or names["pool"] not in ESTIMATORS:
-            return []  # an error soon
-        rule = BUDGETS[names["budget"]]
-        read = {rule.level, *rule.reads, *ESTIMATORS[names["pool"]].reads}
-        if names["order"] != 2:
-            read.discard("variance_weight")
-        return [name for name in (*DEFAULTS, "query_pool", "query_stride", "key_stride") if name not in read]
+
+def _fields_read(pool: str, budget: str, order: int) -> set[str]:
+    """The fields that these rules go by, as far as not all rules do."""
+    rule = BUDGETS[budget]
+    read = {rule.level, *rule.reads, *ESTIMATORS[pool].reads}
+    return read if order == 2 else read - {"variance_weight"}
 
 
 def _plain_level(name: str, level: Level) -> Level:

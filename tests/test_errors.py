@@ -46,6 +46,8 @@ BAD_SETTINGS = [
     ("order", {"order": 3}, ValueError),
     ("variance_weight", {"variance_weight": 0.0}, ValueError),
     ("budget", {"budget": "unknown"}, ValueError),
+    ("budget", {"budget": ["top_tau"]}, ValueError),
+    ("pool", {"pool": ["keys"]}, ValueError),
     ("mandatory", {"mandatory": "unknown"}, ValueError),
     ("threshold", {"budget": "threshold", "threshold": -0.1}, ValueError),
     ("threshold", {"budget": "threshold", "threshold": math.nan}, ValueError),
