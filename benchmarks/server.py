@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.timing import Progress, one_call, synchronize
 from benchmarks.workloads import Inputs, Shape, captured, structured
+from rr_flex.kernels.dense import dense_attention
 
 Row = dict[str, Any]
 HOST_CALLS = 15  # of which the median is taken
@@ -79,11 +78,7 @@ def dense_kernel(device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, T
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    if q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    mask = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return dense_attention(q, k, v, causal=True, scale=None)
 
 
 def warm_up(call: Callable[[int], object], device: torch.device, times: int = 3) -> None:

@@ -12,13 +12,14 @@ from benchmarks.server import Row, Server, dense_kernel, median_host_ms, release
 from benchmarks.timing import measure_in_turns
 from benchmarks.workloads import Inputs
 from rr_flex import RRConfig, rr_attention, select_blocks
-from rr_flex.kernels.break_even import Costs, Work, costs_from, decide
-from rr_flex.kernels.options import TUNED
+from rr_flex.kernels.break_even import Costs, Work, decide
+from rr_flex.kernels.options import costs_of
 
 QUERIES, KEYS = (512, 2048, 8192, 32768), (8192, 32768, 131072)
 BATCHES = (1, 8)
 DENSITIES = (0.1, 0.25, 0.5)
-CPU_LENGTHS = (1024, 2048, 4096, 8192, 16384)  # queries and keys, one batch
+CPU_CELLS = [(1, length, length) for length in (512, 1024, 2048, 4096, 8192, 16384)]  # batch, queries, keys
+CPU_CELLS += [(8, 512, 512), (8, 2048, 2048), (1, 512, 4096), (1, 512, 16384), (1, 2048, 16384)]
 REPEATS = (3, 15)
 LEAST_CELLS = 8  # that costs are sought for
 
@@ -26,7 +27,7 @@ LEAST_CELLS = 8  # that costs are sought for
 def cells(server: Server, options: argparse.Namespace) -> list[tuple[int, int, int]]:
     """(batch, queries, keys), the smallest inputs first."""
     if server.device.type == "cpu":
-        return [(1, length, length) for length in CPU_LENGTHS if length <= server.length]
+        return sorted((cell for cell in CPU_CELLS if cell[2] <= server.length), key=lambda cell: (cell[2], cell[0]))
     found = product(options.batches or BATCHES, KEYS, QUERIES)
     fitting = [(batch, queries, keys) for batch, keys, queries in found if queries <= keys <= server.length]
     return sorted(fitting, key=lambda cell: (cell[0] * cell[2], cell[1]))
@@ -54,7 +55,7 @@ def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
         for backend, density in product(server.backends, options.densities or DENSITIES):
             server.progress.step(f"{batch} × {queries} of {keys}, density {density}, {backend}")
             row = measure_cell(server, inputs, attend, (backend, density))
-            costs = costs_of(server, backend)
+            costs = costs_of(inputs.q, "cpu" if server.device.type == "cpu" else backend)
             decision = None if costs is None else decide(work, costs, density)
             chosen = {"chosen": None if decision is None else "sparse" if decision.sparse else "dense"}
             about = {"batch": batch, "queries": queries, "keys": keys, "backend": backend, "wanted_density": density}
@@ -87,16 +88,6 @@ def measure_cell(server: Server, inputs: Inputs, attend, way: tuple[str, float])
 def host_ms(call, device: torch.device) -> float:
     """0 on a CPU, where no device waits for the host."""
     return median_host_ms(call, device) if device.type == "cuda" else 0.0
-
-
-def costs_of(server: Server, backend: str) -> Costs | None:
-    """The card's in tuned.json, if it has any for this head dim, dtype and kernel."""
-    card = "cpu"
-    if server.device.type == "cuda":
-        card = "{}.{}".format(*torch.cuda.get_device_capability(server.device))
-    entry = TUNED.get(card, {}).get(str(server.head_dim), {})
-    of_kernels = entry.get(str(server.dtype).removeprefix("torch."), {}).get("costs", {})
-    return costs_from(of_kernels.get("cpu" if backend == "auto" else backend))
 
 
 def fit(rows: list[Row]) -> Costs:
