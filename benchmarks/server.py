@@ -45,9 +45,11 @@ class Server:
     def about(self) -> Row:
         names = ("heads", "kv_heads", "head_dim", "seed")
         workload = "structured" if self.file is None else Path(self.file).name
+        cuda = self.device.type == "cuda"
         return {name: getattr(self, name) for name in names} | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "workload": workload,
+            "capability": "{}.{}".format(*torch.cuda.get_device_capability(self.device)) if cuda else None,
         }
 
 

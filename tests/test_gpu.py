@@ -286,6 +286,30 @@ def test_a_short_context_is_dense_through_the_fastest_kernel(backend):
     assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), oracle.pairs(causal(), 2, 4, 300, 300))
 
 
+@pytest.mark.parametrize("keys", [4096, 1300])
+def test_a_chunk_is_dense_through_the_fastest_kernel(keys):
+    """FlashAttention 4 from 4,096 keys on, where it is installed."""
+    q, k, v = on_gpu(Shape(B=2, Hq=4, Hkv=2, Lq=300, Lk=keys + 50, D=64), dtype=torch.bfloat16)
+    before = attention.calls["dense"]
+    out = rr_attention(q, k, v, q_offset=keys - 300, min_length=10**6)
+    assert attention.calls["dense"] == before + 1
+    seen = (q.cpu(), k[:, :, :keys].cpu(), v[:, :, :keys].cpu())
+    assert_attends(out.cpu(), *seen, oracle.pairs(causal(keys - 300), 2, 4, 300, keys))
+
+
+def test_a_pack_is_each_prompt_alone():
+    lengths, keys = [1500, 1, 640, 3000], [1500, 900, 2560, 3000]
+    q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=sum(lengths), Lk=sum(keys), D=64), dtype=torch.bfloat16)
+    for least, dense in ((10**6, 4), (2000, 2)):
+        chosen = {"tau": 0.5, "min_length": least}
+        before = attention.calls["dense"]
+        out = rr_flex.rr_attention_packed(q, k, v, lengths, key_lengths=keys, **chosen)
+        assert attention.calls["dense"] == before + dense
+        prompts = zip(q.split(lengths, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
+        alone = torch.cat([rr_attention(*prompt, **chosen) for prompt in prompts], 2)
+        torch.testing.assert_close(out, alone, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("chosen", [{}, {"block_size": (128, 64), "order": 2}, {"min_length": 1301}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_soft_cap_is_triton_s_and_holds_for_the_estimate_too(chosen, dtype):

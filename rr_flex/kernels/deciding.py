@@ -3,7 +3,6 @@ measured costs predict for the work of the call (break_even.py)."""
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,13 +10,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rr_flex.config import Level, RRConfig
-from rr_flex.kernels.break_even import Costs, Decision, Work, decide
+from rr_flex.kernels.break_even import Costs, Decision, Work, break_even_density, decide
 from rr_flex.kernels.options import costs_of, tuned
+from rr_flex.runtime.tracing import traced
 
 # What rules keep beside mandatory blocks, where they do not say it. τ: measured on structured inputs of 131,072 tokens;
 # with the mandatory blocks of shorter texts this is within .05 of what SmolLM2's prose keeps at 2,048 to 8,192.
 KEPT_AT_TAU = ((0.0, 0.0), (0.8, 0.16), (0.9, 0.27), (0.95, 0.39), (1.0, 1.0))
 KEPT = 0.4  # any other rule, and levels that only the device knows
+IN_A_GRAPH = "in a caller's graph"  # a Decision's reason there
 LONGEST = 1 << 20  # tokens of a prompt, up to which the break-even is sought
 
 
@@ -35,7 +36,7 @@ def decider(kernel: str, q: Tensor, config: RRConfig, *, fused: bool) -> Callabl
         return partial(_by_length, shortest=config.min_length, whose="min_length")
     costs = costs_of(q, kernel)
     if costs is not None:
-        return partial(_by_costs, costs=costs, fused=fused, keeps=keeps(config))
+        return partial(_in_a_graph if traced() else _by_costs, costs=costs, fused=fused, keeps=keeps(config))
     shortest = tuned(q.device, q.shape[-1], q.dtype).get("min_length", 0) if fused else 0
     return partial(_by_length, shortest=shortest, whose="on this card sparse from")
 
@@ -92,11 +93,21 @@ def _kept_at(tau: Level) -> float:
 
 
 def _by_length(work: Work, shortest: int, whose: str) -> Decision:
-    return Decision(work.keys >= shortest, f"{work.keys:,} keys, {whose} {shortest:,}")
+    reason = IN_A_GRAPH if traced() else f"{work.keys:,} keys, {whose} {shortest:,}"
+    return Decision(work.keys >= shortest, reason)
 
 
 @lru_cache(maxsize=1 << 12)  # the next layer asks the same
 def _by_costs(work: Work, costs: Costs, fused: bool, keeps: Keeps) -> Decision:
-    # Without a dense kernel dense attention is the sparse one, in a graph that estimates nothing.
-    own = {} if fused else {"dense_host": costs.host, "dense_block": costs.kept_block}
-    return decide(work, replace(costs, **own), expected_density(work, keeps))
+    return decide(work, costs if fused else _without_dense_kernel(costs), expected_density(work, keeps))
+
+
+def _in_a_graph(work: Work, costs: Costs, fused: bool, keeps: Keeps) -> Decision:
+    """The same where sizes may be symbols: a guard of the graph, and no words."""
+    most = break_even_density(work, costs if fused else _without_dense_kernel(costs))
+    return Decision(expected_density(work, keeps) < most, IN_A_GRAPH)
+
+
+def _without_dense_kernel(costs: Costs) -> Costs:
+    """Dense attention is the sparse kernel over all visible blocks, in a graph that estimates nothing."""
+    return Costs(**vars(costs) | {"dense_host": costs.host, "dense_block": costs.kept_block})

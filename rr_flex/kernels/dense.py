@@ -58,7 +58,9 @@ def dense_attention(
     """
     if _takes_flash(q, v, flash):
         return _flash_attention(q, k, v, causal, scale)
-    settings = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    settings = {"scale": scale}
+    if q.shape[1] != k.shape[1]:  # in a graph for any size a symbol, which the function does not take
+        settings["enable_gqa"] = True
     Lq, Lk = q.shape[2], k.shape[2]
     if not causal or Lq == Lk:
         with _priority(q):
