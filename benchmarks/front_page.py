@@ -132,8 +132,9 @@ def cpu_table(results: Path) -> str:
     """How many times torch's dense kernel's time `rr_attention` saves on a CPU, by length and density; mandatory blocks
     alone can be more than was asked for."""
     cells = [row for row in server_tables.load(results) if row["suite"] == "cells" and row["card"].startswith("CPU")]
-    whole = [row for row in cells if row["batch"] == 1 and row["queries"] == row["keys"] >= CPU_TOKENS]
-    faster = {(row["keys"], row["wanted_density"]): row for row in whole if row["head_dim"] == 64}
+    cells = [row for row in cells if (row["batch"], row["head_dim"], row["dtype"]) == (1, 64, "float32")]
+    whole = [row for row in cells if row["queries"] == row["keys"] >= CPU_TOKENS]
+    faster = {(row["keys"], row["wanted_density"]): row for row in whole}
     lengths, densities = (sorted({key[place] for key in faster}) for place in (0, 1))
     table = []
     for length in lengths:

@@ -106,8 +106,8 @@ ENTRIES = [
 
 
 def test_the_table_holds_costs_that_a_decision_can_go_by():
-    """As measured: half of 32,768 tokens pays, all of them does not, nor a few hundred; and so does a longer prompt
-    wherever a shorter one does, which `shortest_sparse` goes by."""
+    """As measured: half of 32,768 tokens pays, all of them does not, nor on a card a few hundred; and a longer prompt
+    pays wherever a shorter one does, which `shortest_sparse` goes by."""
     assert {card for card, _, _ in ENTRIES} == {"9.0", "cpu"}
     for card, _, costs in ENTRIES:
         shape = {"batch": 1, "heads": 32 if card == "9.0" else 8, "kv_heads": 8 if card == "9.0" else 2}
@@ -116,7 +116,7 @@ def test_the_table_holds_costs_that_a_decision_can_go_by():
             return Work(**shape, queries=tokens, keys=tokens, first_position=0)
 
         assert decide(prompt(32768), costs, 0.4).sparse and not decide(prompt(32768), costs, 1.0).sparse
-        assert not decide(prompt(256), costs, 0.5).sparse
+        assert card == "cpu" or not decide(prompt(256), costs, 0.5).sparse
         most = [break_even_density(prompt(256 << n), costs) for n in range(10)]
         assert all(longer >= shorter - 1e-9 for shorter, longer in pairwise(most))
 
@@ -143,7 +143,8 @@ def test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says():
 def test_what_was_said_is_before_what_was_measured(monkeypatch):
     q = torch.empty(1, 8, 1, 64)
     costs = costs_of(q, "cpu")
-    assert costs == costs_of(torch.empty(1, 8, 1, 80, dtype=torch.bfloat16), "cpu") and costs_of(q, "flash") is None
+    assert costs == costs_of(torch.empty(1, 8, 1, 80, dtype=torch.float16), "cpu") and costs_of(q, "flash") is None
+    assert costs != costs_of(q.bfloat16(), "cpu")
     work = Work(batch=1, heads=8, kv_heads=2, queries=300, keys=300, first_position=0)
     decided = decide_call("cpu", q, work, RRConfig(), fused=True)
     assert (

@@ -68,10 +68,11 @@ def estimate_columns(sampled: Tensor, keys_per_block: int, tile: int) -> int:
 def costs_of(q: Tensor, kernel: str) -> Costs | None:
     """What was measured for q's card, head dim and dtype and the kernel of that name; None where nothing was.
 
-    Of a CPU those of heads of 64 in float32 stand for all: dense and sparse attention change alike.
+    Of a CPU those of heads of 64 stand for all head dims, and float32's for a dtype without its own.
     """
     if q.device.type == "cpu":
-        entry = TUNED.get("cpu", {}).get("64", {}).get("float32", {})
+        dtypes = TUNED.get("cpu", {}).get("64", {})
+        entry = dtypes.get(str(q.dtype).removeprefix("torch."), dtypes.get("float32", {}))
     else:
         entry = tuned(q.device, q.shape[-1], q.dtype)
     found = entry.get("costs", {}).get(kernel)
