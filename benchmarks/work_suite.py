@@ -53,8 +53,10 @@ def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
 
 def taken(row: Row) -> str | None:
     """The way that the costs in tuned.json take a cell; None where the card has none."""
-    entry = TUNED.get(row["capability"] or "cpu", {}).get(str(row["head_dim"]), {}).get(row["dtype"], {})
-    costs = entry.get("costs", {}).get(row["backend"] if row["capability"] else "cpu")
+    card, head_dim, kernel = row["capability"], str(row["head_dim"]), row["backend"]
+    if card is None:
+        card, head_dim, kernel = "cpu", "64", "cpu"  # as options.costs_of has it
+    costs = TUNED.get(card, {}).get(head_dim, {}).get(row["dtype"], {}).get("costs", {}).get(kernel)
     return costs and ("sparse" if decide(work_of(row), Costs(**costs), row["density"]).sparse else "dense")
 
 

@@ -133,7 +133,11 @@ def test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says():
         by_density = {"budget": "density", "target_density": density}
         assert expected_density(work, keeps(RRConfig(**by_density, **no_floor))) == density
         assert expected_density(work, keeps(RRConfig(**by_density))) == max(fixed, density)
-    assert expected_density(work, keeps(RRConfig(budget="threshold", **no_floor))) == KEPT
+    by_threshold = {"budget": "threshold", **no_floor}
+    assert expected_density(work, keeps(RRConfig(threshold=0.001, **by_threshold))) == KEPT
+    assert expected_density(work, keeps(RRConfig(threshold=0.0, **by_threshold))) == KEPT
+    # No more than one share of a row exceeds so much.
+    assert expected_density(work, keeps(RRConfig(threshold=0.9, **by_threshold))) == pytest.approx(8 / 0.9 / visible)
     taus = [expected_density(work, keeps(RRConfig(tau=tau, **no_floor))) for tau in (0.01, 0.5, 0.8, 0.93, 0.99)]
     assert taus == sorted(taus)
     nothing_seen = replace(work, first_position=-2000)

@@ -1,6 +1,7 @@
 """Dense or sparse: the one place that decides, whoever asks. By `min_length` if it is given, else by what the card's
 measured costs predict for the work of the call (break_even.py)."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -65,23 +66,35 @@ class Keeps(NamedTuple):
     last_rows: int  # that keep every visible block
     share: float  # of all visible blocks, or beside the mandatory ones
     of_all: bool
+    most: float  # blocks of a row that are no mandatory ones, however many are visible
 
 
 def keeps(config: RRConfig) -> Keeps:
     by_density = config.budget == "density"
     share = config.target_density if by_density else _kept_at(config.tau) if config.budget == "top_tau" else KEPT
     mandatory = config.sink_blocks + config.local_blocks
-    return Keeps(config.block_sizes, mandatory, config.dense_last_rows, share, by_density)
+    return Keeps(config.block_sizes, mandatory, config.dense_last_rows, share, by_density, _most_over(config.threshold))
 
 
 def expected_density(work: Work, keeps: Keeps) -> float:
     """Kept over visible blocks: the mandatory ones, and of the rest as much as the budget says or, where it does not,
     as was measured."""
     q_block, k_block = keeps.block_sizes
-    visible = work.pairs / (q_block * k_block)
-    mandatory = -(-work.queries // q_block) * keeps.a_row + keeps.last_rows * work.keys / k_block
-    fixed = min(1.0, mandatory / visible) if visible > 0 else 1.0
-    return max(fixed, keeps.share) if keeps.of_all else fixed + (1 - fixed) * keeps.share
+    visible, rows = work.pairs / (q_block * k_block), -(-work.queries // q_block)
+    if not visible > 0:
+        return 1.0
+    fixed = min(1.0, (rows * keeps.a_row + keeps.last_rows * work.keys / k_block) / visible)
+    if keeps.of_all:
+        return max(fixed, keeps.share)
+    return fixed + (1 - fixed) * min(keeps.share, keeps.most * rows / visible)
+
+
+def _most_over(threshold: Level | None) -> float:
+    """Blocks of a row whose share can exceed a threshold; the mean over heads."""
+    if threshold is None or isinstance(threshold, Tensor):
+        return math.inf
+    levels = threshold if isinstance(threshold, tuple) else (threshold,)
+    return sum(1 / level if level else math.inf for level in levels) / len(levels)
 
 
 def _kept_at(tau: Level) -> float:
