@@ -262,9 +262,7 @@ DEFECTS = [
     ),
     Defect("rr_flex/kernels/options.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
     Defect("rr_flex/runtime/compiling.py", '("ESTIMATORS", "BUDGETS")', "()", "test_kernel.py::test_what_a_user_may"),
-    Defect(
-        "rr_flex/runtime/compiling.py", "|mask_mods|torch)", "|mask_mods|torch|users)", "test_kernel.py::test_what_a"
-    ),
+    Defect("rr_flex/runtime/compiling.py", "|torch)", "|torch|users_masks)", "test_kernel.py::test_what_a_user_may"),
     Defect(
         "rr_flex/runtime/compiling.py",
         ", fullgraph=True, dynamic",
