@@ -285,9 +285,11 @@ def test_a_short_chunk_in_pieces_and_a_state(backend, Lq):
     state = PrefillState()
     rr_attention(q[:, :, :-Lq], k[:, :, :-Lq], v[:, :, :-Lq], tau=0.5, backend=backend, state=state)
     q = q[:, :, -Lq:]
+    # On the card alone: rows begin with the first query, as those of select_blocks.
+    chosen = {"tau": 0.5, "q_offset": torch.tensor(k.shape[2] - Lq, device="cuda")}
     for given in (None, state):
-        out, lse = rr_attention(q, k, v, tau=0.5, return_lse=True, backend=backend, state=given)
-        allowed = allowed_pairs(q, k, tau=0.5)
+        out, lse = rr_attention(q, k, v, return_lse=True, backend=backend, state=given, **chosen)
+        allowed = allowed_pairs(q, k, **chosen)
         exact, exact_lse = oracle.attend(q.cpu(), k.cpu(), v.cpu(), allowed)
         assert (out.cpu() - exact).norm() < 2e-2 * exact.norm()
         torch.testing.assert_close(lse.cpu().double(), exact_lse, rtol=0, atol=1e-2)
