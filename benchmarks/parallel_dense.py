@@ -18,7 +18,7 @@ def dense_ulysses(q: Tensor, k: Tensor, v: Tensor, shards: Shards) -> Tensor:
     for x, of in ((q, 0), (k, 1), (v, 1)):
         heads = parts[me][of].stop - parts[me][of].start
         shapes = [(x.shape[0], heads, layout.keys_on(rank), x.shape[3]) for rank in range(ranks)]
-        whole.append(in_order(exchange([x[:, part[of]] for part in parts], shapes, shards)[0], layout, 1, 1))
+        whole.append(in_order(exchange([x[:, part[of]] for part in parts], shapes, shards)[0], layout))
     out = dense_attention(*whole, causal=True, scale=None, flash=q.device.type == "cuda")
     shapes = [(q.shape[0], part[0].stop - part[0].start, q.shape[2], v.shape[3]) for part in parts]
     return torch.cat(exchange([layout.take(out, rank) for rank in range(ranks)], shapes, shards)[0], 1)

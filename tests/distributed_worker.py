@@ -27,7 +27,9 @@ from rr_flex.distributed import (
     zigzag,
 )
 from rr_flex.distributed.asked import check_asked
-from rr_flex.distributed.context import choose_blocks, prepare
+from rr_flex.distributed.context import choose_blocks
+from rr_flex.distributed.local import prepare
+from rr_flex.distributed.ring import pass_around
 
 SHAPE = Shape(2, 4, 2, 1100, 1100, 16)  # 9 block rows, the last short: fewer key heads than ranks
 TOLERANCE = 1e-5
@@ -96,25 +98,22 @@ def same(found, exact, name):
     assert error <= TOLERANCE, f"{name}: {error}"
 
 
-def rows_of(shards, config):
-    """The block rows of the whole that this rank's queries are."""
-    size = config.block_sizes[0]
-    pieces = shards.layout.queries_of(shards.place)
-    return torch.cat([torch.arange(p.start // size, -(-p.stop // size)) for p in pieces])
-
-
 def check_context(whole, shards, heads, name):
     layout, me = shards.layout, shards.place
     local = [
         layout.take(x[:, part], me).contiguous() for x, part in zip((whole.q, whole.k, whole.v), heads, strict=True)
     ]
     exact = layout.take(whole.out[:, heads[0]], me)
-    asked = check_asked(*local, shards, dict(whole.options), set())
-    prepared = prepare(*local, shards, asked)
-    chosen, _ = choose_blocks(prepared)
-    kept = torch.cat([one.kept for one in chosen], 1)
-    expected = whole.selection.kept[:, heads[0]][:, :, rows_of(shards, whole.config)]
-    assert torch.equal(kept, expected), f"{name}: {(kept != expected).sum()} blocks differ"
+    prepared = prepare(*local, shards, check_asked(*local, shards, dict(whole.options), set()))
+    size = whole.config.block_sizes[0]
+    for chunk, (kept, _) in zip(prepared.chunks, choose_blocks(prepared)[0], strict=True):
+        expected = whole.selection.kept[:, heads[0], chunk.start // size : -(-chunk.stop // size)]
+        assert not expected[..., kept.shape[3] :].any()
+        expected = expected[..., : kept.shape[3]]
+        assert torch.equal(kept, expected), f"{name}: {(kept != expected).sum()} blocks differ"
+    if whole.config.pool == "keys":
+        # What only a GPU's kernels are asked for, in eager mode: parts and their log-sum-exp.
+        same(pass_around(prepared._replace(kernel="triton")), exact, f"{name} ring")
     moved = {}
     for fetch in ("kept", "all", "auto") if name.startswith("window") else ("kept", "auto"):
         account = Account()

@@ -16,7 +16,7 @@ from rr_flex.attention import rr_attention
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked, of_heads
 from rr_flex.distributed.layout import Layout
-from rr_flex.distributed.position_masks import at_positions
+from rr_flex.distributed.positions import from_query
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards
 from rr_flex.distributed.transfer import exchange, in_order
 
@@ -73,7 +73,7 @@ def ulysses(
         heads = parts[me][of].stop - parts[me][of].start
         shapes = [(x.shape[0], heads, count, x.shape[3]) for count in counts]
         received, moved = exchange([x[:, part[of]] for part in parts], shapes, shards)
-        whole.append(in_order(received, order, 1, 1))
+        whole.append(in_order(received, order))
         account.fetched += moved
     account.all_gather += (
         (ranks - 1) * layout.most_keys * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
@@ -107,9 +107,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, config: RRConfig, fir
     Lq, Lk = q.shape[2], k.shape[2]
     own = {"scale": asked.scale, "softcap": asked.softcap, "sinks": asked.sinks, "backend": asked.backend}
     own |= {"q_offset": None if Lq == Lk else Lk - Lq, "head_offset": first_head, "config": config}
-    if asked.mask_mod is None:
-        return rr_attention(q, k, v, causal=asked.causal, **own)
-    position = torch.arange(Lk - Lq, Lk, device=q.device)
-    head = torch.full((), first_head, dtype=torch.int64, device=q.device)
-    mask = at_positions(from_head(asked.mask, head), position, (q.shape[0], q.shape[1], Lk))
-    return rr_attention(q, k, v, causal=False, mask_mod=mask, **own)
+    if asked.mask_mod is not None:
+        first_query, head = (torch.full((), x, dtype=torch.int64, device=q.device) for x in (Lk - Lq, first_head))
+        own["mask_mod"] = from_head(from_query(asked.mask_mod, first_query), head)
+    return rr_attention(q, k, v, causal=asked.causal, **own)
