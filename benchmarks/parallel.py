@@ -127,12 +127,17 @@ class Prompt:
         low, high = 1e-7, 0.5
         for _ in range(BISECTIONS):
             config = replace(config, threshold=(low * high) ** 0.5)
-            account = Account()
-            local = self.local(config, account=account)
-            choose_blocks(local)
-            kept, visible = self.run.total(float(sum(account.kept)), float(sum(account.visible)))
-            low, high = (config.threshold, high) if kept / visible > wanted else (low, config.threshold)
+            more = density_of(self, config)["density"] > wanted
+            low, high = (config.threshold, high) if more else (low, config.threshold)
         return config
+
+
+def density_of(prompt: Prompt, config: RRConfig) -> dict[str, float]:
+    """Of all ranks' blocks together, and the threshold that gave it."""
+    account = Account()
+    choose_blocks(prompt.local(config, account=account))
+    kept, visible = prompt.run.total(float(sum(account.kept)), float(sum(account.visible)))
+    return {"threshold": config.threshold, "density": kept / visible}
 
 
 def ways(prompt: Prompt) -> dict[str, Callable[[RRConfig, Account], Tensor]]:
@@ -249,11 +254,13 @@ def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:
     """Dense attention over the same ranks: all-to-all to heads and the fastest dense kernel, and on one card."""
     from benchmarks.parallel_dense import dense_context, dense_ulysses
 
-    found = {"dense ulysses": lambda c, a: dense_ulysses(*prompt.part, prompt.shards)}
-    if prompt.run.device.type == "cuda":
+    run, found = prompt.run, {}
+    if prompt.length <= run.options.most_dense:
+        found["dense ulysses"] = lambda c, a: dense_ulysses(*prompt.part, prompt.shards)
+    if run.device.type == "cuda" and prompt.length <= run.options.most_whole:
         found["dense context"] = lambda c, a: dense_context(*prompt.part, prompt.shards)
-    if prompt.whole is not None and prompt.length <= prompt.run.options.most_dense:
-        whole = {"causal": True, "scale": None, "flash": prompt.run.device.type == "cuda"}
+    if prompt.whole is not None and prompt.length <= run.options.most_dense:
+        whole = {"causal": True, "scale": None, "flash": run.device.type == "cuda"}
         found["one card, dense"] = lambda c, a: dense_attention(*prompt.whole, **whole)
     return found
 
@@ -273,17 +280,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def rows_of(prompt: Prompt) -> Iterator[dict[str, Any]]:
     """Of one length: every density and way, then dense attention."""
-    run, options = prompt.run, prompt.run.options
+    options = prompt.run.options
     shape = dict(zip(("heads", "kv_heads", "head_dim"), prompt.shape, strict=True))
     shape |= {"length": prompt.length, "dtype": options.dtype, "rule": options.rule}
     checked = prompt.length <= options.most_checked and prompt.whole is not None
     found = ways(prompt)
     for wanted in options.densities:
         config = prompt.at_density(RULES[options.rule], wanted)
-        account = Account()
-        choose_blocks(prompt.local(config, account=account))
-        kept, visible = run.total(float(sum(account.kept)), float(sum(account.visible)))
-        facts = shape | {"wanted_density": wanted, "threshold": config.threshold, "density": kept / visible}
+        facts = shape | {"wanted_density": wanted} | density_of(prompt, config)
         if checked:
             yield facts | attempt("blocks that differ", lambda c=config: blocks_that_differ(prompt, c))
             prompt.exact = rr_attention(*prompt.whole, config=config)
