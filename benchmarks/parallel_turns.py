@@ -5,10 +5,12 @@ process's. Then each rank calls again by itself, with what came from the others 
 that a rank does but the transfers, which a copy within the card stands for.
 """
 
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class Tape:
                 out.copy_(self.items[self.place])
                 self.place += 1
             else:
-                collective(out, *args, **kwargs)
+                through_host(collective, out, *args, **kwargs)
                 if self.mode == "record":
                     self.items.append(out.clone())
             return Arrived() if async_op else None
@@ -69,6 +71,23 @@ class Tape:
         out = call()
         self.mode = "live"
         return out
+
+
+def through_host(collective: Callable, out: Tensor, *args: Any, **kwargs: Any) -> None:
+    """The collective between processes that share a card, on copies that gloo can read."""
+    if out.device.type == "cpu":
+        collective(out, *args, **kwargs)
+        return
+    reduces = not args or not isinstance(args[0], Tensor)
+    if reduces:
+        copy = out.float().cpu() if out.dtype == torch.bfloat16 else out.cpu()
+        collective(copy, *args, **kwargs)
+        out.copy_(copy)
+        return
+    bits = torch.float16 if out.dtype == torch.bfloat16 else out.dtype  # moved, never read as numbers
+    copy = torch.empty(out.shape, dtype=bits)
+    collective(copy, args[0].cpu().view(bits), *args[1:], **kwargs)
+    out.copy_(copy.view(out.dtype))
 
 
 def in_turns(run: parallel.Run, call: Callable[[], Any], ranks: int) -> list[float]:
@@ -136,9 +155,10 @@ def rows_of(prompt: parallel.Prompt, tape: Tape) -> Iterator[dict[str, Any]]:
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     options = parallel.parser().parse_args(arguments)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2 * options.timeout))
     if options.device == "cuda":
-        torch.cuda.set_device(0)
+        os.environ["LOCAL_RANK"] = "0"
+        torch.zeros((), device="cuda:0")
     run, tape = parallel.Run(options), Tape()
     if options.eager:
         torch.compiler.set_stance("force_eager")

@@ -1,12 +1,12 @@
-"""One of several processes: every way of rr_flex.distributed against one process, `torchrun ... worker.py CASES`.
+"""One of several processes: every way of rr_flex.distributed against one process.
 
 Each rank has the whole tensors from a seed, takes its part, and compares with what select_blocks and attention over
 the whole give. Uncompiled: a mask looks its kept blocks up, so eager flex_attention gives the same.
 """
 
 import dataclasses
-import sys
 import warnings
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -142,9 +142,8 @@ def check_chunks(shards, layout):
     same(out, then.take_queries(exact, me), "chunk by ulysses")
 
 
-def main(names: list[str]) -> None:
-    mesh = make_mesh(sequence=int(sys.argv[1]), device="cpu", timeout=60)
-    ranks = dist.get_world_size()
+def main(ranks: int, names: Iterable[str] = tuple(CASES)) -> None:
+    mesh = make_mesh(sequence=ranks, device="cpu", timeout=60)
     everything = slice(0, SHAPE.Hq), slice(0, SHAPE.Hkv), slice(0, SHAPE.Hkv)
     torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore")
@@ -183,7 +182,3 @@ def check_meshes(ranks: int) -> None:
         local = [shards.layout.take(shards.heads(x), shards.place) for x in (whole.q, whole.k, whole.v)]
         exact = shards.layout.take(shards.heads(whole.out), shards.place)
         same(ulysses(*local, shards, **whole.options), exact, "2 × 2 ulysses")
-
-
-if __name__ == "__main__":
-    main(sys.argv[2:] or list(CASES))
