@@ -6,7 +6,7 @@ from torch import Tensor
 from rr_flex.block_mask import build_block_mask, list_partial_and_full
 from rr_flex.kernels import flash
 from rr_flex.kernels.flex import Attended, flex
-from rr_flex.kernels.options import attention_options
+from rr_flex.kernels.options import attention_options, for_lengths
 from rr_flex.kernels.score_mods import score_mod_of
 from rr_flex.request import Request
 from rr_flex.runtime.compiling import compile_whole
@@ -30,7 +30,8 @@ def _attend(qkv: QKV, blocks: Blocks, request: Request) -> Attended:
     lengths = q.shape[2], k.shape[2]
     block_mask = build_block_mask(kept, whole, request.mask_mod, block_size=size, seq_lengths=lengths)
     score_mod = score_mod_of(request.softcap)
-    settings = {"scale": request.scale, "kernel_options": attention_options(q, size), "score_mod": score_mod}
+    options = for_lengths(attention_options(q, size), *lengths)
+    settings = {"scale": request.scale, "kernel_options": options, "score_mod": score_mod}
     return Attended(*flex(*qkv, block_mask, settings, lse="lse" in request.returns), None)
 
 
