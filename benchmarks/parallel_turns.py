@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import parallel
+from benchmarks.parallel_ways import LONGEST, RULES, Prompt, Run, density_of, exact_part, ways
+from rr_flex import rr_attention
 from rr_flex.distributed import Account, Shards, far_rows, transfer
 
 
@@ -90,7 +92,7 @@ def through_host(collective: Callable, out: Tensor, *args: Any, **kwargs: Any) -
     out.copy_(copy.view(out.dtype))
 
 
-def in_turns(run: parallel.Run, call: Callable[[], Any], ranks: int) -> list[float]:
+def in_turns(run: Run, call: Callable[[], Any], ranks: int) -> list[float]:
     """Milliseconds of the first `ranks` ranks, each alone: the median of some calls after one more."""
     found = torch.zeros(run.ranks, dtype=torch.float64, device=run.device)
     for rank in range(ranks):
@@ -98,7 +100,7 @@ def in_turns(run: parallel.Run, call: Callable[[], Any], ranks: int) -> list[flo
         if run.rank != rank:
             continue
         times = []
-        while len(times) <= run.options.calls and sum(times) <= parallel.LONGEST:
+        while len(times) <= run.options.calls and sum(times) <= LONGEST:
             run.synchronize()
             begin = time.perf_counter()
             call()
@@ -110,11 +112,11 @@ def in_turns(run: parallel.Run, call: Callable[[], Any], ranks: int) -> list[flo
     return found.tolist()[:ranks]
 
 
-def row_of(prompt: parallel.Prompt, tape: Tape, name: str, way: Callable, config: Any) -> dict[str, Any]:
+def row_of(prompt: Prompt, tape: Tape, name: str, way: Callable, config: Any) -> dict[str, Any]:
     run, account = prompt.run, Account()
     alone = name.startswith("one card")
     row = {"way": name, "in_turns": True}
-    exact = parallel.exact_part(prompt, name)
+    exact = exact_part(prompt, name)
     if not alone:
         out = tape.record(lambda: way(config, account))
         names = ("fetched_bytes", "selecting_bytes", "all_gather_bytes")
@@ -136,16 +138,16 @@ def row_of(prompt: parallel.Prompt, tape: Tape, name: str, way: Callable, config
     return row | {"rank_ms": times, "ms": max(times), "peak_bytes": run.largest(float(peak))[0]}
 
 
-def rows_of(prompt: parallel.Prompt, tape: Tape) -> Iterator[dict[str, Any]]:
-    options, found = prompt.run.options, parallel.ways(prompt)
+def rows_of(prompt: Prompt, tape: Tape) -> Iterator[dict[str, Any]]:
+    options, found = prompt.run.options, ways(prompt)
     shape = dict(zip(("heads", "kv_heads", "head_dim"), prompt.shape, strict=True))
     shape |= {"length": prompt.length, "dtype": options.dtype, "rule": options.rule}
     for wanted in options.densities:
-        config = prompt.at_density(parallel.RULES[options.rule], wanted)
-        facts = shape | {"wanted_density": wanted} | parallel.density_of(prompt, config)
+        config = prompt.at_density(RULES[options.rule], wanted)
+        facts = shape | {"wanted_density": wanted} | density_of(prompt, config)
         if prompt.length <= options.most_checked:
             yield facts | parallel.attempt("differ", lambda c=config: parallel.blocks_that_differ(prompt, c))
-            prompt.exact = parallel.rr_attention(*prompt.whole, config=config)
+            prompt.exact = rr_attention(*prompt.whole, config=config)
         for name, way in found.items():
             tape.mode = "live"
             yield facts | parallel.attempt(name, lambda n=name, w=way, c=config: row_of(prompt, tape, n, w, c))
@@ -159,11 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         os.environ["LOCAL_RANK"] = "0"
         torch.zeros((), device="cuda:0")
-    run, tape = parallel.Run(options), Tape()
+    run, tape = Run(options), Tape()
     if options.eager:
         torch.compiler.set_stance("force_eager")
     for length in options.lengths:
-        for row in rows_of(parallel.Prompt(run, length), tape):
+        for row in rows_of(Prompt(run, length), tape):
             run.write(row)
             if run.over:
                 return parallel.finish()

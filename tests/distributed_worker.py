@@ -135,11 +135,11 @@ def check_chunks(shards, layout):
     selection = select_blocks(q, whole.k, config=whole.config, q_offset=first)
     exact = attention(q, whole.k, whole.v, selection, {})
     me = sharded.place
-    local = then.take_queries(q, me), then.take(whole.k, me), then.take(whole.v, me)
+    local = then.of_queries.take(q, me), then.take(whole.k, me), then.take(whole.v, me)
     out = context_parallel(*local, sharded, **whole.options)
-    same(out, then.take_queries(exact, me), "chunk by fetch")
+    same(out, then.of_queries.take(exact, me), "chunk by fetch")
     out = ulysses(*local, sharded, **whole.options)
-    same(out, then.take_queries(exact, me), "chunk by ulysses")
+    same(out, then.of_queries.take(exact, me), "chunk by ulysses")
 
 
 def main(ranks: int, names: Iterable[str] = tuple(CASES)) -> None:
