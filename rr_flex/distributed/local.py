@@ -67,7 +67,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Lo
     config, count = asked.config_of(shards, Hq), layout.tokens
     options = {"causal": asked.causal, "scale": asked.scale, "softcap": asked.softcap, "q_offset": 0}
     options["head_offset"] = shards.rank(HEADS) * Hq
-    # Last block rows are the sequence's, not a chunk's: they go to the keys, or are told by their mass.
+    # The dense last rows are the sequence's, not a chunk's: they go to the keys, or choose_blocks adds them.
     request = make_request(q, shape_of_keys(q, Hkv, count), config.with_settings({"dense_last_rows": 0}), options)
     if asked.mask_mod is not None:
         request = replace(request, own_mask=from_head(asked.mask_mod, request.head_offset))
@@ -99,7 +99,7 @@ def _chunks(shards: Shards, asked: Asked, first_far: int) -> list[Chunk]:
 def _first_far(shards: Shards, asked: Asked, config: RRConfig, request: Request) -> int:
     """Under padding the last rows lie elsewhere for each sequence, and stay where they are."""
     layout, rows, q_block = shards.layout, config.dense_last_rows, config.block_sizes[0]
-    if request.dense or rows > MOST_ROWS or layout.ranks == 1 or hides_keys(asked.mask_mod):
+    if request.dense or not 0 < rows <= MOST_ROWS or layout.ranks == 1 or hides_keys(asked.mask_mod):
         return layout.tokens
     return max(layout.first_query, (ceil_div(layout.tokens, q_block) - rows) * q_block)
 
