@@ -21,7 +21,7 @@ from rr_flex.checks import (
 from rr_flex.config import RRConfig
 from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
 from rr_flex.kernels.break_even import Decision, Work
-from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, rows_taken_apart
+from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, laid_out
 from rr_flex.kernels.deciding import decide_call
 from rr_flex.kernels.dense import dense_attention, keys_of_dense_call, which_flash
 from rr_flex.kernels.flex import Attended
@@ -181,7 +181,7 @@ def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> A
     corrected = sinks is not None and q.device.type != "cpu"
     if corrected and "lse" not in request.returns:
         request = replace(request, returns=(*request.returns, "lse"))
-    request = replace(request, rows_apart=rows_taken_apart(name, q, k, request))
+    request = laid_out(name, q, k, request)
     valid = valid_keys_of(request, q, k)
     if valid is not None:
         v = torch.where(valid[..., None], v, 0)  # padding weighs 0, and 0 · NaN is NaN

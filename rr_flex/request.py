@@ -40,6 +40,7 @@ class Request:
     mass: Float[Tensor, "B Hq nQ nK"] | None = None  # where it is estimated ahead of the graph
     returns: tuple[str, ...] = ()  # beside the output: "lse", "density"
     backward: bool = False
+    whole_tiles: bool = False  # both lengths are multiples of 128, said to Triton's kernel
     rows_apart: int = 0  # block rows at the end that attend by themselves, see kernels/last_rows.py
 
     @property

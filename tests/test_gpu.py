@@ -214,7 +214,7 @@ def test_auto_is_flash_and_its_log_sum_exp_is_off_by_ln_2_until_torch_mends_it()
 
 @needs_flash
 def test_flash_takes_a_caller_s_mask_by_name():
-    q, k, v = on_gpu(LONG._replace(Lk=1000), dtype=torch.bfloat16)
+    q, k, v = on_gpu(LONG._replace(Lq=1000, Lk=1000), dtype=torch.bfloat16)
     lengths = torch.tensor([300, 907])
     here, there = (padding(lengths.to(device), side="left", total=1000) for device in ("cpu", "cuda"))
     out = rr_attention(q, k, v, mask_mod=there, causal=True, tau=0.5, backend="flash")

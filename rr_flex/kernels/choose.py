@@ -1,7 +1,7 @@
 """Which kernel attends: a table of them, each with what speaks against it and how it attends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -11,7 +11,9 @@ from rr_flex.kernels import flash, flex
 from rr_flex.kernels.flex import Attended
 from rr_flex.kernels.last_rows import all_rows_apart, rows_apart
 from rr_flex.request import Request
+from rr_flex.runtime.tracing import traced
 
+LARGEST_TILE = 128  # tokens
 Backend = Literal["auto", "triton", "flash"]
 
 
@@ -63,13 +65,21 @@ def choose_kernel(backend: Backend, q: Tensor, v: Tensor, request: Request) -> s
     return next(name for name in fitting if KERNELS[name].why_not(q, v, request) is None)
 
 
-def rows_taken_apart(name: str, q: Tensor, k: Tensor, request: Request) -> int:
-    """`rows_apart` of a call by the kernel of this name."""
-    kernel = KERNELS[name]
+def laid_out(name: str, q: Tensor, k: Tensor, request: Request) -> Request:
+    """The request with what the kernel of this name is told of its block rows: `rows_apart`, `whole_tiles`.
+
+    Settled here, not in the graph: there what is asked of a length can make a constant of it.
+    """
+    Lq, Lk = q.shape[2], k.shape[2]
+    whole = name == "triton" and not traced() and Lq % LARGEST_TILE == 0 and Lk % LARGEST_TILE == 0
+    return replace(request, rows_apart=_rows_apart(KERNELS[name], q, Lk, request), whole_tiles=whole)
+
+
+def _rows_apart(kernel: Kernel, q: Tensor, Lk: int, request: Request) -> int:
     own_mask = request.own_mask is not None and not kernel.own_masks
     if request.dense or request.backward or own_mask or kernel.least_keys_apart is None:
         return 0
     rows = ceil_div(q.shape[2], request.config.block_sizes[0])
-    if all_rows_apart(q, rows, k.shape[2]):
+    if not traced() and all_rows_apart(q, rows, Lk):
         return rows
-    return rows_apart(q.shape[2], k.shape[2], request.config, kernel.least_keys_apart)
+    return rows_apart(q.shape[2], Lk, request.config, kernel.least_keys_apart)

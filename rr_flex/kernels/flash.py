@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from mask_mods import causal
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import Lists, list_partial_and_full
-from rr_flex.kernels.flex import Attended, flex, of_all_rows, with_last_rows
+from rr_flex.kernels.flex import Attended, flex, with_last_rows
 from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_queries, take_apart
 from rr_flex.kernels.options import attention_options
 from rr_flex.pipeline import select
@@ -90,12 +90,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     queries, lists_of_pieces, offset_of_pieces = pieces
     of_pieces = (queries, lists_of_pieces, request.mask_at(offset_of_pieces))
     if whole is None:
-        out, lse = of_all_rows(FLEX_PIECES[lengths](of_pieces, k, v, settings, in_nats), q)
-        return Attended(out, lse if want_lse else None, density)
+        merged = FLEX_PIECES[lengths](of_pieces, k, v, settings, in_nats)
+        return with_last_rows(Attended(*merged, density), None, request, q.shape[2])
     lists, offset = whole
     of_rows = (q, lists, request.mask_at(offset))
     out, lse, last_rows = FLEX_APART[lengths](of_rows, of_pieces, k, v, settings, in_nats)
-    return with_last_rows(Attended(out, lse, density), last_rows, request)
+    return with_last_rows(Attended(out, lse, density), last_rows, request, q.shape[2])
 
 
 def _chosen(q: Tensor, k: Tensor, request: Request) -> tuple[tuple | None, tuple | None, Tensor | None]:

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from rr_flex.block_mask import build_block_mask
 from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_mask, piece_queries, take_apart, write_last_rows
-from rr_flex.kernels.options import attention_options, for_lengths
+from rr_flex.kernels.options import attention_options
 from rr_flex.kernels.score_mods import score_mod_of, with_sink_block
 from rr_flex.pipeline import select
 from rr_flex.request import Request
@@ -30,11 +30,11 @@ class Attended(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     """One slice of heads, in one graph."""
     if not traced():
-        return with_last_rows(*_attend_compiled(q, k, v, request), request)
+        return with_last_rows(*_attend_compiled(q, k, v, request), request, q.shape[2])
     if q.device.type == "cpu":
         whole, _ = _attend(fence(q), fence(k), fence(v), request)
         return whole._replace(out=fence(whole.out))
-    return with_last_rows(*_attend(q, k, v, request), request)
+    return with_last_rows(*_attend(q, k, v, request), request, q.shape[2])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Attended, tuple[Tensor, Tensor] | None]:
@@ -53,7 +53,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Attended
                 kept, pieces = take_apart(chosen.kept, request.rows_apart)
             backward = request.backward
             block_mask = build_block_mask(kept, chosen.whole, chosen.mask_mod, **sizes, for_backward=backward)
-    options = for_lengths(attention_options(q, request.config.block_sizes), q.shape[2], k.shape[2])
+    options = attention_options(q, request.config.block_sizes, whole_tiles=request.whole_tiles)
     score_mod = score_mod_of(request.softcap, sinks)
     settings = {"scale": request.scale, "kernel_options": options, "score_mod": score_mod}
     last_rows = None
@@ -61,7 +61,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Attended
         queries, mask = of_pieces(q, chosen, pieces, request)
         last_rows = merge_pieces(*flex(queries, k, v, mask, settings, lse=True))
         if request.rows_apart == chosen.kept.shape[2]:
-            return Attended(*of_all_rows(last_rows, q), density), None
+            return Attended(*last_rows, density), None
     out, lse = flex(q, k, v, block_mask, settings, lse=pieces is not None or "lse" in request.returns)
     return Attended(out, lse, density), last_rows
 
@@ -74,12 +74,6 @@ def flex(
         q, k, v, block_mask=block_mask, enable_gqa=True, return_aux=AuxRequest(lse=True) if lse else None, **settings
     )
     return (out[0], out[1].lse) if lse else (out, None)
-
-
-def of_all_rows(merged: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) of q's queries, where all block rows were in pieces: without the rest of the last row."""
-    out, lse = merged
-    return out[:, :, : q.shape[2]], lse[:, :, : q.shape[2]]
 
 
 def of_pieces(q: Tensor, chosen: Selection, pieces: Tensor, request: Request) -> tuple[Tensor, BlockMask]:
@@ -101,9 +95,12 @@ def of_pieces(q: Tensor, chosen: Selection, pieces: Tensor, request: Request) ->
     return queries, mask
 
 
-def with_last_rows(whole: Attended, last_rows: tuple[Tensor, Tensor] | None, request: Request) -> Attended:
-    """What was asked for, with the block rows that attended by themselves written into it."""
+def with_last_rows(whole: Attended, last_rows: tuple[Tensor, Tensor] | None, request: Request, Lq: int) -> Attended:
+    """What was asked for of Lq queries, with the block rows that attended by themselves written into it."""
     lse = whole.lse if "lse" in request.returns else None
+    if last_rows is None and request.rows_apart:
+        # All rows were in pieces. Cut here: in the graph that would make a constant of Lq, which no mask may capture.
+        return whole._replace(out=whole.out[:, :, :Lq], lse=None if lse is None else lse[:, :, :Lq])
     if last_rows is not None:
         for all_rows, last in zip((whole.out, lse), last_rows, strict=True):
             if all_rows is not None:

@@ -30,14 +30,17 @@ def read_cards(path: str | Path) -> None:
         TUNED.setdefault(card, {}).setdefault(D, {}).update(by_dtype)
 
 
-LARGEST_TILE = 128  # tokens
 COLUMNS = 128  # key blocks that the estimate as attention takes at once, where the table says nothing
 
 
-def attention_options(q: Tensor, block_size: tuple[int, int], backend: str = "triton") -> dict[str, Any]:
+def attention_options(
+    q: Tensor, block_size: tuple[int, int], backend: str = "triton", *, whole_tiles: bool = False
+) -> dict[str, Any]:
     """Kernel options of block-sparse attention over blocks of `block_size` (queries, keys).
 
     Empty on the CPU. Elsewhere the tuned entry for the card where there is one, and tiles that fit the blocks.
+    `whole_tiles`: both lengths are multiples of 128. Triton's kernel can't see that of a length that is a symbol, and
+    checking the bounds of every block takes 8 % of its time.
     FlashAttention ("flash") has no options but its name.
     """
     if q.device.type == "cpu":
@@ -47,18 +50,13 @@ def attention_options(q: Tensor, block_size: tuple[int, int], backend: str = "tr
     q_block, k_block = block_size
     options = {"FORCE_USE_FLEX_ATTENTION": True}  # the decoding kernel, for few queries, takes other lists
     options |= tuned(q.device, q.shape[-1], q.dtype).get("attention", {})
+    if whole_tiles:
+        options["IS_DIVISIBLE"] = True
     # A tile must divide the mask's block, in the backward too.
     for size, names in ((q_block, ("BLOCK_M", "BLOCK_M2")), (k_block, ("BLOCK_N", "BLOCK_N1"))):
         if size == 64:
             options |= dict.fromkeys(names, 64)
     return options
-
-
-def for_lengths(options: dict[str, Any], Lq: int, Lk: int) -> dict[str, Any]:
-    """The options of Triton's kernel, which is told where there are no bounds to check: it can't see that of a length
-    that is a symbol, and checking every block takes 8 % of its time."""
-    whole = options and Lq % LARGEST_TILE == 0 and Lk % LARGEST_TILE == 0
-    return options | {"IS_DIVISIBLE": True} if whole else options
 
 
 def estimate_options(sampled: Tensor) -> dict[str, Any]:
