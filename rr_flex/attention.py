@@ -20,9 +20,9 @@ from rr_flex.checks import (
 )
 from rr_flex.config import RRConfig
 from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
-from rr_flex.kernels.break_even import Decision, Work
+from rr_flex.kernels.break_even import Decision
 from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, rows_taken_apart
-from rr_flex.kernels.deciding import decide_call
+from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.kernels.dense import dense_attention, keys_of_dense_call, which_flash
 from rr_flex.kernels.flex import Attended
 from rr_flex.kernels.score_mods import beside_sinks
@@ -120,10 +120,13 @@ def answer(q: Tensor, k: Tensor, v: Tensor, asked: Asked, **options: Any) -> Ans
     request = make_request(q, k, asked.config, options)
     request = replace(request, sinks=asked.sinks, backward=backward, returns=asked.returns)
     name = choose_kernel(asked.backend, q, v, request)
-    first = first_position(q, k, options.get("q_offset"))
+    q_offset = options.get("q_offset")
+    # Of query 0 among the keys, where the host knows it.
+    first = k.shape[2] - q.shape[2] if q_offset is None else None if isinstance(q_offset, Tensor) else q_offset
     plain = request.own_mask is None and request.plain_softmax and "lse" not in asked.returns
     keys = keys_of_dense_call(q, k, first, causal=request.causal) if plain else None
-    work = work_of(q, k, first, causal=request.causal, state=asked.state)
+    pooled = 0 if asked.state is None else asked.state.tokens
+    work = work_of(q, k, first, causal=request.causal, pooled=pooled)
     decision = decide_call(name, q, work, asked.config, fused=keys is not None)
     if not decision.sparse:
         request = replace(request, estimate="none")
@@ -157,21 +160,6 @@ def from_the_grid(q: Float[Tensor, "B Hq Lq D"], before: int, row: int) -> Float
     """
     own = min(q.shape[2], row - before)
     return torch.cat([q[:, :, torch.arange(before, device=q.device) % own], q], 2)
-
-
-def first_position(q: Tensor, k: Tensor, q_offset: int | Tensor | None) -> int | None:
-    """Of query 0 among the keys, where the host knows it."""
-    if q_offset is None:
-        return k.shape[2] - q.shape[2]
-    return None if isinstance(q_offset, Tensor) else q_offset
-
-
-def work_of(q: Tensor, k: Tensor, first: int | None, *, causal: bool, state: PrefillState | None = None) -> Work:
-    """The call's work; a position that only the device knows is taken to be at the end of the keys."""
-    (B, Hq, Lq, _), (Hkv, Lk) = q.shape, k.shape[1:3]
-    pooled = None if state is None else max(0, Lk - state.tokens)
-    first = (Lk - Lq if first is None else first) if causal else None
-    return Work(batch=B, heads=Hq, kv_heads=Hkv, queries=Lq, keys=Lk, first_position=first, pooled_keys=pooled)
 
 
 def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> Attended:

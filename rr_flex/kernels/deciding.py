@@ -23,6 +23,15 @@ IN_A_GRAPH = "in a caller's graph"  # a Decision's reason there
 LONGEST = 1 << 20  # tokens of a prompt, up to which the break-even is sought
 
 
+def work_of(q: Tensor, k: Tensor, first: int | None, *, causal: bool, pooled: int = 0) -> Work:
+    """The work of a call whose query 0 stands at key `first` (None: only the device knows; taken to be at the end of
+    the keys), and of whose keys a state has `pooled` ones."""
+    (B, Hq, Lq, _), (Hkv, Lk) = q.shape, k.shape[1:3]
+    first = (Lk - Lq if first is None else first) if causal else None
+    left = max(0, Lk - pooled)
+    return Work(batch=B, heads=Hq, kv_heads=Hkv, queries=Lq, keys=Lk, first_position=first, pooled_keys=left)
+
+
 def decide_call(kernel: str, q: Tensor, work: Work, config: RRConfig, *, fused: bool) -> Decision:
     """Whether a call of this work on q's device, head dim and dtype is sparse, by the kernel of that name.
 
