@@ -20,9 +20,9 @@ from rr_flex.checks import (
 )
 from rr_flex.config import RRConfig
 from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
-from rr_flex.kernels.break_even import Decision, Work
+from rr_flex.kernels.break_even import Decision
 from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, laid_out
-from rr_flex.kernels.deciding import decide_call
+from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.kernels.dense import dense_attention, keys_of_dense_call, which_flash
 from rr_flex.kernels.flex import Attended
 from rr_flex.kernels.score_mods import beside_sinks
@@ -93,12 +93,14 @@ class Asked:
     state: PrefillState | None = None
     returns: tuple[str, ...] = ()  # "lse", "density"
     backend: Backend = "auto"
+    # Whether the caller has a dense kernel for masks: where that is the faster way there is no output here.
+    own_dense: bool = False
 
 
 class Answer(NamedTuple):
     """What `rr_attention` gives, and why it was dense or sparse."""
 
-    out: Float[Tensor, "B Hq Lq Dv"]
+    out: Float[Tensor, "B Hq Lq Dv"] | None
     lse: Float[Tensor, "B Hq Lq"] | None
     density: Float[Tensor, ""] | None
     decision: Decision
@@ -120,19 +122,23 @@ def answer(q: Tensor, k: Tensor, v: Tensor, asked: Asked, **options: Any) -> Ans
     request = make_request(q, k, asked.config, options)
     request = replace(request, sinks=asked.sinks, backward=backward, returns=asked.returns)
     name = choose_kernel(asked.backend, q, v, request)
-    first = first_position(q, k, options.get("q_offset"))
+    first = options.get("q_offset")  # position of query 0, where the host knows it
+    first = k.shape[2] - q.shape[2] if first is None else None if isinstance(first, Tensor) else first
     plain = request.own_mask is None and request.plain_softmax and "lse" not in asked.returns
     keys = keys_of_dense_call(q, k, first, causal=request.causal) if plain else None
-    work = work_of(q, k, first, causal=request.causal, state=asked.state)
-    decision = decide_call(name, q, work, asked.config, fused=keys is not None)
+    work = work_of(q, k, first, causal=request.causal, pooled=asked.state.tokens if asked.state else 0)
+    elsewhere = keys is None and asked.own_dense and request.plain_softmax
+    decision = decide_call(name, q, work, asked.config, fused=keys is not None or elsewhere)
+    if elsewhere and not decision.sparse:
+        return Answer(None, None, None, decision)
     if not decision.sparse:
         request = replace(request, estimate="none")
         # A chunk's dense kernels are none of a caller's graph.
         if keys is not None and not (traced() and keys > q.shape[2]):
             count("dense")
             flash = which_flash(q, keys, asked.backend, backward=backward)
-            kv = (k[:, :, :keys], v[:, :, :keys])
-            out = dense_attention(q, *kv, causal=request.causal, scale=options.get("scale"), flash=flash)
+            options = {"causal": request.causal, "scale": request.scale, "flash": flash}
+            out = dense_attention(q, k[:, :, :keys], v[:, :, :keys], **options)
             density = q.new_ones((), dtype=torch.float32) if "density" in asked.returns else None
             return Answer(out, None, density, decision)
     elif asked.state is not None:
@@ -157,21 +163,6 @@ def from_the_grid(q: Float[Tensor, "B Hq Lq D"], before: int, row: int) -> Float
     """
     own = min(q.shape[2], row - before)
     return torch.cat([q[:, :, torch.arange(before, device=q.device) % own], q], 2)
-
-
-def first_position(q: Tensor, k: Tensor, q_offset: int | Tensor | None) -> int | None:
-    """Of query 0 among the keys, where the host knows it."""
-    if q_offset is None:
-        return k.shape[2] - q.shape[2]
-    return None if isinstance(q_offset, Tensor) else q_offset
-
-
-def work_of(q: Tensor, k: Tensor, first: int | None, *, causal: bool, state: PrefillState | None = None) -> Work:
-    """The call's work; a position that only the device knows is taken to be at the end of the keys."""
-    (B, Hq, Lq, _), (Hkv, Lk) = q.shape, k.shape[1:3]
-    pooled = None if state is None else max(0, Lk - state.tokens)
-    first = (Lk - Lq if first is None else first) if causal else None
-    return Work(batch=B, heads=Hq, kv_heads=Hkv, queries=Lq, keys=Lk, first_position=first, pooled_keys=pooled)
 
 
 def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> Attended:

@@ -782,7 +782,7 @@ class Hunt:
             options["mask_mod"] = case.mask.build(perm)
         if case.config is not None:
             options["config"] = case.config()
-        if case.valid == "right":
+        if case.valid != "wrong":
             self.as_selected(case, options)
         return {**options, **more}, case.only_attention
 

@@ -112,7 +112,8 @@ def test_layers_have_their_own_settings(llama):
 
 def test_what_stays_dense_says_why(llama):
     own = torch.ones(1, 1, 320, 320, dtype=torch.bool).tril()
-    holes = torch.ones(1, 320, dtype=torch.long)
+    holes, left = torch.ones(2, 1, 320, dtype=torch.long)
+    left[0, :7] = 0
     holes[0, 5:9] = 0
     cases = [({"attention_mask": own}, "a mask of the model's own"), ({"attention_mask": holes}, "padding between")]
     for options, reason in cases:
@@ -129,9 +130,11 @@ def test_what_stays_dense_says_why(llama):
     assert dict(on.report().dense) == {"shorter than min_length": 2}
     with enable(llama, tau=0.3, block_size=64) as on:  # as the CPU's costs say of so few tokens
         sparse_or_not = logits(llama)
+        padded = logits(llama, attention_mask=left)
     torch.testing.assert_close(sparse_or_not, logits(llama))
+    torch.testing.assert_close(padded, logits(llama, attention_mask=left), atol=0, rtol=0)  # the model's own
     found = on.report()
-    assert dict(found.dense) == {"dense is faster": 2} and not found.sparse
+    assert dict(found.dense) == {"dense is faster": 4} and not found.sparse
     assert re.search(r"dense is faster: 1 × 320 queries and 320 keys: dense [\d.]+ ms, sparse", str(found))
     model = make("mistral")
     with enable(model, tau=0.3, sliding_layers="dense", **SETTINGS) as on:

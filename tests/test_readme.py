@@ -78,7 +78,8 @@ def test_every_python_block_runs(page, small_checkpoint, tables):
             exec(program, names)
     if "on" in names:
         report = names["on"].report()
-        assert report.sparse == 2 and report.dense["decode"] == 2 * 99
+        # The small checkpoint's text is short: dense is faster.
+        assert dict(report.dense) == {"dense is faster": 2, "decode": 2 * 99} and not report.sparse
     if page.name == "CONTRIBUTING.md":
         assert "block means" in ESTIMATORS and "per row" in BUDGETS and "masked" in KERNELS and "8.0" in TUNED
 

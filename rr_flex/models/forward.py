@@ -61,6 +61,8 @@ def _prefill(
             record.add_sparse(found.density)
         else:
             record.add_dense(records.FASTER, found.decision.reason)
+    if found.out is None:
+        return dense_attention(call.module, call.q, call.k, call.v, call.mask, **call.options)
     return found.out.transpose(1, 2).contiguous(), None
 
 
@@ -78,7 +80,7 @@ def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan, p
         q,
         k,
         v,
-        Asked(config, sinks, state, ("density",), plan.backend),
+        Asked(config, sinks, state, ("density",), plan.backend, own_dense=True),
         mask_mod=mask_mod,
         # transformers' mask is the whole of it; a plain causal one is None.
         causal=mask_mod is None,
