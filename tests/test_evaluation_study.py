@@ -45,7 +45,7 @@ def test_output_errors_are_those_of_attention_over_the_kept_blocks(seed, L):
         shaped = visible[..., : -(-L // size[0]), : -(-L // size[1])]
         kept = torch.rand(2, 4, *shaped.shape[2:], generator=generator) < 0.5
         selections.append(KeptBlocks(kept & shaped, size))
-    errors = output_errors(q, k, v, selections)
+    errors = output_errors((q, k, v), selections)
     dense, _ = oracle.attend(q, k, v, oracle.pairs(oracle.causal_element(0), 2, 4, L, L))
     torch.testing.assert_close(errors.reference, dense.square().sum((2, 3)), rtol=1e-4, atol=0)
     mass = oracle.block_mass(
@@ -66,7 +66,7 @@ def test_output_errors_are_those_of_attention_over_the_kept_blocks(seed, L):
 def test_everything_kept_is_no_error():
     q, k, v = tensors(SMALL)
     kept = torch.ones(1, 4, 4, 8, dtype=torch.bool)
-    errors = output_errors(q, k, v, [KeptBlocks(kept, (128, 64))])
+    errors = output_errors((q, k, v), [KeptBlocks(kept, (128, 64))])
     assert errors.per_head.max() < 1e-6 and errors.per_layer.max() < 1e-6
     torch.testing.assert_close(errors.recall, torch.ones(1, 1, 4).double())
 
@@ -178,7 +178,7 @@ def test_a_text_is_judged_in_both_scopes():
     chosen = [r for r in records if (r.rule, r.scope, r.density) == ("oracle", "model", 0.8)]
     assert sum(record.kept for record in chosen) / 2 == pytest.approx(0.8, abs=0.02)
     selection = select_blocks(*layers[3][:2], budget="density", target_density=0.8)
-    by_library = output_errors(*layers[3], [KeptBlocks(selection.kept, (128, 128))]).per_head.mean().item()
+    by_library = output_errors(layers[3], [KeptBlocks(selection.kept, (128, 128))]).per_head.mean().item()
     own = judge_text("text", {3: layers[3]}, {"t": RULES["rr, threshold"]}, densities=(0.8,), scopes=("layer",))
     assert own[0].error == pytest.approx(by_library, rel=0.15, abs=1e-3)
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rr_flex.calibration.sensitivity import output_gradients
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
 from rr_flex.evaluation.plain import plain_selection
@@ -27,13 +28,24 @@ class Curves:
 
     layers: list[int]
     density: Float[Tensor, "layers Hq thresholds"]  # kept / visible blocks
-    error: Float[Tensor, "layers Hq thresholds"]  # squared, over the squared norm of the layer's whole output
+    # Squared, over the squared norm of the layer's whole output; by prediction: nats a token, see sensitivity.py.
+    error: Float[Tensor, "layers Hq thresholds"]
     recall: Float[Tensor, "layers Hq thresholds"]  # share of the true mass
 
 
 @torch.no_grad()
-def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRConfig, progress: Progress) -> Curves:
-    """One dense prefill a text; every threshold of every head judged on its q, k and v."""
+def measure_curves(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    config: RRConfig,
+    progress: Progress,
+    *,
+    by_prediction: bool = False,
+    every: int = 1,
+) -> Curves:
+    """One dense prefill a text; every threshold of every head judged on its q, k and v: by the error of the layer's
+    output or, for a prefill and a backward more, by what that error does to the model's prediction. `every`: errors
+    on one of so many strips of 64 queries; densities are of all."""
     found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
     waiting: list[tuple[int, float, Tensor, Tensor, Tensor]] = []  # layers judged together: fewer, larger operations
     n_layers = model.config.get_text_config().num_hidden_layers
@@ -44,7 +56,8 @@ def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRCo
         numbers, scales, *parts = zip(*waiting, strict=True)
         waiting.clear()
         q, k, v = (torch.cat(part) for part in parts)
-        judged = zip(*_measure_thresholds(q, k, v, config, scales[0], len(numbers)), strict=True)
+        gradient = torch.stack([gradients.pop(layer) for layer in numbers]) if by_prediction else None
+        judged = zip(*_measure_thresholds((q, k, v), config, scales[0], gradient, every), strict=True)
         for layer, measured in zip(numbers, judged, strict=True):
             found.setdefault(layer, []).append(measured)
         progress("measuring thresholds", numbers[-1] + 1, n_layers)
@@ -59,6 +72,7 @@ def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRCo
         return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
 
     for ids in texts:
+        gradients = output_gradients(model, ids) if by_prediction else {}
         hidden_states(model, ids, attend)
         judge()
     if not found:
@@ -68,13 +82,18 @@ def measure_curves(model: PreTrainedModel, texts: Sequence[Tensor], config: RRCo
     return Curves(layers, *torch.stack(mean, 1))
 
 
-def _measure_thresholds(q: Tensor, k: Tensor, v: Tensor, config: RRConfig, scale: float, n: int) -> list[Tensor]:
-    """Density, squared error and recall [n, Hq, thresholds] of n layers, which are the outer part of the batch."""
+def _measure_thresholds(
+    qkv: tuple[Tensor, Tensor, Tensor], config: RRConfig, scale: float, gradient: Tensor | None, every: int
+) -> list[Tensor]:
+    """Density, squared error and recall [layers, Hq, thresholds]; layers are the batch."""
+    q, k, _ = qkv
     selection = plain_selection(q, k, config=config, scale=scale)
     visible = selection.visible
     mandatory = mandatory_blocks(visible, config, Lq=q.shape[2], q_offset=0)
     kept = [select_threshold(selection.mass, level, visible, mandatory) for level in THRESHOLDS]
-    errors = output_errors(q, k, v, [KeptBlocks(each, config.block_sizes) for each in kept], scale=scale)
+    blocks = [KeptBlocks(each, config.block_sizes) for each in kept]
+    errors = output_errors(qkv, blocks, scale=scale, gradient=gradient, every=every)
     density = torch.stack([each.sum((2, 3)) for each in kept]) / visible.sum((2, 3))
-    squared = errors.difference / errors.reference.sum(-1, keepdim=True)
-    return [x.unflatten(1, (n, -1)).mean(2).permute(1, 2, 0).cpu() for x in (density.double(), squared, errors.recall)]
+    # Nats a token: half of what the squared change sums to, over the positions.
+    unit = errors.reference.sum(-1, keepdim=True) if gradient is None else 2 * errors.queries
+    return [x.permute(1, 2, 0).cpu() for x in (density.double(), errors.difference / unit, errors.recall)]

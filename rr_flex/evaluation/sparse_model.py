@@ -59,9 +59,15 @@ def attend_to_blocks(
 def attend_densely(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
     if window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    position = torch.arange(q.shape[2], device=q.device)
-    visible = (position <= position[:, None]) & (position > position[:, None] - window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+    strips = []  # of a window each: with one mask for all pairs memory would grow with L²
+    for start in range(0, q.shape[2], window):
+        stop, first = min(start + window, q.shape[2]), max(0, start - window + 1)
+        position, key = torch.arange(start, stop, device=q.device)[:, None], torch.arange(first, stop, device=q.device)
+        visible = (key <= position) & (key > position - window)
+        keys, values = k[:, :, first:stop], v[:, :, first:stop]
+        settings = {"attn_mask": visible, "scale": scale, "enable_gqa": True}
+        strips.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, **settings))
+    return torch.cat(strips, 2)
 
 
 @dataclass
