@@ -25,8 +25,6 @@ def output_gradients(model: PreTrainedModel, ids: Int[Tensor, "1 L"], seed: int 
     kept: dict[int, Tensor] = {}
 
     def attend(q, k, v, *, layer, scale, window):
-        # A key head a query head: with fewer, torch has no float32 kernel on a GPU that stores less than L² scores.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         out = attend_densely(q, k, v, layer=layer, scale=scale, window=window)
         if window is None:
             out.retain_grad()
