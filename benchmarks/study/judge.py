@@ -16,21 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import describe
-from benchmarks.study.judged_rules import (
-    BY_KEYS,
-    BY_OUTPUT,
-    BY_PREDICTION,
-    BY_PREDICTION_128,
-    BY_WEIGHT,
-    JUDGED,
-    KEYS16,
-    JudgedRule,
-    by_head,
-)
+from benchmarks.study.judged_rules import BY_WEIGHT, JUDGED, OWN_BUDGETS, JudgedRule, by_head
 from rr_flex.calibration.measured_curves import measure_curves
 from rr_flex.calibration.sensitivity import output_gradients
 from rr_flex.calibration.thresholds import meet, profile_of
-from rr_flex.config import RRConfig
 from rr_flex.evaluation.block_outputs import KeptBlocks
 from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.language_model import compare_logits
@@ -80,13 +69,7 @@ class Judge:
     @torch.no_grad()
     def add_own_budgets(self) -> None:
         """The rules whose thresholds are calibrated on the choosing texts, for each density."""
-        best = RRConfig.from_preset("best")
-        for name, config, by_prediction in (
-            (BY_OUTPUT, best, False),
-            (BY_PREDICTION, best, True),
-            (BY_PREDICTION_128, best.with_settings({"block_size": 128}), True),
-            (BY_KEYS, KEYS16, True),
-        ):
+        for name, (config, by_prediction) in OWN_BUDGETS.items():
             start, settings = time.perf_counter(), {"by_prediction": by_prediction, "every": 4}
             curves = measure_curves(self.model, list(self.choosing.values()), config, lambda *_: None, **settings)
             for density in self.densities:
@@ -94,7 +77,7 @@ class Judge:
                 profile = profile_of(self.model, curves, chosen, config, {"density": density}, list(self.choosing))
                 self.runs[name, density] = by_head(config, profile.layers), 1.0
             told(start, f"for {name}, {len(self.choosing)} texts")
-        self.rules[BY_WEIGHT] = by_head(best, self.head_thresholds())
+        self.rules[BY_WEIGHT] = by_head(OWN_BUDGETS["best 128×64, own budget"][0], self.head_thresholds())
 
     def head_thresholds(self) -> dict[int, list[float]]:
         """Relative ones from one number a head: w = E‖g‖² · E‖v − mean v‖², what a share of 1 on other values would do

@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     texts = {name: ids.to(arguments.device) for name, ids in torch.load(arguments.ids).items()}
     model, _ = load_causal_lm(arguments.model, device=arguments.device, tokenizer=object())
-    config, target = RRConfig.from_preset("best"), arguments.target
+    config, target = RRConfig.from_preset("best", block_size=(128, 64)), arguments.target
     about = {"model": arguments.name} | describe(torch.device(arguments.device), arguments.commit)
     own, factors = {}, {}
 

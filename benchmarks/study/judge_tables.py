@@ -1,4 +1,4 @@
-"""What rules were judged to do, as the table and the picture of notebooks/README.md: `python -m benchmarks.study.judge_tables`.
+"""What judged rules do, as notebooks/README.md's table and picture: `python -m benchmarks.study.judge_tables`.
 
 Rows are of `benchmarks.study.judge`, in results/judge.jsonl. A rule is read off at a mean density of .30: each text
 between its two levels, divergences on a logarithmic scale. Times are put together from the rows of `python -m
@@ -19,28 +19,30 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "notebooks" / "README.md
 BEGIN, END = "<!-- judged: begin -->", "<!-- judged: end -->"
 DENSITY, TOKENS, CARD = 0.3, 131072, "NVIDIA H200"
 DRAWS = 1000  # of a bootstrap over texts
-WIDE, SQUARE = "128×64, Triton", "128×128, FLASH"
-KEYS_16_8 = "rr query_stride=16 key_stride=8{} order=2 budget=threshold {}"
-BOTH = "rr key_stride=32 pool=both{} budget=threshold {}"
+BEFORE = "best 128×64"  # what `best` was until this study: on Triton it is what the others are measured by
+KERNELS = {"128×128": ("flash", "triton"), "128×64": ("triton",), "64×64": ("triton",)}
+KEYS_16_8 = "rr query_stride=16 key_stride=8{} order=2 budget=threshold"
+BOTH = "rr key_stride=32 pool=both{} budget=threshold"
 BEST_SETTINGS = " order=2 variance_weight=0.125"
-# Rule -> kernel, label of the rows whose estimate scores as many pairs, and the factor by which it has more of them.
+# Rule -> blocks, label of the rows whose estimate scores as many pairs, and how many times as many it scores itself.
 TIMED = {
-    "rr": ("128×128, Triton", "rr triton", 1),
-    "best": (WIDE, BOTH.format(" block_size=128x64" + BEST_SETTINGS, "triton"), 1),
-    "fast before": (WIDE, BOTH.format(" block_size=128x64", "triton"), 1),
-    "best 128×128": (SQUARE, BOTH.format(BEST_SETTINGS, "flash"), 1),
-    "best 64×64": ("64×64, Triton", BOTH.format(" block_size=128x64" + BEST_SETTINGS, "triton"), 1),
-    "keys 8/16": (WIDE, KEYS_16_8.format(" block_size=128x64", "triton"), 1),
-    "keys 8/16 128×128": (SQUARE, KEYS_16_8.format("", "flash"), 1),
-    "keys 8/16 64×64": ("64×64, Triton", KEYS_16_8.format(" block_size=64", "triton"), 1),
-    "keys 8/8": (WIDE, KEYS_16_8.format(" block_size=128x64", "triton"), 2),
-    "fast": (WIDE, KEYS_16_8.format(" block_size=128x64", "triton"), 0.5),
+    "rr": ("128×128", "rr", 1),
+    "best": ("128×128", BOTH.format(BEST_SETTINGS), 1),
+    "fast": ("128×128", KEYS_16_8.format(""), 1),
+    BEFORE: ("128×64", BOTH.format(" block_size=128x64" + BEST_SETTINGS), 1),
+    "best 64×64": ("64×64", BOTH.format(" block_size=128x64" + BEST_SETTINGS), 1),
+    "both, order 1, 8/32, 128×64": ("128×64", BOTH.format(" block_size=128x64"), 1),
+    "keys 8/16, 128×64": ("128×64", KEYS_16_8.format(" block_size=128x64"), 1),
+    "keys 8/16, 64×64": ("64×64", KEYS_16_8.format(" block_size=64"), 1),
+    "keys 8/8, 128×64": ("128×64", KEYS_16_8.format(" block_size=128x64"), 2),
+    "keys 16/16, 128×64": ("128×64", KEYS_16_8.format(" block_size=128x64"), 0.5),
 }
-TIMED |= {f"best, {rest}": TIMED["best"] for rest in ("own budget by output", "own budget by prediction", "top-τ")}
-TIMED["best 128×128, own budget by prediction"] = TIMED["best 128×128"]
-TIMED["keys 8/16, own budget by prediction"] = TIMED["keys 8/16"]
-PICTURED = ("rr", "fast before", "fast", "best", "best 64×64", "keys 8/16", "best 128×128")
-PICTURED += ("best, own budget by prediction", "best 128×128, own budget by prediction")
+SAME_TIME = {"best, own budget": "best", "best 128×64, own budget": BEFORE, "best 128×64, own budget by output": BEFORE}
+SAME_TIME |= {"keys 8/16, 128×64, own budget": "keys 8/16, 128×64", "best 128×64, top-τ": BEFORE}
+TIMED |= {rule: TIMED[other] for rule, other in SAME_TIME.items()}
+PICTURED = ("rr", "both, order 1, 8/32, 128×64", BEFORE, "keys 8/16, 128×64", "fast", "best")
+PICTURED += ("best 128×64, own budget", "best, own budget")
+FARTHEST = 0.06  # of density outside of what was measured that a divergence is read off at
 
 
 class Judged(NamedTuple):
@@ -84,7 +86,10 @@ def at(rows: Sequence[dict], density: float = DENSITY) -> Judged:
     """The rule at a mean density, on the line through its two levels."""
     (low, below), (high, above) = levels_of(rows)
     share = (density - low) / (high - low)
-    kl = {text: math.exp(math.log(below[text]["kl"]) * (1 - share) + math.log(above[text]["kl"]) * share) for text in below}
+    kl = {
+        text: math.exp(math.log(below[text]["kl"]) * (1 - share) + math.log(above[text]["kl"]) * share)
+        for text in below
+    }
 
     def between(measure) -> float:
         return mean([measure(below[text]) * (1 - share) + measure(above[text]) * share for text in below])
@@ -112,21 +117,18 @@ class Clock:
         self.attention: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             self.estimate.setdefault(row["label"], []).append(row["estimate_ms"])
-            size = "×".join(map(str, row["block_size"]))
-            kernel = f"{size}, {'FLASH' if row['backend'] == 'flash' else 'Triton'}"
+            kernel = "×".join(map(str, row["block_size"])), row["backend"]
             self.attention.setdefault(kernel, []).append((row["density"], row["attention_ms"]))
 
-    def slope(self, kernel: str) -> float:
-        """Milliseconds a unit of density, on the line through 0."""
-        points = self.attention[kernel]
-        return sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+    def ms(self, rule: str, density: float, backend: str) -> float:
+        """Attention's is on the line through 0."""
+        blocks, label, factor = TIMED[rule]
+        points = self.attention[blocks, backend]
+        slope = sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+        return factor * mean(self.estimate[f"{label} {backend}"]) + slope * density
 
-    def ms(self, rule: str, density: float) -> float:
-        kernel, label, factor = TIMED[rule]
-        return factor * mean(self.estimate[label]) + self.slope(kernel) * density
-
-    def density_for(self, rule: str, ms: float) -> float:
-        return density_between(lambda density: self.ms(rule, density), ms)
+    def density_for(self, rule: str, ms: float, backend: str) -> float:
+        return density_between(lambda density: self.ms(rule, density, backend), ms)
 
 
 def density_between(measure, value: float, rising: bool = True) -> float:
@@ -144,35 +146,58 @@ def table(found: dict[str, dict[str, list[dict]]]) -> str:
     models = list(found)
     rules = [rule for rule in found[models[0]] if all(rule in found[model] for model in models)]
     judged = {(model, rule): at(found[model][rule]) for model in models for rule in rules}
-    worse = {rule: max(judged[model, rule].mean / judged[model, "best"].mean for model in models) for rule in rules}
+    worse = {rule: max(judged[model, rule].mean / judged[model, BEFORE].mean for model in models) for rule in rules}
     cells = []
     for rule in sorted(rules, key=worse.get):
         row = [f"`{rule}`" if rule in ("rr", "best", "fast") else rule]
         for model in models:
             own = judged[model, rule]
-            share, low, high = ratio(own, judged[model, "best"])
-            row += [f"{own.mean:.4f}", "1" if rule == "best" else f"{share:.2f} ({low:.2f}–{high:.2f})"]
-            row += [f"{max(own.kl.values()):.4f}", f"{100 * own.agreement:.1f} %", f"{100 * (own.perplexity - 1):+.1f} %"]
-        if rule in TIMED:
-            row.append(f"{clock.ms(rule, DENSITY):.0f}")
-            density = clock.density_for(rule, clock.ms("best", DENSITY))
-            shares = [at(found[model][rule], density).mean / judged[model, "best"].mean for model in models]
-            row += [f"{share:.2f}" for share in shares]
-            row.append(f"{max(time_at_published(clock, found[model], rule) for model in models):.0f}")
-        else:
-            row += ["–"] * (2 + len(models))
+            share, low, high = ratio(own, judged[model, BEFORE])
+            row += [f"{own.mean:.4f}", "1" if rule == BEFORE else f"{share:.2f} ({low:.2f}–{high:.2f})"]
+            row += [
+                f"{max(own.kl.values()):.4f}",
+                f"{100 * own.agreement:.1f} %",
+                f"{100 * (own.perplexity - 1):+.1f} %",
+            ]
+        row += time_cells(clock, found, rule) if rule in TIMED else ["–"] * (2 + len(models))
         cells.append(row)
     heads = ["at density .30"]
     for model in models:
-        heads += [f"{model}: KL", "of `best`'s", "worst text", "same token", "perplexity"]
-    heads += ["ms", *(f"KL at `best`'s time, of `best`'s: {model}" for model in models), "ms at `rr`'s KL"]
+        heads += [f"{model}: KL", "of best 128×64's", "worst text", "same token", "perplexity"]
+    heads += ["ms", *(f"KL at the time of best 128×64, of its KL: {model}" for model in models), "ms at the KL of `rr`"]
     return "\n".join(markdown_table(heads, cells))
 
 
-def time_at_published(clock: Clock, rules: dict[str, list[dict]], rule: str) -> float:
-    """Milliseconds of the rule at the density where it diverges as published RR does at DENSITY."""
+def time_cells(clock: Clock, found: dict[str, dict[str, list[dict]]], rule: str) -> list[str]:
+    """Time at DENSITY; divergence in the time of BEFORE by model; time at published RR's divergence, on the worse model.
+    By kernel, FLASH first."""
+    backends = KERNELS[TIMED[rule][0]]
+    wanted = clock.ms(BEFORE, DENSITY, "triton")
+    shares = []
+    for rules in found.values():
+        densities = [clock.density_for(rule, wanted, backend) for backend in backends]
+        own = [share_of(rules[rule], density, at(rules[BEFORE]).mean) for density in densities]
+        shares.append(" / ".join("–" if x is None else f"{x:.2f}" for x in own))
+    at_published = []
+    for backend in backends:
+        densities = [density_like(rules, rule) for rules in found.values()]
+        at_published.append(max(clock.ms(rule, density, backend) for density in densities))
+    times = [clock.ms(rule, DENSITY, backend) for backend in backends]
+    return [" / ".join(f"{x:.0f}" for x in times), *shares, " / ".join(f"{x:.0f}" for x in at_published)]
+
+
+def share_of(rows: Sequence[dict], density: float, other: float) -> float | None:
+    """Divergence at a density over another; None far from what was measured."""
+    measured = [level for level, _ in levels_of(rows)]
+    if not min(measured) - FARTHEST <= density <= max(measured) + FARTHEST:
+        return None
+    return at(rows, density).mean / other
+
+
+def density_like(rules: dict[str, list[dict]], rule: str) -> float:
+    """Where the rule diverges as published RR does at DENSITY."""
     wanted = at(rules["rr"]).mean
-    return clock.ms(rule, density_between(lambda density: at(rules[rule], density).mean, wanted, rising=False))
+    return density_between(lambda density: at(rules[rule], density).mean, wanted, rising=False)
 
 
 def draw(found: dict[str, dict[str, list[dict]]], path: Path) -> None:
@@ -180,22 +205,22 @@ def draw(found: dict[str, dict[str, list[dict]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     clock = Clock()
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     for axis, (model, rules) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         for rule in PICTURED:
+            backend = KERNELS[TIMED[rule][0]][0]
             points = [
-                (clock.ms(rule, density), mean([row["kl"] for row in texts.values()]))
+                (clock.ms(rule, density, backend), mean([row["kl"] for row in texts.values()]))
                 for density, texts in levels_of(rules[rule])
             ]
-            flash = TIMED[rule][0] == SQUARE
-            label = rule + (" (FLASH)" if flash else "")
-            axis.plot(*zip(*points, strict=True), "--" if flash else "-", marker="o", markersize=4, label=label)
+            style = "--" if backend == "flash" else "-"
+            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=f"{rule} ({backend})")
         axis.set_yscale("log")
         axis.set_title(f"{model}, 8,192 tokens, ten texts", fontsize=11)
         axis.set_xlabel("estimate and attention of one layer at 131,072 tokens (ms, H200)")
         axis.set_ylabel("next-token KL from the dense model (nats)")
         axis.grid(alpha=0.3, which="both")
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

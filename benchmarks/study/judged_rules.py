@@ -96,52 +96,53 @@ def oracle_displacement(size: tuple[int, int]) -> JudgedRule:
     return JudgedRule(size, value)
 
 
-def _keys(query_stride: int, key_stride: int, weight: float = 0.125, block_size=(128, 64)) -> RRConfig:
-    """Pooled keys alone: `best` without its half of pooled queries."""
-    return RRConfig(
-        order=2,
-        variance_weight=weight,
-        query_stride=query_stride,
-        key_stride=key_stride,
-        block_size=block_size,
-        budget="threshold",
-    )
+WIDE = (128, 64)
 
 
-def _best(**settings) -> RRConfig:
-    return RRConfig.from_preset("best", **settings)
+def _keys(query_stride: int, key_stride: int, **settings) -> RRConfig:
+    """Pooled keys alone: `best` without its half of pooled queries; blocks of 128×64 unless said otherwise."""
+    strides = {"query_stride": query_stride, "key_stride": key_stride}
+    chosen = {"order": 2, "variance_weight": 0.125, "block_size": WIDE, "budget": "threshold"} | strides | settings
+    return RRConfig(**chosen)
 
 
-KEYS16 = _keys(8, 16)
+def _both(**settings) -> RRConfig:
+    """`best`'s estimate, blocks of 128×64 unless said otherwise."""
+    return RRConfig.from_preset("best", **{"block_size": WIDE} | settings)
+
+
+KEYS = _keys(8, 16)
 JUDGED: dict[str, JudgedRule] = {
     "rr": by_config(RRConfig()),
-    "best": by_config(_best()),
+    "best": by_config(RRConfig.from_preset("best")),
     "fast": by_config(RRConfig.from_preset("fast")),
-    "best 128×128": by_config(_best(block_size=128)),
-    "best 64×64": by_config(_best(block_size=64)),
-    "best, top-τ": by_config(_best(budget="top_tau")),
-    "best, threshold and floor": with_floor(_best()),
-    "best, threshold by row length": by_row_length(_best(), 0.5),
-    "both 8/16": by_config(_best(key_stride=16)),
-    "both 8/16 128×128": by_config(_best(key_stride=16, block_size=128)),
-    "both 16/16": by_config(_best(stride=16, key_stride=16)),
-    "both 8/8": by_config(_best(key_stride=8)),
-    "keys 8/16": by_config(KEYS16),
-    "keys 8/16, variance ¼": by_config(_keys(8, 16, 0.25)),
-    "keys 8/16 128×128": by_config(_keys(8, 16, block_size=(128, 128))),
-    "keys 8/16 64×64": by_config(_keys(8, 16, block_size=(64, 64))),
-    "keys 8/16, top-τ": by_config(KEYS16.with_settings({"budget": "top_tau"})),
-    "keys 8/16, threshold and floor": with_floor(KEYS16),
-    "keys 8/8": by_config(_keys(8, 8)),
-    "keys 16/16": by_config(_keys(16, 16)),
-    "true mass": oracle_mass((128, 64)),
-    "true mass 128×128": oracle_mass((128, 128)),
-    "true displacement": oracle_displacement((128, 64)),
+    "best 128×64": by_config(_both()),
+    "best 64×64": by_config(_both(block_size=64)),
+    "best 128×64, top-τ": by_config(_both(budget="top_tau")),
+    "best 128×64, threshold and floor": with_floor(_both()),
+    "best 128×64, threshold by row length": by_row_length(_both(), 0.5),
+    "both, order 1, 8/32, 128×64": by_config(_both(order=1)),
+    "both 8/16, 128×64": by_config(_both(key_stride=16)),
+    "both 8/16": by_config(_both(key_stride=16, block_size=128)),
+    "both 16/16, 128×64": by_config(_both(stride=16, key_stride=16)),
+    "both 8/8, 128×64": by_config(_both(key_stride=8)),
+    "keys 8/16, 128×64": by_config(KEYS),
+    "keys 8/16, 128×64, variance ¼": by_config(_keys(8, 16, variance_weight=0.25)),
+    "keys 8/16, 64×64": by_config(_keys(8, 16, block_size=64)),
+    "keys 8/16, 128×64, top-τ": by_config(KEYS.with_settings({"budget": "top_tau"})),
+    "keys 8/16, 128×64, threshold and floor": with_floor(KEYS),
+    "keys 8/8, 128×64": by_config(_keys(8, 8)),
+    "keys 16/16, 128×64": by_config(_keys(16, 16)),
+    "true mass, 128×64": oracle_mass(WIDE),
+    "true mass": oracle_mass((128, 128)),
+    "true displacement, 128×64": oracle_displacement(WIDE),
 }
-# Thresholds for every layer and head: by the error of a layer's output, by what it does to the prediction, and by one
-# number a head for that.
-BY_OUTPUT = "best, own budget by output"
-BY_PREDICTION = "best, own budget by prediction"
-BY_PREDICTION_128 = "best 128×128, own budget by prediction"
-BY_KEYS = "keys 8/16, own budget by prediction"
-BY_WEIGHT = "best, own budget by head weights"
+# Thresholds for every layer and head: by what an error does to the prediction, by the error of a layer's output, and by
+# one number a head.
+OWN_BUDGETS = {
+    "best, own budget": (RRConfig.from_preset("best"), True),
+    "best 128×64, own budget": (_both(), True),
+    "best 128×64, own budget by output": (_both(), False),
+    "keys 8/16, 128×64, own budget": (KEYS, True),
+}
+BY_WEIGHT = "best 128×64, own budget by head weights"
