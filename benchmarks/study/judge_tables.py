@@ -164,13 +164,13 @@ def table(found: dict[str, dict[str, list[dict]]]) -> str:
     heads = ["at density .30"]
     for model in models:
         heads += [f"{model}: KL", "of best 128×64's", "worst text", "same token", "perplexity"]
-    heads += ["ms", *(f"KL at the time of best 128×64, of its KL: {model}" for model in models), "ms at the KL of `rr`"]
+    heads += ["ms", *(f"in the time of best 128×64, of its KL: {model}" for model in models), "ms at the KL of `rr`"]
     return "\n".join(markdown_table(heads, cells))
 
 
 def time_cells(clock: Clock, found: dict[str, dict[str, list[dict]]], rule: str) -> list[str]:
-    """Time at DENSITY; divergence in the time of BEFORE by model; time at published RR's divergence, on the worse model.
-    By kernel, FLASH first."""
+    """Time at DENSITY; divergence in the time of BEFORE by model; time at published RR's divergence, on the model where
+    that is longer. By kernel, FLASH first."""
     backends = KERNELS[TIMED[rule][0]]
     wanted = clock.ms(BEFORE, DENSITY, "triton")
     shares = []
