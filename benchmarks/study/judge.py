@@ -84,11 +84,8 @@ class Judge:
         to the prediction. A block of share p then costs about w · p², so that a threshold is as w^-½."""
         found: dict[int, list[Tensor]] = {}
         for ids in self.choosing.values():
-            gradients = output_gradients(self.model, ids)
-            kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-            hidden_states(self.model, ids, keeping(kept, gradients))
-            for layer, gradient in gradients.items():
-                v = kept[layer][2][0]
+            for layer, felt in output_gradients(self.model, ids).items():
+                v, gradient = felt.v[0], felt.gradient[0]
                 spread = (v - v.mean(1, keepdim=True)).square().sum(-1).mean(1)
                 spread = spread.repeat_interleave(gradient.shape[0] // len(spread))
                 found.setdefault(layer, []).append(gradient.square().sum(-1).mean(1) * spread)

@@ -5,6 +5,8 @@ the change of a head's output at a position, g the gradient there of −log p(y)
 model's own prediction (the Fisher information; errors of different positions and heads are taken as uncorrelated).
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,22 +15,31 @@ from transformers import PreTrainedModel
 from rr_flex.evaluation.sparse_model import attend_densely
 from rr_flex.models.attention_by import attention_by
 
-Gradients = dict[int, Float[Tensor, "Hq L Dv"]]  # by layer of full attention
 CHUNK = 256  # positions whose logits are held at once
 
 
-def output_gradients(model: PreTrainedModel, ids: Int[Tensor, "1 L"], seed: int = 0) -> Gradients:
-    """The gradient of −Σ log p(y) at every head's output, in the model's dtype; one dense prefill and one backward.
+class Felt(NamedTuple):
+    """A layer of full attention in the dense run, and how the prediction feels a change of its output."""
+
+    q: Float[Tensor, "1 Hq L D"]
+    k: Float[Tensor, "1 Hkv L D"]
+    v: Float[Tensor, "1 Hkv L Dv"]
+    scale: float
+    gradient: Float[Tensor, "1 Hq L Dv"] | None  # of −Σ log p(y) at the layer's output; None: not asked for
+
+
+def output_gradients(model: PreTrainedModel, ids: Int[Tensor, "1 L"], seed: int = 0) -> dict[int, Felt]:
+    """By layer of full attention, in the model's dtype; one dense prefill and one backward.
 
     Only activations have gradients: the model's parameters are left as they are, their `requires_grad` too.
     """
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, tuple] = {}
 
     def attend(q, k, v, *, layer, scale, window):
         out = attend_densely(q, k, v, layer=layer, scale=scale, window=window)
         if window is None:
             out.retain_grad()
-            kept[layer] = out
+            kept[layer] = q.detach(), k.detach(), v.detach(), scale, out
         return out
 
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -42,7 +53,7 @@ def output_gradients(model: PreTrainedModel, ids: Int[Tensor, "1 L"], seed: int 
     finally:
         for parameter in wanted:
             parameter.requires_grad_()
-    return {layer: out.grad[0] for layer, out in kept.items()}
+    return {layer: Felt(*rest, out.grad) for layer, (*rest, out) in kept.items()}
 
 
 def _at_hidden(model: PreTrainedModel, hidden: Float[Tensor, "L width"], seed: int) -> Float[Tensor, "L width"]:
