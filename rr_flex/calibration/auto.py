@@ -1,4 +1,4 @@
-"""A budget that finds itself: thresholds for every layer and head at first use, kept in a file by the model's fingerprint."""
+"""A budget that finds itself: thresholds for every layer and head at first use, kept in a file by model."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rr_flex.calibration.lengths import length_factors
 from rr_flex.calibration.measured_curves import measure_curves
@@ -31,14 +31,15 @@ def own_profile(
     model: PreTrainedModel,
     target_density: float,
     *,
-    calibrate_on: Callable | Sequence[Int[Tensor, "1 L"]],
+    calibrate_on: Callable | Sequence[Int[Tensor, "1 L"]] | None = None,
     cache: str | Path | None = None,
 ) -> Profile:
     """Thresholds of `best` that keep `target_density` of the blocks where the prediction gains most, for all lengths.
 
     From the file of an earlier call, or found now and written there whole. `calibrate_on`: the model's tokenizer, for
-    texts that come with Python, or token ids, equally long. The same model, texts and target give the same thresholds.
-    ValueError for a target that mandatory blocks alone exceed.
+    texts that come with Python (None: the one in the model's own folder), or token ids, equally long. The same model,
+    texts and target give the same thresholds, and more is kept for a larger target. ValueError for a target that
+    mandatory blocks alone exceed, and where there is no tokenizer.
     """
     if not 0 < target_density <= 1:
         raise ValueError(f"target_density must lie in (0, 1], got {target_density}")
@@ -49,7 +50,7 @@ def own_profile(
         found = load_profile(path)
         if found.fingerprint != mark:
             raise ValueError(
-                f"profile must be of this model ({mark[:16]}), got one of {found.fingerprint[:16]}: {path}"
+                f"profile must be of this model, {mark[:16]}, got one of {found.fingerprint[:16]!r}: {path}"
             )
         return found
     profile = replace(calibrated(model, _ids(model, calibrate_on), target_density), fingerprint=mark)
@@ -73,7 +74,7 @@ def calibrated(model: PreTrainedModel, texts: Sequence[Int[Tensor, "1 L"]], targ
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of the sizes in the text model's configuration, and of the first and last values of every parameter in float32."""
+    """Of the numbers in the text model's configuration, and of every parameter's first and last values in float32."""
     config = model.config.get_text_config().to_dict()
     said = {name: x for name, x in config.items() if isinstance(x, int | float) and not name.startswith("_")}
     found = hashlib.sha256(json.dumps([said, config.get("model_type")], sort_keys=True).encode())
@@ -84,8 +85,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def _ids(model: PreTrainedModel, calibrate_on: Callable | Sequence[Tensor]) -> list[Tensor]:
+def _ids(model: PreTrainedModel, calibrate_on: Callable | Sequence[Tensor] | None) -> list[Tensor]:
     """Token ids, of the user's or of texts that come with Python, no longer than the model's context."""
+    if calibrate_on is None:
+        calibrate_on = _tokenizer(model)
     if not callable(calibrate_on):
         return list(calibrate_on)
     length = min(_tokens(model), getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST))
@@ -95,15 +98,24 @@ def _ids(model: PreTrainedModel, calibrate_on: Callable | Sequence[Tensor]) -> l
     return [torch.cat([ids[:, : length // len(KINDS)] for ids in texts], 1)]
 
 
+def _tokenizer(model: PreTrainedModel) -> Callable:
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"calibrate_on must be the model's tokenizer or token ids, since none is found at {model.name_or_path!r}"
+        ) from error
+
+
 def _tokens(model: PreTrainedModel) -> int:
     if model.device.type != "cuda":
         return TOKENS["cpu"]
     return TOKENS_OF_LARGE if model.num_parameters() >= LARGE else TOKENS["cuda"]
 
 
-def _name_of(calibrate_on: Callable | Sequence[Tensor], model: PreTrainedModel) -> str:
+def _name_of(calibrate_on: Callable | Sequence[Tensor] | None, model: PreTrainedModel) -> str:
     """Of the texts, in the file's name."""
-    if callable(calibrate_on):
+    if calibrate_on is None or callable(calibrate_on):
         return f"python-texts-{_tokens(model)}"
     found = hashlib.sha256()
     for ids in calibrate_on:

@@ -1,6 +1,6 @@
 """One profile for all lengths: what its thresholds are multiplied by in a shorter prompt, so that density holds.
 
-A block's share of its row falls as rows grow longer, in all heads alike (measured: about as L^-1.4, notebooks/README.md).
+A block's share of its row falls as rows grow longer, in all heads alike (measured: about as L^-1.4, see the study).
 The rows of a prompt's beginning are those of a shorter prompt, since attention is causal: so one prefill tells of every
 shorter length too.
 """

@@ -75,6 +75,8 @@ def make_plan(n_layers: int, choices: Choices, model: Any = None) -> Plan:
     layers |= profile
     layers |= dict.fromkeys(_dense_layers(choices.dense_layers, n_layers))
     by_length = calibrated if calibrated is not None and calibrated.factors is not None else None
+    if by_length is not None and not said:
+        layers = dict.fromkeys(range(n_layers)) | layers  # what was not calibrated, windows say, stays dense
     kept = {"sliding_layers": choices.sliding_layers, "backend": choices.backend, "profile": by_length}
     return Plan(default=base, layers=layers, **kept)
 
