@@ -34,6 +34,7 @@ class Curves:
     recall: Float[Tensor, "layers Hq thresholds"]  # share of the true mass
     # Of each text each layer's blocks' shares of their rows, on the CPU: 1/8,192 as many numbers as pairs, or less.
     shares: list[dict[int, Float[Tensor, "Hq nQ nK"]]] = field(default_factory=list)
+    by_prediction: bool = False  # what `error` is
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def measure_curves(
         raise ValueError("model must have a layer of full causal attention, got none")
     layers = sorted(found)
     mean = [torch.stack([torch.stack(each).mean(0) for each in zip(*found[layer], strict=True)]) for layer in layers]
-    return Curves(layers, *torch.stack(mean, 1), shares)
+    return Curves(layers, *torch.stack(mean, 1), shares, by_prediction)
 
 
 def _measure_thresholds(layers: Sequence[Felt], config: RRConfig, every: int) -> list[Tensor]:
