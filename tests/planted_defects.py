@@ -261,6 +261,8 @@ DEFECTS = [
         "test_selection_symmetries.py::test_a_shard_of_heads_selects_its_slice",
     ),
     Defect("rr_flex/kernels/options.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
+    Defect("rr_flex/runtime/compiling.py", '("ESTIMATORS", "BUDGETS")', "()", "test_kernel.py::test_what_a_user_may"),
+    Defect("rr_flex/runtime/compiling.py", "|torch)", "|torch|users_masks)", "test_kernel.py::test_what_a_user_may"),
     Defect(
         "rr_flex/runtime/compiling.py",
         ", fullgraph=True, dynamic",
