@@ -9,12 +9,14 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rr_flex.calibration import auto
+from rr_flex import RRConfig
+from rr_flex.calibration import auto, lengths
 from rr_flex.calibration.sensitivity import output_gradients
+from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, hidden_states
 from rr_flex.models import enable
 from rr_flex.models.attention_by import attention_by
-from rr_flex.profiles import SLOPE, Profile, load_profile
+from rr_flex.profiles import Profile, load_profile
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 TARGETS = (0.5, 0.6, 0.7)
@@ -80,7 +82,17 @@ def test_one_profile_keeps_the_density_at_every_length(model, texts, cache):
         for length in (1024, 1536, 2048):
             assert density_of(model, texts[0][:, :length], on.plan) == pytest.approx(0.7, abs=0.03)
     (path,) = cache.glob("*-0.7.json")
-    assert sorted(load_profile(path).factors) == [1024, 2048]
+    factors = load_profile(path).factors
+    assert sorted(factors)[:3] == [1024, 2048, 4096] and max(factors) == 2**20
+    assert list(factors.values()) == sorted(factors.values(), reverse=True)
+
+
+@pytest.mark.parametrize("block_size", [128, (128, 64), (64, 128)])
+def test_mandatory_blocks_are_counted_in_closed_form(block_size):
+    config = RRConfig(block_size=block_size)
+    for length in (1024, 1280, 4096):
+        visible, mandatory = visible_and_mandatory(length, config.block_sizes, torch.device("cpu"))
+        assert lengths._mandatory_share(length, config) == pytest.approx((mandatory.sum() / visible.sum()).item())
 
 
 def test_it_is_found_once_and_the_same_again(model, texts, cache, tmp_path, monkeypatch):
@@ -147,6 +159,4 @@ def test_factors_lie_on_lines_between_lengths():
     profile = Profile(model="", layers={0: [0.1]}, settings={}, target={}, factors={1024: 4.0, 4096: 1.0})
     assert profile.factor_at(2048) == pytest.approx(2) and profile.factor_at(8192) == pytest.approx(0.5)
     assert profile.factor_at(4096) == 1 and profile.factor_at(512) == pytest.approx(8)
-    single = Profile(model="", layers={0: [0.1]}, settings={}, target={}, factors={1024: 3.0})
-    assert single.factor_at(2048) == pytest.approx(3 * 2**SLOPE)
     assert Profile(model="", layers={0: [0.1]}, settings={}, target={}).factor_at(7) == 1

@@ -11,7 +11,6 @@ from rr_flex.runtime.writing import write_atomically
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent
-SLOPE = -1.4  # of a threshold's logarithm over a length's, at one density: as measured (notebooks/README.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,7 @@ class Profile:
     texts: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
-    # Tokens of a prompt -> what its thresholds are multiplied by, ascending: a share of a row falls with its length.
+    # Tokens of a prompt -> what its thresholds are multiplied by, two or more: a share of a row falls with its length.
     # None: the thresholds hold at every length.
     factors: dict[int, float] | None = None
     fingerprint: str = ""  # of the model's configuration and weights; "": not recorded
@@ -46,12 +45,10 @@ class Profile:
 
     def factor_at(self, length: int) -> float:
         """What the thresholds are multiplied by in a prompt of so many tokens: on the line through the two nearest
-        known lengths, both logarithmic; by SLOPE where one alone is known."""
+        known lengths, both logarithmic."""
         if self.factors is None:
             return 1.0
         known = sorted(self.factors.items())
-        if len(known) == 1:
-            return known[0][1] * (length / known[0][0]) ** SLOPE
         low, high = next((pair for pair in itertools.pairwise(known) if length <= pair[1][0]), known[-2:])
         slope = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
         return low[1] * (length / low[0]) ** slope
