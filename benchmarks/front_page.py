@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import prefill_tables, server_tables
-from benchmarks.study import study_tables
-from benchmarks.study.study_tables import BEST, FAST, StudyFile, of_group
+from benchmarks.study import judge_tables
 from benchmarks.tables import Row, load, markdown_table, number, replace_between, timed
-from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
-from rr_flex.evaluation.summaries import summarise
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 CARD = "NVIDIA H200"  # of which the front page tells; the others are on benchmarks/README.md
 WHOLE_MODEL, WHOLE_LENGTH = "llama-8b-shape", 131072
 CPU_TOKENS = 2048  # of the shortest prompt on a CPU
-LENGTH = 8192  # of the accuracy table's texts
 
 
 class Call(NamedTuple):
@@ -39,18 +35,17 @@ BEST_FLASH = BEST_TRITON.replace(" block_size=128x64", "").replace("triton", "fl
 CALLS = (
     Call("default settings", 8192, AS_CALLED),
     Call("default settings", 16384, AS_CALLED),
-    Call("`best`, blocks of 128, FLASH", 32768, BEST_FLASH, error=0.03),
-    Call("`best`, Triton", 131072, BEST_TRITON, error=0.03),
-    Call("`best`, blocks of 128, FLASH", 131072, BEST_FLASH, error=0.03),
+    Call("`best`, FLASH", 32768, BEST_FLASH, error=0.03),
+    Call("`best`, blocks of 128×64, Triton", 131072, BEST_TRITON, error=0.03),
+    Call("`best`, FLASH", 131072, BEST_FLASH, error=0.03),
 )
-# What the accuracy table shows -> rule of the errors, rule of the predictions; None: there is none.
+# What the accuracy table shows -> the judged rule.
 RULES_SHOWN = {
-    "`rr`, as published": ("rr", "rr"),
-    "`fast`": (FAST, FAST),
-    "`best`": (BEST, BEST),
-    "`best`, calibrated for the model": (None, "best, calibrated"),
-    "limit: the true mass": ("oracle mass 128×64", "oracle mass 128×64"),
-    "for scale: dense in bfloat16": (None, "dense, bfloat16"),
+    "`rr`, as published": "rr",
+    "`fast`": "fast",
+    "`best`": "best",
+    "`best`, calibrated for the model": "best, own budget",
+    "limit: the true mass": "true mass",
 }
 
 
@@ -97,35 +92,20 @@ def row_of(call: Call, rows: Sequence[Row]) -> Row:
     return max(matching, key=lambda row: row["date"])
 
 
-def accuracy_table(study: StudyFile) -> str:
-    """Six rows of SmolLM2 at LENGTH tokens: output error at equal density, and what the model then predicts."""
-    errors = summarise(study.records, scope="layer", texts=of_group("held out"))
-    predictions = study.predictions[LENGTH]
-    heads = ["at equal density", "output error, .30", "KL, .30", "KL, .50", "same next token, .30", ".50"]
+def accuracy_table(found: dict[str, dict[str, list[dict]]]) -> str:
+    """What models say under a rule at the same density, and what a layer takes on a card."""
+    clock = judge_tables.Clock()
+    heads = ["at equal density, .30"]
+    heads += [f"{model}: {what}" for model in found for what in ("KL", "same next token")]
     cells = []
-    for label, (rule, predicted) in RULES_SHOWN.items():
-        error = errors[rule][0.3].mean if rule else None
-        row = [label, number(error, ".3f")]
-        if predicted == "dense, bfloat16":
-            rounded = [each for each in predictions if each.rule == predicted]
-            kl, agreement = (mean([getattr(each, name) for each in rounded]) for name in ("kl", "agreement"))
-            row += [f"{kl:.4f}"] * 2 + [f"{agreement:.1%}"] * 2  # it drops nothing, whatever the density
-        else:
-            row += [f"{at(predictions, predicted, 'kl', density):.4f}" for density in (0.3, 0.5)]
-            row += [f"{at(predictions, predicted, 'agreement', density):.1%}" for density in (0.3, 0.5)]
-        cells.append([cell.replace("%", " %") for cell in row])
-    return "\n".join(markdown_table(heads, cells)) + "\n"
-
-
-def at(predictions: Sequence[Prediction], rule: str, measure: str, density: float) -> float:
-    """Mean over texts of a measure read off at a density."""
-    read = kl_at if measure == "kl" else value_at
-    texts = list(dict.fromkeys(each.text for each in predictions))
-    return mean([read(curve(predictions, rule, text, measure), density) for text in texts])
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    for label, rule in RULES_SHOWN.items():
+        row = [label]
+        for rules in found.values():
+            judged = judge_tables.at(rules[rule])
+            row += [f"{judged.mean:.4f}", f"{100 * judged.agreement:.1f} %"]
+        timed = f"{clock.ms(rule, judge_tables.DENSITY, 'flash'):.0f}" if rule in judge_tables.TIMED else "–"
+        cells.append([*row, timed])
+    return "\n".join(markdown_table([*heads, "ms a layer, 128K"], cells)) + "\n"
 
 
 def cpu_table(results: Path) -> str:
@@ -145,11 +125,11 @@ def cpu_table(results: Path) -> str:
     return "\n".join(markdown_table(["on a CPU", *(f"density {density:g}" for density in densities)], table)) + "\n"
 
 
-def write(readme: Path, results: Path = RESULTS, study: Path = study_tables.STUDY) -> None:
+def write(readme: Path, results: Path = RESULTS) -> None:
     """Replaces what stands between README's three pairs of markers."""
     sections = {
         "speed": speed_table(load(results), prefill_tables.load(results)),
-        "accuracy": accuracy_table(StudyFile.read(study)),
+        "accuracy": accuracy_table(judge_tables.read(results / "judge.jsonl")),
         "cpu": cpu_table(results),
     }
     text = readme.read_text(encoding="utf-8")

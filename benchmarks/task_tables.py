@@ -18,7 +18,9 @@ COLUMNS = {
     "dense": DENSE,
     "τ = 0.95": describe(RRConfig(tau=0.95, min_length=0)),
     "τ = 0.90": describe(RRConfig(tau=0.9, min_length=0)),
-    "`best`": describe(RRConfig.from_preset("best", min_length=0)),
+    "`best`, blocks of 128×64": describe(
+        RRConfig.from_preset("best", block_size=(128, 64), threshold=0.005, min_length=0)
+    ),
 }
 
 

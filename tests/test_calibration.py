@@ -147,7 +147,7 @@ def test_a_profile_round_trips(profile, model, tmp_path):
     for layer, config in configs.items():
         assert config.budget == "threshold" and config.threshold == tuple(profile.layers[layer])
         best = RRConfig.from_preset("best")
-        assert (config.pool, config.stride, config.order, config.block_size) == ("both", 8, best.order, (128, 64))
+        assert (config.pool, config.stride, config.order, config.block_size) == ("both", 8, best.order, 128)
     for named in (path, str(path)):
         with enable(model, profile=named) as on:
             assert on.plan.layers == configs
@@ -182,7 +182,6 @@ def test_a_profile_names_what_it_is_of(profile, model):
     assert json.loads(json.dumps(profile.settings)) == {
         "key_stride": 32,
         "pool": "both",
-        "block_size": [128, 64],
         "order": 2,
         "variance_weight": 0.125,
     }

@@ -176,7 +176,8 @@ def test_a_card_s_times_are_the_benchmark_s():
         assert row["selection_ms"] < less < row["total_ms"]
     shown = on_a_card.table(0.66, "rr").splitlines()
     assert len(shown) == 5 and "density 0.66" in shown[0] and "density 0.15" in shown[0]
-    assert all(len(on_a_card.table(0.2, preset).splitlines()) > 1 for preset in ("best", "fast"))
+    assert len(on_a_card.table(0.2, "best").splitlines()) > 1
+    assert on_a_card.table(0.2, "fast").strip() == "preset 'fast' was not timed on it"
 
 
 def test_settings_are_those_of_rrconfig():

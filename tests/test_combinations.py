@@ -27,12 +27,12 @@ from rr_flex.evaluation.rules import Case
 from rr_flex.selection import select_top_tau
 
 SMALL = Shape(B=1, Lq=512, Lk=512)
-BEST = RRConfig.from_preset("best")
+BEST = RRConfig.from_preset("best", block_size=(128, 64))
 
 
 def share(case, **chosen):
     """A block's share of its row by the library, whose estimates have their own float64 tests."""
-    mass = select_blocks(case.q, case.k, preset="best", **chosen).mass.double()
+    mass = select_blocks(case.q, case.k, **{"preset": "best", "block_size": (128, 64)} | chosen).mass.double()
     return mass / mass.sum(-1, keepdim=True)
 
 

@@ -245,7 +245,9 @@ def test_the_best_preset_attends_to_what_it_selects(budget):
     out = rr_attention(q, k, v, **chosen)
     kept = select_blocks(q, k, **chosen).kept
     assert kept.float().mean() < 1
-    allowed = oracle.expand(kept, (300, 300), (128, 64)) & shown_by(oracle.causal_element(0), Shape())
+    allowed = oracle.expand(kept, (300, 300), RRConfig.from_preset("best").block_sizes) & shown_by(
+        oracle.causal_element(0), Shape()
+    )
     torch.testing.assert_close(out.double(), oracle.attend(q, k, v, allowed)[0], rtol=0, atol=1e-5)
 
 

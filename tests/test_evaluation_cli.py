@@ -14,7 +14,7 @@ from rr_flex import RRConfig
 from rr_flex.cli import main
 from rr_flex.models import loading
 
-RULES = ["rr", "both, order 2, 8/32 (best)", "oracle mass 128×64"]
+RULES = ["rr", "best 128×64", "oracle mass 128×64"]
 
 
 @pytest.fixture

@@ -75,13 +75,13 @@ def test_levels_by_head_are_split_as_the_heads_are():
         RRConfig(budget="threshold", threshold=(0.1, 0.2, 0.3, 0.4)),
     ):
         plan = Plan(config)
-        assert plan.of_heads(0, range(2, 4)).level == (0.3, 0.4) and plan.of_heads(0, None) is config
+        assert plan.of_heads(0, range(2, 4), 64).level == (0.3, 0.4) and plan.of_heads(0, None, 64) is config
     plan = Plan(config)
     with ThreadPoolExecutor(8) as threads:
-        local = list(threads.map(lambda _: plan.of_heads(0, range(2, 4)), range(200)))
+        local = list(threads.map(lambda _: plan.of_heads(0, range(2, 4), 64), range(200)))
     assert len({id(config) for config in local}) == 1
     config = RRConfig(tau=0.5)
-    assert Plan(config).of_heads(0, range(2, 4)) is config
+    assert Plan(config).of_heads(0, range(2, 4), 64) is config
 
 
 def planned(n_layers, **choices):

@@ -98,16 +98,6 @@ def test_runs_are_put_together_and_nothing_is_lost():
     assert more.predictions == old.predictions and more.about["predictions"] == old.about["predictions"]
 
 
-def test_lengths_are_told_of_measured_or_not():
-    study = study_of("a card", ["prose1"], [8192])
-    measured, *_ = study_tables.prediction_parts(study, 8192)
-    assert "8,192 tokens" in measured and "prose1; a card, torch 2" in measured
-    assert study_tables.prediction_parts(study, 4096) == ["What SmolLM2 predicts at 4,096 tokens: not measured."]
-    cells = study_tables.prediction_table(study.predictions[8192]).splitlines()[2].split(" | ")
-    assert cells[1:4] == ["0.1000", "0.0316", "0.0100"] and cells[5:7] == ["90.0 %", "99.0 %"]
-    assert cells[7:9] == ["+10.0 %", "+1.0 %"]
-
-
 def test_a_raw_folder_is_condensed(tmp_path):
     """Both definitions of equal density of a few rules, and divergences below a millionth, which are no zeros."""
     records = [

@@ -29,7 +29,7 @@ COMPARED = (
     "both, order 1, 16/16",
     "both, order 2, 16/16",
     "both, order 2, 8/8",
-    "fast 128×128",
+    "both, order 1, 8/32 128×128",
     "best 128×128",
     "best, top-τ",
     "oracle mass",

@@ -33,7 +33,7 @@ def true_blocks(case: Case, size: tuple[int, int]) -> TrueBlocks:
     shape = (B, Hq, ceil_div(L, q_block), ceil_div(L, k_block))
     found = TrueBlocks(*(torch.zeros(shape, device=case.q.device) for _ in range(2)))
     step = k_block // TOKENS
-    for row, parts in enumerate(strips(case.q, case.k, case.v)):
+    for row, parts in strips(case.q, case.k, case.v):
         total = parts.sum(2, keepdim=True)
         share = parts / total[..., -1:]  # B Hq nJ rows Dv+1: a block's part of the output, and of the mass
         joined = F.pad(share, (0, 0, 0, 0, 0, -share.shape[2] % step)).unflatten(2, (-1, step)).sum(3)

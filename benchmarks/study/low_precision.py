@@ -56,7 +56,9 @@ def in_low_precision(config: RRConfig, precision: Precision) -> Rule:
 
 
 LOW_PRECISION = {
-    f"{preset}, {precision.upper()}": in_low_precision(RRConfig.from_preset(preset), precision)
-    for preset in ("fast", "best")
+    f"{name}, {precision.upper()}": in_low_precision(
+        RRConfig.from_preset("best", block_size=(128, 64), order=order), precision
+    )
+    for name, order in (("order 1", 1), ("best", 2))
     for precision in ("fp8", "int8")
 }

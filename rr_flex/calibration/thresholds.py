@@ -1,6 +1,7 @@
 """A budget spent where it counts: thresholds for every layer and head from curves measured on a few texts.
 
-For each head the squared output error falls as its density grows. The least total error at a total density lies where
+For each head the squared error falls as its density grows: of the layer's output, or of what that does to the model's
+prediction (`measured_curves`). The least total error at a total density lies where
 one more block lowers the error by the same amount everywhere: for a price λ of density each head takes the threshold
 with the least error + λ · density, and λ is moved until the target holds ("water-filling"). Layers count alike.
 """
@@ -39,7 +40,7 @@ def calibrate(
 
     Targets: mean density; mean recall of true mass; root mean squared relative output error of a layer; KL divergence
     from the dense model, nats a token. `config` (preset "best" unless given) is what the thresholds belong to. Each
-    text is prefilled once, and for a KL a few times more.
+    text is prefilled once, with a backward pass unless the target is an error, and for a KL a few times more.
     ValueError unless exactly one target is given and can be met.
     """
     given = {"density": target_density, "recall": target_recall, "error": target_error, "kl": target_kl}
@@ -52,7 +53,8 @@ def calibrate(
     if not texts:
         raise ValueError("texts must hold at least one prompt, got none")
     config = config or RRConfig.from_preset("best")
-    curves = measure_curves(model, texts, config, progress)
+    # What a model predicts is what counts: only a target for the outputs is met by their own error.
+    curves = measure_curves(model, texts, config, progress, by_prediction=name != "error")
     chosen = _meet_kl(model, texts, config, curves, value, progress) if name == "kl" else meet(curves, name, value)
     names = list(names) or [f"{ids.shape[1]} tokens" for ids in texts]
     return profile_of(model, curves, chosen, config, {name: value}, names)
@@ -131,13 +133,13 @@ def _thresholds(curves: Curves, chosen: Int[Tensor, "layers Hq"]) -> dict[int, l
 
 
 def _at(curves: Curves, chosen: Int[Tensor, "layers Hq"]) -> dict[str, float]:
-    """Density, recall and error of these thresholds on the calibration texts."""
+    """Density, recall and error of these thresholds on the calibration texts; by prediction the divergence that the
+    errors add up to, to second order."""
     pick = [x.gather(2, chosen[..., None])[..., 0] for x in (curves.density, curves.recall, curves.error)]
     return {
         "density": pick[0].mean().item(),
         "recall": pick[1].mean().item(),
-        "error": pick[2].sum(1).mean().sqrt().item(),
-    }
+    } | ({"kl": pick[2].sum().item()} if curves.by_prediction else {"error": pick[2].sum(1).mean().sqrt().item()})
 
 
 def _plain_settings(config: RRConfig) -> dict[str, object]:

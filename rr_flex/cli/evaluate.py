@@ -23,8 +23,8 @@ from rr_flex.cli.arguments import (
 DEFAULT_RULES = (
     "rr",
     "order 2 128×64, threshold",
-    "both, order 1, 8/32 (fast)",
-    "both, order 2, 8/32 (best)",
+    "both, order 1, 8/32",
+    "best 128×64",
     "oracle mass 128×64",
 )
 TEXTS = ("prose:1", "code:1", "chat:1", "table:0", "key-value:0")

@@ -21,6 +21,8 @@ def table(density: float, preset: str) -> str:
     for row in TIMES["times"]:
         if row["preset"] == preset:
             measured.setdefault((row["length"], row["backend"]), []).append(row)
+    if not measured:
+        return f"      preset {preset!r} was not timed on it"
     densities = (density, *(lower for lower in LOWER if lower < density - 0.02))
     heads = (f"density {each:.2f}" for each in densities)
     lines = [f"{'tokens':>9}  {'kernel':<8}{'dense':>9}" + "".join(f"{head:>20}" for head in heads)]

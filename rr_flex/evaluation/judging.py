@@ -87,7 +87,7 @@ def _measure(
     blocks: dict[tuple[int, int], tuple[Tensor, Tensor]],
 ) -> Float[Tensor, "layers n 4"]:
     """Density, error, layer error and recall of each selection in each layer."""
-    errors = output_errors(*qkv, chosen)
+    errors = output_errors(qkv, chosen)
     density = torch.stack([density_of(each.kept, blocks[each.block_size][0]).mean(1) for each in chosen])
     measured = density, errors.per_head.mean(2), errors.per_layer, errors.recall.mean(2)
     return torch.stack([x.double().T for x in measured], 2)

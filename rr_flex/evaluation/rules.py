@@ -69,8 +69,8 @@ def true_mass(size: tuple[int, int], spending: Spending = "threshold") -> Rule:
 
 
 PUBLISHED, WIDE = (128, 128), (128, 64)
-BEST = "both, order 2, 8/32 (best)"
-FAST = "both, order 1, 8/32 (fast)"
+BEST = "best 128×64"
+FAST = "both, order 1, 8/32"
 
 # What `rr-flex evaluate` offers.
 RULES: dict[str, Rule] = {
@@ -78,10 +78,11 @@ RULES: dict[str, Rule] = {
     "rr, threshold": configured(budget="threshold"),
     "order 2, threshold": configured(order=2, budget="threshold"),
     "order 2 128×64, threshold": configured(order=2, block_size=WIDE, budget="threshold"),
-    FAST: configured(preset="fast"),
-    BEST: configured(preset="best"),
-    "fast 128×128": configured(preset="fast", block_size=128),
-    "best 128×128": configured(preset="best", block_size=128),
+    FAST: configured(pool="both", key_stride=32, block_size=WIDE, budget="threshold"),
+    BEST: configured(preset="best", block_size=WIDE),
+    "both, order 1, 8/32 128×128": configured(pool="both", key_stride=32, budget="threshold"),
+    "best 128×128": configured(preset="best"),
+    "fast": configured(preset="fast"),
     "oracle mass": true_mass(PUBLISHED),
     "oracle mass 128×64": true_mass(WIDE),
 }

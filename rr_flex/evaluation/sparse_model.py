@@ -57,11 +57,19 @@ def attend_to_blocks(
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
+    # A key head a query head: with fewer, torch has no float32 kernel on a GPU that stores less than L² scores.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    position = torch.arange(q.shape[2], device=q.device)
-    visible = (position <= position[:, None]) & (position > position[:, None] - window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    strips = []  # of a window each: with one mask for all pairs memory would grow with L²
+    for start in range(0, q.shape[2], window):
+        stop, first = min(start + window, q.shape[2]), max(0, start - window + 1)
+        position, key = torch.arange(start, stop, device=q.device)[:, None], torch.arange(first, stop, device=q.device)
+        visible = (key <= position) & (key > position - window)
+        keys, values = k[:, :, first:stop], v[:, :, first:stop]
+        rows = q[:, :, start:stop]
+        strips.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=scale))
+    return torch.cat(strips, 2)
 
 
 @dataclass

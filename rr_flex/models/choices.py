@@ -9,7 +9,7 @@ from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.choose import Backend
 from rr_flex.models.layer_plan import LayerSettings, Plan, SlidingLayers
-from rr_flex.profiles import Profile
+from rr_flex.profiles import Profile, load_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ def make_plan(n_layers: int, choices: Choices, model: Any = None) -> Plan:
     if choices.tau is not None and not choices.one_tau:
         by_layer = _by_layer("tau", choices.tau, n_layers)
         layers = {layer: base.with_settings({"tau": share}) for layer, share in by_layer.items()}
+    calibrated = _loaded(choices.profile)
     profile = _profile_layers(choices, n_layers, model)
     if both := sorted(set(layers) & set(profile)):
         raise ValueError(f"tau must name layers that profile does not, got both for {both}")
@@ -73,7 +74,11 @@ def make_plan(n_layers: int, choices: Choices, model: Any = None) -> Plan:
         )
     layers |= profile
     layers |= dict.fromkeys(_dense_layers(choices.dense_layers, n_layers))
-    return Plan(default=base, layers=layers, sliding_layers=choices.sliding_layers, backend=choices.backend)
+    by_length = calibrated if calibrated is not None and calibrated.factors is not None else None
+    if by_length is not None and not said:
+        layers = dict.fromkeys(range(n_layers)) | layers  # what was not calibrated, windows say, stays dense
+    kept = {"sliding_layers": choices.sliding_layers, "backend": choices.backend, "profile": by_length}
+    return Plan(default=base, layers=layers, **kept)
 
 
 def check_heads(plan: Plan, heads: int) -> None:
@@ -95,6 +100,13 @@ def _by_layer(name: str, values: Sequence | Mapping, n_layers: int) -> dict[int,
     if len(values) != n_layers:
         raise ValueError(f"{name} must hold one value a layer ({n_layers}), got {len(values)}")
     return dict(enumerate(values))
+
+
+def _loaded(profile: Any) -> Profile | None:
+    """A calibrated profile, from its file where it is named."""
+    if isinstance(profile, str | Path):
+        return load_profile(profile)
+    return profile if isinstance(profile, Profile) else None
 
 
 def _profile_layers(choices: Choices, n_layers: int, model: Any) -> dict[int, RRConfig | None]:

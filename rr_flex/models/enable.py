@@ -13,6 +13,7 @@ from rr_flex.kernels.choose import Backend
 from rr_flex.models.choices import Choices, check_heads, make_plan
 from rr_flex.models.forward import rr_flex_attention
 from rr_flex.models.layer_plan import ATTRIBUTE, LayerSettings, Plan, SlidingLayers, set_plan, set_registered
+from rr_flex.models.own_budget import own_budget
 from rr_flex.models.prefill_mask import prefill_mask
 from rr_flex.models.records import Report
 from rr_flex.models.states import before_attention
@@ -50,6 +51,8 @@ def enable(
     dense_last_tokens: int | None = None,
     sliding_layers: SlidingLayers = "select",
     backend: Backend = "auto",
+    calibrate_on: Any = None,
+    profile_cache: str | Path | None = None,
     **settings: Any,
 ) -> "Enabled":
     """Prefill of `model`'s language model by RRAttention from now on, or within `with enable(model):`.
@@ -60,6 +63,9 @@ def enable(
     `dense_layers`: so many first layers, or a list, stay dense whatever else names them. `dense_last_tokens`: at least
     so many tokens at the end of each call's queries see all they may. `sliding_layers`: "select" among the window's
     blocks, or "dense". `backend`: the kernel on CUDA, as in `rr_attention`. A vision tower keeps its attention.
+    `budget="auto"`: thresholds of the model's own that keep `target_density` (.3) of the blocks at every length, found
+    at first use and kept in a file (`rr_flex.calibration.auto.own_profile`). `calibrate_on`: the tokenizer or token ids
+    for that. `profile_cache`: the file's folder, ~/.cache/rr_flex unless given.
     TypeError or ValueError naming the argument, also for one that nothing would read (tau under another budget, config
     beside a preset or beside a profile of every layer); NotImplementedError for a model that does not go through
     transformers' attention interface.
@@ -68,6 +74,10 @@ def enable(
     text_config = root.config.get_text_config(decoder=True)
     if text_config.output_attentions:
         raise ValueError("output_attentions must be False in the model's config under rr_flex, got True")
+    given = settings | {"tau": tau, "profile": profile, "config": config}
+    own = own_budget(root, given, calibrate_on, profile_cache)
+    if own is not None:
+        profile, settings = own, {}
     choices = Choices(
         tau=tau,
         profile=profile,

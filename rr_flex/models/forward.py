@@ -74,7 +74,7 @@ def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan, p
         # several: a copy costs less than a compilation. A GPU's kernel compiles faster and its copies cost more.
         q, k, v = (x.contiguous() for x in (q, k, v))
     heads = heads_of(call.module, q.shape[1])
-    config = plan.of_heads(call.layer, heads)
+    config = plan.of_heads(call.layer, heads, k.shape[2])
     sinks, state = call.options.get("s_aux"), state_of(place, call, config)
     return answer(
         q,

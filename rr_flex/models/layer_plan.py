@@ -1,5 +1,6 @@
 """Which settings hold in which layer, what they did, and where each attention module finds them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,9 +10,12 @@ from torch import nn
 from rr_flex.config import RRConfig
 from rr_flex.kernels.choose import Backend
 from rr_flex.models.records import LayerRecord, Report
+from rr_flex.profiles import Profile
 
 SlidingLayers = Literal["select", "dense"]
 LayerSettings = Mapping[int, RRConfig | None]  # layer -> settings, None: dense
+STEPS = 16  # an octave of lengths within which thresholds are the same: no new ones for every prompt
+LARGEST_THRESHOLD = 0.999
 ATTRIBUTE = "rr_flex_plan"  # of each attention module, so that a copy of a model takes its settings along
 
 
@@ -23,26 +27,33 @@ class Plan:
     layers: LayerSettings = field(default_factory=dict)
     sliding_layers: SlidingLayers = "select"
     backend: Backend = "auto"
+    profile: Profile | None = None  # whose thresholds depend on a prompt's length
     records: dict[int, LayerRecord] = field(default_factory=dict)
-    _of_heads: dict[tuple[int, range], RRConfig] = field(default_factory=dict, repr=False)
+    _of_heads: dict[tuple[int, range | None, int | None], RRConfig] = field(default_factory=dict, repr=False)
 
     def config(self, layer: int) -> RRConfig | None:
         """The layer's settings; None: dense."""
         return self.layers.get(layer, self.default)
 
-    def of_heads(self, layer: int, heads: range | None) -> RRConfig:
-        """The settings of a layer that is not dense, for these of its query heads (None: all); made once.
+    def of_heads(self, layer: int, heads: range | None, length: int) -> RRConfig:
+        """The settings of a layer that is not dense, for these of its query heads (None: all) in a prompt of `length`
+        keys; made once.
 
         rr_attention keeps levels by head on the device that it met them on: the same numbers are not uploaded again.
         """
         config = self.config(layer)
-        if heads is None or isinstance(config.level, float | int):
+        step = None if self.profile is None or layer not in self.profile.layers else round(STEPS * math.log2(length))
+        if isinstance(config.level, float | int) or (heads is None and step is None):
             return config
-        found = self._of_heads.get((layer, heads))
+        found = self._of_heads.get((layer, heads, step))
         if found is None:
-            local = config.with_settings({config.level_field: config.level[heads.start : heads.stop]})
+            level = config.level if heads is None else config.level[heads.start : heads.stop]
+            if step is not None:
+                factor = self.profile.factor_at(round(2 ** (step / STEPS)))
+                level = tuple(min(LARGEST_THRESHOLD, factor * share) for share in level)
+            local = config.with_settings({config.level_field: level})
             # Threads that come at once get the same one.
-            found = self._of_heads.setdefault((layer, heads), local)
+            found = self._of_heads.setdefault((layer, heads, step), local)
         return found
 
     def record(self, layer: int) -> LayerRecord:

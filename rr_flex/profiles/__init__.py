@@ -1,6 +1,8 @@
 """Calibrated profiles: a threshold for every layer and head of one model, as a small JSON file."""
 
+import itertools
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ class Profile:
     texts: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
+    # Tokens of a prompt -> what its thresholds are multiplied by, two or more: a share of a row falls with its length.
+    # None: the thresholds hold at every length.
+    factors: dict[int, float] | None = None
+    fingerprint: str = ""  # of the model's configuration and weights; "": not recorded
     format: int = FORMAT
 
     def save(self, path: str | Path) -> None:
@@ -36,6 +42,16 @@ class Profile:
         settings = {name: tuple(x) if isinstance(x, list) else x for name, x in self.settings.items()}
         settings["budget"] = "threshold"
         return {layer: settings | {"threshold": levels} for layer, levels in self.layers.items()}
+
+    def factor_at(self, length: int) -> float:
+        """What the thresholds are multiplied by in a prompt of so many tokens: on the line through the two nearest
+        known lengths, both logarithmic."""
+        if self.factors is None:
+            return 1.0
+        known = sorted(self.factors.items())
+        low, high = next((pair for pair in itertools.pairwise(known) if length <= pair[1][0]), known[-2:])
+        slope = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
+        return low[1] * (length / low[0]) ** slope
 
     def check(self, model: Any) -> None:
         """ValueError naming what differs between the profile's model and this one."""
@@ -72,6 +88,8 @@ def load_profile(source: str | Path) -> Profile:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ValueError(f"profile must have format {FORMAT}, got {found!r} in {path}")
     document["layers"] = {int(layer): levels for layer, levels in document["layers"].items()}
+    if document.get("factors") is not None:
+        document["factors"] = {int(length): factor for length, factor in document["factors"].items()}
     return Profile(**document)
 
 

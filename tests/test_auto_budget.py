@@ -1,0 +1,162 @@
+"""A budget that finds itself: what it is found from, that it is kept, and for whom."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rr_flex import RRConfig
+from rr_flex.calibration import auto, lengths
+from rr_flex.calibration.sensitivity import output_gradients
+from rr_flex.evaluation.equal_density import visible_and_mandatory
+from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, hidden_states
+from rr_flex.models import enable
+from rr_flex.models.attention_by import attention_by
+from rr_flex.profiles import Profile, load_profile
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+TARGETS = (0.5, 0.6, 0.7)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, max_position_embeddings=2048, **SHAPE))
+    for layer in made.model.layers:  # logits large enough that attention has something to select
+        layer.self_attn.q_proj.weight.data *= 12
+        layer.self_attn.k_proj.weight.data *= 12
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return network()
+
+
+@pytest.fixture(scope="module")
+def texts():
+    drawn = torch.Generator().manual_seed(1)
+    return [torch.randint(50, (1, 2048), generator=drawn) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def density_of(model, ids, plan):
+    """What a plan's settings keep of a prompt."""
+    attention = SparseAttention({layer: plan.of_heads(layer, None, ids.shape[1]) for layer in (0, 1)})
+    hidden_states(model, ids, attention)
+    return attention.density
+
+
+def test_the_divergence_is_half_the_mean_square_of_gradient_times_error(model):
+    """To second order, for a small change of one head's output at one position."""
+    ids = torch.randint(50, (1, 48), generator=torch.Generator().manual_seed(2))
+    change = 0.02 * torch.randn(16, generator=torch.Generator().manual_seed(3))
+
+    def logits(changed):
+        def attend(q, k, v, *, layer, scale, window):
+            out = attend_densely(q, k, v, layer=layer, scale=scale, window=window)
+            if layer == 1 and changed:
+                out = out.clone()
+                out[0, 2, 20] += change
+            return out
+
+        with torch.no_grad(), attention_by(model, attend):
+            return model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+
+    dense, other = logits(False), logits(True)
+    divergence = (dense.exp() * (dense - other)).sum()
+    felt = [output_gradients(model, ids, seed)[1].gradient[0, 2, 20] for seed in range(300)]
+    assert 0.5 * (torch.stack(felt) @ change).square().mean().item() == pytest.approx(divergence.item(), rel=0.3)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_one_profile_keeps_the_density_at_every_length(model, texts, cache):
+    with enable(model, budget="auto", target_density=0.7, calibrate_on=texts, profile_cache=cache) as on:
+        for length in (1024, 1536, 2048):
+            assert density_of(model, texts[0][:, :length], on.plan) == pytest.approx(0.7, abs=0.03)
+    (path,) = cache.glob("*-0.7.json")
+    factors = load_profile(path).factors
+    assert sorted(factors)[:3] == [1024, 2048, 4096] and max(factors) == 2**20
+    assert list(factors.values()) == sorted(factors.values(), reverse=True)
+
+
+@pytest.mark.parametrize("block_size", [128, (128, 64), (64, 128)])
+def test_mandatory_blocks_are_counted_in_closed_form(block_size):
+    config = RRConfig(block_size=block_size)
+    for length in (1024, 1280, 4096):
+        visible, mandatory = visible_and_mandatory(length, config.block_sizes, torch.device("cpu"))
+        assert lengths._mandatory_share(length, config) == pytest.approx((mandatory.sum() / visible.sum()).item())
+
+
+def test_it_is_found_once_and_the_same_again(model, texts, cache, tmp_path, monkeypatch):
+    first = auto.own_profile(model, 0.5, calibrate_on=texts, cache=cache)
+    again = auto.own_profile(model, 0.5, calibrate_on=texts, cache=tmp_path)
+    assert (first.layers, first.factors, first.fingerprint) == (again.layers, again.factors, again.fingerprint)
+    monkeypatch.setattr(auto, "measure_curves", None)  # a second calibration would fail
+    assert auto.own_profile(model, 0.5, calibrate_on=texts, cache=tmp_path) == again
+
+
+def test_a_larger_target_keeps_more(model, texts, cache):
+    found = [auto.own_profile(model, target, calibrate_on=texts, cache=cache) for target in TARGETS]
+    for fewer, more in itertools.pairwise(found):
+        assert all(a >= b for layer in (0, 1) for a, b in zip(fewer.layers[layer], more.layers[layer], strict=True))
+    densities = []
+    for target in TARGETS:
+        with enable(model, budget="auto", target_density=target, calibrate_on=texts, profile_cache=cache) as on:
+            densities.append(density_of(model, texts[1], on.plan))
+    assert densities == sorted(densities)
+
+
+def test_another_model_s_file_is_refused(model, texts, cache):
+    other = network(seed=5)
+    assert auto.fingerprint(other) != auto.fingerprint(model) == auto.fingerprint(network())
+    own = auto.own_profile(model, 0.5, calibrate_on=texts, cache=cache)
+    auto.own_profile(other, 0.5, calibrate_on=texts, cache=cache)
+    (path,) = cache.glob(f"{auto.fingerprint(other)[:16]}*")
+    own.save(path)
+    with pytest.raises(ValueError, match="profile must be of this model"):
+        auto.own_profile(other, 0.5, calibrate_on=texts, cache=cache)
+    path.unlink()
+
+
+def test_a_killed_calibration_leaves_no_file(model, texts, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("rr_flex.calibration.auto.meet", "os.replace"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(name, killed)
+            auto.own_profile(model, 0.5, calibrate_on=texts, cache=tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": "auto", "tau": 0.9}, "tau must be left out beside budget='auto'"),
+        ({"budget": "auto", "preset": "best"}, "preset must be left out beside budget='auto'"),
+        ({"budget": "auto", "target_density": 2.0}, "target_density must lie in"),
+        ({"budget": "auto"}, "calibrate_on must be the model's tokenizer or token ids"),
+        ({"budget": "auto", "calibrate_on": [torch.zeros(1, n).long() for n in (8, 9)]}, "texts of one length"),
+        ({"profile_cache": "x"}, "profile_cache must be left out without budget='auto'"),
+        ({"calibrate_on": []}, "calibrate_on must be left out without budget='auto'"),
+    ],
+)
+def test_what_it_does_not_take(model, tmp_path, arguments, message):
+    cache = {"profile_cache": tmp_path} if "budget" in arguments else {}
+    with pytest.raises(ValueError, match=message):
+        enable(model, **cache, **arguments)
+
+
+def test_factors_lie_on_lines_between_lengths():
+    profile = Profile(model="", layers={0: [0.1]}, settings={}, target={}, factors={1024: 4.0, 4096: 1.0})
+    assert profile.factor_at(2048) == pytest.approx(2) and profile.factor_at(8192) == pytest.approx(0.5)
+    assert profile.factor_at(4096) == 1 and profile.factor_at(512) == pytest.approx(8)
+    assert Profile(model="", layers={0: [0.1]}, settings={}, target={}).factor_at(7) == 1
