@@ -40,6 +40,7 @@ COMPOSED = "test_mask_mods.py::test_block_rule_of_compositions_equals_brute_forc
 PLACED = "test_mask_mods.py::test_each_mask_stands_where_the_call_stands"
 PARTS = "test_mask_mods.py::test_compositions_and_runs_of_heads_place_their_parts"
 REFUSED = "test_mask_checks.py::test_masks_of_another_call_are_refused"
+GRAPHS = "test_mask_graphs.py::test_a_mask_s_graph"
 SEQUENCES = "test_mask_sequences.py::test_masks_one_after_another_attend_as_alone"
 SHORT = "test_mask_sequences.py::test_padded_sequences_shorter"
 ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
@@ -81,9 +82,11 @@ DEFECTS = [
     Defect("mask_mods/spans.py", "value[0] if value.shape[0] == 1 else value[b]", "value[0]", EACH),
     Defect("mask_mods/causal.py", "self.position(b, q_idx)", "self.position(b, q_idx) + 1", EACH),
     Defect("mask_mods/sliding_window.py", "position - (self.window - 1)", "position - self.window", EACH),
-    Defect("mask_mods/document.py", "torch.where(token == position, last, -1)", "last", EACH),
+    Defect("mask_mods/document.py", "only_where(inside, first, last)", "(first, last)", EACH),
     Defect("mask_mods/prefix.py", "per_batch(self.length, b) - 1", "per_batch(self.length, b)", EACH),
-    Defect("mask_mods/padding.py", "torch.where(real, last, first - 1)", "last", EACH),
+    Defect("mask_mods/padding.py", "only_where(real, first, last)", "(first, last)", EACH),
+    Defect("mask_mods/spans.py", "last * 0 - 1", "-1", GRAPHS),
+    Defect("mask_mods/spans.py", "value.expand(max(B, 2)).contiguous()", "value", GRAPHS),
     Defect("mask_mods/sink.py", "(0, self.count - 1)", "(0, self.count)", EACH),
     Defect("mask_mods/frames.py", "(frame - self.past)", "(frame - self.past + 1)", EACH),
     Defect("mask_mods/bidirectional.py", "((0, 2 * LARGEST", "((1, 2 * LARGEST", EACH),

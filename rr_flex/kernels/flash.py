@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from mask_mods import causal
-from mask_mods.spans import MaskMod
+from mask_mods.spans import MaskMod, per_sequence
 from rr_flex.block_mask import Lists, list_partial_and_full
 from rr_flex.kernels.flex import Attended, flex, with_last_rows
 from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_queries, take_apart
@@ -83,7 +83,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
 
     def mask_from(start: int) -> MaskMod:
-        return request.mask_at(offset_per_batch(request.q_offset + start, q.shape[0]))
+        return per_sequence(request.mask_at(request.q_offset + start), q.shape[0])
 
     # FLASH can't capture an int that may change; a plain causal mask has none.
     lengths = "any" if request.own_mask is None and request.causal else "one"
@@ -142,11 +142,6 @@ FLEX_APART = {
 }
 
 
-def offset_per_batch(offset: Tensor, B: int) -> Tensor:
-    """A 0-dim offset as [B], or [2] for a single batch: FLASH's mask can't load an element that needs no index."""
-    return offset.expand(max(B, 2)).contiguous()
-
-
 def check_flash(device: torch.device, head_dim: int, value_dim: int, dtype: torch.dtype) -> FlashCheck:
     """The self-check for these head dims and dtype: run at first use, remembered afterwards.
 
@@ -176,7 +171,7 @@ def _run_check(device: torch.device, head_dim: int, value_dim: int, dtype: torch
     scores = (q.float() @ k.float().repeat_interleave(2, 1).mT) * head_dim**-0.5
     scores = scores.masked_fill(~shown, -torch.inf)
     exact, exact_lse = scores.softmax(-1) @ v.float().repeat_interleave(2, 1), scores.logsumexp(-1)
-    offset = offset_per_batch(torch.zeros((), dtype=torch.int64, device=device), 1)
+    mask_mod = per_sequence(causal(torch.zeros((), dtype=torch.int64, device=device)), 1)
     lists = list_partial_and_full(kept.to(device), (~diagonal).to(device).expand(1, 1, nQ, nQ))
     try:
         with warnings.catch_warnings():
@@ -185,7 +180,7 @@ def _run_check(device: torch.device, head_dim: int, value_dim: int, dtype: torch
                 q,
                 k,
                 v,
-                block_mask=block_mask_of(lists, causal(offset), L, L),
+                block_mask=block_mask_of(lists, mask_mod, L, L),
                 enable_gqa=True,
                 return_aux=AuxRequest(lse=True),
                 kernel_options={"BACKEND": "FLASH"},
