@@ -35,6 +35,9 @@ class PrefillState:
     appends them. The result is that of the same call without a state, wherever the prompt is cut.
     Memory: order / key_stride of the keys' (1/8 by default, 1/16 with preset="best"), rounded up to a power of two.
     Keys before the last call's must stay what they were, and padding where it was. Not for two threads at once.
+    A new prompt needs a new state: one whose first chunk meets an old state is refused, and on a CPU also keys that are
+    not the old ones in the last whole stride. Not noticed: other keys before that stride, and on an accelerator, which
+    would have to wait, a later chunk of another prompt.
     """
 
     def __init__(self) -> None:
@@ -86,16 +89,34 @@ class PrefillState:
         layout = Layout(B, Hkv, order * D, stride, order, k.dtype, k.device)
         if self._layout not in (None, layout):
             raise ValueError(f"state must keep its batch, layer and settings, {self._layout}, got {layout}")
-        if Lk < self.tokens:
-            raise ValueError(f"k must hold the state's {self.tokens} tokens, got {Lk}; `state.trim` takes tokens back")
-        self._layout, start = layout, self._whole * stride
+        if q.shape[2] > Lk - self.tokens:
+            raise ValueError(
+                f"q must hold tokens after the state's {self.tokens} alone, {Lk - self.tokens} of k's {Lk}, got"
+                f" {q.shape[2]}; a new prompt takes a new state, and `state.trim` takes tokens back"
+            )
+        self._layout = layout
+        # On a CPU the last stride is pooled once more, to see whether it is still the same.
+        again = int(self._whole > 0 and k.device.type == "cpu")
+        start = (self._whole - again) * stride
         valid = valid_keys_of(request, q, k)
         new = _pool(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
+        if again:
+            self._check_last(new[:, :, 0])
+        new = new[:, :, again:]
         strides = ceil_div(Lk, stride)
         self._make_room(strides)
         self._pooled[:, :, self._whole : strides] = new
         self._whole = Lk // stride
         return replace(request, pooled_keys=self._pooled[:, :, :strides].contiguous())
+
+    def _check_last(self, found: Float[Tensor, "B Hkv E"]) -> None:
+        """ValueError unless the last whole stride is the one that was pooled before, but for rounding."""
+        if not torch.allclose(found, self._pooled[:, :, self._whole - 1], rtol=1e-2, atol=1e-3, equal_nan=True):
+            first = self.tokens - self._layout.stride
+            raise ValueError(
+                f"k must go on with the keys of its state, got other keys in tokens {first} to {self.tokens - 1}; a new"
+                " prompt takes a new state"
+            )
 
     def _make_room(self, strides: int) -> None:
         """Room for so many strides, doubled as it runs out."""
