@@ -1,10 +1,10 @@
 """Hunts for wrong answers: random calls of the public functions, right and wrong ones, through the compiled kernel.
 
-    python tests/hunt.py --calls 20000 --families 40 --seed 0
-    python tests/hunt.py --calls 20000 --families 40 --seed 0 --only 1234
+    python tests/hunt.py --calls 20000 --calls-each 500 --seed 0
+    python tests/hunt.py --calls 20000 --calls-each 500 --seed 0 --only 1234
 
 A family has one form (heads, widths, blocks, masks, rules), so that its calls share graphs; lengths, batch, levels,
-tensors, contexts and threads change from call to call. Without --families each call has a form of its own and runs
+tensors, contexts and threads change from call to call. Without --calls-each each call has a form of its own and runs
 uncompiled. Each call must raise a clear error of ours before anything is computed, or be right. Right is: the blocks
 that the method's text chooses, and attention in float64 over the pairs that the mask shows and these blocks hold. The
 oracle is written from the documentation and shares no code with the package.
@@ -635,12 +635,12 @@ def clear(error: Exception, case: Case) -> str:
 
 
 CONTEXTS = ["plain"] * 8 + ["inference", "no_grad", "grad", "autocast", "device", "double", "threads", "beside"]
-COMPILED = ["eager", "caller eager", "caller", "flex"]
+COMPILED = ["eager"] * 3 + ["caller eager"] * 2 + ["flex"] * 2 + ["caller"]  # the last compiles a graph a piece
 
 
 class Hunt:
-    def __init__(self, seed: int, families: int) -> None:
-        self.seed, self.families = seed, families
+    def __init__(self, seed: int, calls_each: int) -> None:
+        self.seed, self.calls_each = seed, calls_each
         self.counts: collections.Counter[str] = collections.Counter()
         self.errors: collections.Counter[str] = collections.Counter()
         self.wrong: list[tuple[int, str, str]] = []
@@ -649,13 +649,13 @@ class Hunt:
         self.flex_lengths: dict[int, int] = {}
 
     def one(self, n: int) -> None:
-        family = n % self.families if self.families else n
+        family = n // self.calls_each
         r = random.Random(f"{self.seed}/call/{n}")
         form = lambda: random.Random(f"{self.seed}/form/{family}")  # noqa: E731
         own = random.Random(f"{self.seed}/use/{family}")
         chunks, use = own.random() < 0.2, own.choice(COMPILED)
-        case = draw(form(), r, r.randrange(2**31), self.families > 0)
-        context = r.choice([*CONTEXTS, use if self.families else "eager"])
+        case = draw(form(), r, r.randrange(2**31), self.calls_each > 1)
+        context = r.choice([*CONTEXTS, use if self.calls_each > 1 else "eager"])
         begin = time.monotonic()
         faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
@@ -665,7 +665,7 @@ class Hunt:
                 spoil(r, case)
                 result = self.judge(case, lambda: self.run(case, "plain"), OUTPUT_ERROR)
             elif context == "threads":
-                other = draw(form(), r, r.randrange(2**31), self.families > 0)
+                other = draw(form(), r, r.randrange(2**31), self.calls_each > 1)
                 result = self.at_once([case, other], beside=False)
             elif context == "beside":
                 result = self.at_once([case], beside=True)
@@ -765,7 +765,7 @@ class Hunt:
     def at_once(self, cases: list[Case], beside: bool) -> str:
         """Two calls of two lengths in two threads; or one call while another thread compiles something else."""
         results: list[Any] = [None] * len(cases)
-        stance = "default" if self.families else "force_eager"
+        stance = "default" if self.calls_each > 1 else "force_eager"
 
         def work(place: int) -> None:
             try:
@@ -821,15 +821,15 @@ class Hunt:
         return "right"
 
 
-def hunt(calls: range, seed: int, families: int = 0, until: float = math.inf, tell: Callable = str) -> Hunt:
+def hunt(calls: range, seed: int, calls_each: int = 1, until: float = math.inf, tell: Callable = str) -> Hunt:
     """Makes the calls, for `until` seconds at most, and tells what it finds."""
-    hunter = Hunt(seed, families)
+    hunter = Hunt(seed, calls_each)
     began, told = time.monotonic(), 0.0
     sorts: collections.Counter[str] = collections.Counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        if families:
+        if calls_each > 1:
             # One graph for any length from the first call on, in place of one for the first length and then that one.
             stack.enter_context(torch._dynamo.config.patch(assume_static_by_default=False))
         else:
@@ -854,13 +854,13 @@ def hunt(calls: range, seed: int, families: int = 0, until: float = math.inf, te
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=20000)
-    parser.add_argument("--families", type=int, default=0, help="forms that the calls share, compiled; 0: uncompiled")
+    parser.add_argument("--calls-each", type=int, default=1, help="calls of a family; 1: uncompiled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one call by its number")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
     args = parser.parse_args()
     calls = range(args.calls) if args.only is None else range(args.only, args.only + 1)
-    hunter = hunt(calls, args.seed, args.families, args.seconds, lambda text: print(text, flush=True))
+    hunter = hunt(calls, args.seed, args.calls_each, args.seconds, lambda text: print(text, flush=True))
     print(f"\n{sum(hunter.counts.values())} calls, {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs")
     for name, count in [*hunter.counts.most_common(), *hunter.errors.most_common()]:
         print(f"{count:7} {name}")

@@ -52,6 +52,8 @@ DENSE = "test_dense.py::test_a_long_context_is_sparse_and_counted"
 SOFTMAX = "test_attention.py::test_soft_caps_and_sinks_are_in_the_softmax"
 APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
+ANOTHER_PROMPT = "test_state.py::test_what_a_state_is_not_for"
+STRANGE = "test_strange_calls.py::test_"
 COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
 WHOLE_ROWS = "test_serving_rows.py::test_whole_rows_of_a_chunk_are_sparse"
@@ -108,6 +110,9 @@ DEFECTS = [
         "for mask in self.masks:\n            check_mask_mod",
         "for mask in self.masks[:1]:\n            check_mask_mod",
         REFUSED,
+    ),
+    Defect(
+        "mask_mods/checks.py", "if shown.dtype != torch.bool:", "if False:", "test_mask_checks.py::test_what_is_no_mask"
     ),
     Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
@@ -215,8 +220,13 @@ DEFECTS = [
         "column < config.sink_blocks",
         "test_mandatory.py::test_the_sink_of",
     ),
-    Defect("mask_mods/heads.py", "mask_mod.spans(b, h + self.first, q_idx)", "mask_mod.spans(b, h, q_idx)", STRIPS),
-    Defect("mask_mods/heads.py", "mask_mod(b, h + self.first, q_idx", "mask_mod(b, h, q_idx", STRIPS),
+    Defect(
+        "mask_mods/heads.py",
+        "mask_mod.spans(b, h + per_batch(self.first, b), q_idx)",
+        "mask_mod.spans(b, h, q_idx)",
+        STRIPS,
+    ),
+    Defect("mask_mods/heads.py", "mask_mod(b, h + per_batch(self.first, b), q_idx", "mask_mod(b, h, q_idx", STRIPS),
     Defect("rr_flex/request.py", "self.head_offset + heads.start", "self.head_offset", STRIPS),
     Defect("rr_flex/request.py", "level=self.level[heads]", "level=self.level[: len(self.level[heads])]", STRIPS),
     Defect(
@@ -376,6 +386,20 @@ DEFECTS = [
         "            switches[-1].apply()",
         "            pass",
         "test_models_threads.py::test_enabled_ends_in_any_order",
+    ),
+    Defect("rr_flex/state.py", "if q.shape[2] > Lk - self.tokens:", "if Lk < self.tokens:", ANOTHER_PROMPT),
+    Defect("rr_flex/state.py", "self._check_last(new[:, :, 0])", "pass", ANOTHER_PROMPT),
+    Defect(
+        "rr_flex/checks.py", "if x.is_nested or x.layout != torch.strided:", "if x.is_nested:", STRANGE + "tensors_of"
+    ),
+    Defect("rr_flex/selection.py", "if mass.dtype in (torch.bfloat16, torch.float16):", "if False:", STRANGE + "half"),
+    Defect("rr_flex/attention.py", "v = torch.where(valid[..., None], v, 0)", "v = v", STRANGE + "what_padding_holds"),
+    Defect("rr_flex/attention.py", "q, k, v = q.detach(), k.detach(), v.detach()", "pass", STRANGE + "tensors_that"),
+    Defect(
+        "rr_flex/kernels/flash.py",
+        "except torch.OutOfMemoryError as error:",
+        "except MemoryError as error:",
+        STRANGE + "memory",
     ),
     Defect(
         "rr_flex/state.py", "self._whole = Lk // stride", "self._whole = strides", "test_state.py::test_any_cut_gives"

@@ -1,4 +1,4 @@
-"""A short hunt for wrong answers; `python tests/hunt.py --calls 20000 --families 10` is the long one, compiled."""
+"""A short hunt for wrong answers; `python tests/hunt.py --calls 20000 --calls-each 500` is the long one, compiled."""
 
 import hunt
 
