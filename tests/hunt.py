@@ -833,10 +833,7 @@ def hunt(calls: range, seed: int, calls_each: int = 1, until: float = math.inf, 
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        if calls_each > 1:
-            # One graph for any length from the first call on, in place of one for the first length and then that one.
-            stack.enter_context(torch._dynamo.config.patch(assume_static_by_default=False))
-        else:
+        if calls_each == 1:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for n in calls:
             if time.monotonic() - began > until:
