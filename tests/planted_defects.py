@@ -120,6 +120,9 @@ DEFECTS = [
     Defect("rr_flex/runtime/flex_names.py", "[*names, *(symbol", "[*names, *(() and symbol", SEQUENCES),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
+    Defect("mask_mods/blocks.py", "((row + 1) * q_block).clamp(max=Lq) - 1)", "row * q_block)", BLOCKS),
+    Defect("mask_mods/blocks.py", "(k_last <= last)", "(k_first <= last)", BLOCKS),
+    Defect("mask_mods/compose.py", "all(mask.growing for", "any(mask.growing for", COMPOSED),
     Defect("mask_mods/blocks.py", "other_first <= last + 1,", "other_first <= last,", COMPOSED),
     Defect(
         "mask_mods/blocks.py",

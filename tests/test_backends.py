@@ -95,3 +95,8 @@ def test_the_cpu_has_no_choice():
             rr_attention(q, k, v, backend=backend)
     with pytest.raises(ValueError, match=r"^backend must be one of auto, triton, flash, got .cudnn."):
         rr_attention(q, k, v, backend="cudnn")
+
+
+def test_an_offset_for_flash_has_an_index():
+    assert backends.offset_per_batch(torch.tensor(5), 1).tolist() == [5, 5]
+    assert backends.offset_per_batch(torch.tensor(5), 3).tolist() == [5, 5, 5]

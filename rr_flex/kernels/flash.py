@@ -76,40 +76,52 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     In one its kernel would read what its mask captures after the graph has freed it, if anything else in the graph uses
     that too (torch 2.11: its reads are unknown to the scheduler).
     """
-    lists, lists_of_pieces, density = _lists_compiled(q, k, request)
-    q_block, rows = request.config.block_sizes[0], request.rows_apart
+    whole, pieces, density = _chosen_compiled(q, k, request)
     options = attention_options(q, request.config.block_sizes, "flash")
     settings = {"scale": request.scale, "kernel_options": options}
     in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
+    want_lse = "lse" in request.returns
 
-    def mask_from(start: int) -> MaskMod:
-        return per_sequence(request.mask_at(request.q_offset + start), q.shape[0])
+    def mask_at(offset: Tensor) -> MaskMod:
+        mask_mod = request.mask_at(offset)
+        return mask_mod if request.own_mask is None else per_sequence(mask_mod, q.shape[0])
 
     # FLASH can't capture an int that may change; a plain causal mask has none.
     lengths = "any" if request.own_mask is None and request.causal else "one"
-    if not rows:
-        want_lse = "lse" in request.returns
-        out, lse = FLEX[lengths](q, k, v, lists, mask_from(0), settings, want_lse)
+    if pieces is None:
+        (lists, offset) = whole
+        out, lse = FLEX[lengths](q, k, v, lists, mask_at(offset), settings, want_lse)
         return Attended(out, lse * in_nats if want_lse else None, density)
-    first = first_query(q.shape[2], rows, q_block)
-    # Made here: in the graph a single batch would have a stride of 0, and of the output's that FLASH made from it one
-    # that it refuses.
-    pieces = piece_queries(q, rows, q_block), lists_of_pieces, mask_from(first)
-    out, lse, last_rows = FLEX_APART[lengths]((q, lists, mask_from(0)), pieces, k, v, settings, in_nats)
+    (lists, offset), (queries, lists_of_pieces, offset_of_pieces) = whole, pieces
+    of_rows = (q, lists, mask_at(offset))
+    of_pieces = (queries, lists_of_pieces, mask_at(offset_of_pieces))
+    out, lse, last_rows = FLEX_APART[lengths](of_rows, of_pieces, k, v, settings, in_nats)
     return with_last_rows(Attended(out, lse, density), last_rows, request)
 
 
-def _lists(q: Tensor, k: Tensor, request: Request) -> tuple[Lists, Lists | None, Tensor | None]:
-    """The lists of all block rows, or of all but the last and of these in pieces; the density if it is wanted."""
+def _chosen(q: Tensor, k: Tensor, request: Request) -> tuple[tuple, tuple | None, Tensor | None]:
+    """(lists, offset) of all block rows, or of all but the last; of these (queries, lists, offset) in pieces; the
+    density if it is wanted.
+
+    Results of a graph, so that the attention's own is given tensors whose strides are settled: of a single batch made
+    in it the stride would be 0, and FLASH refuses what it makes of that.
+    """
     chosen = select(q, k, request)
     density = chosen.density_per_head if "density" in request.returns else None
-    if not request.rows_apart:
-        return list_partial_and_full(chosen.kept, chosen.whole), None, density
-    B, H, nQ, nK = chosen.kept.shape
-    kept, pieces = take_apart(chosen.kept, request.rows_apart)
-    last = chosen.whole.expand(B, H, nQ, nK)[:, :, nQ - request.rows_apart :]
-    of_pieces = list_partial_and_full(pieces, last.repeat_interleave(pieces.shape[1] // H, 1))
-    return list_partial_and_full(kept, chosen.whole), of_pieces, density
+    rows, B = request.rows_apart, q.shape[0]
+    offset = offset_per_batch(request.q_offset, B)
+    if not rows:
+        return (list_partial_and_full(chosen.kept, chosen.whole), offset), None, density
+    _, H, nQ, nK = chosen.kept.shape
+    q_block = request.config.block_sizes[0]
+    kept, pieces = take_apart(chosen.kept, rows)
+    last = chosen.whole.expand(B, H, nQ, nK)[:, :, nQ - rows :]
+    of_pieces = (
+        piece_queries(q, rows, q_block),
+        list_partial_and_full(pieces, last.repeat_interleave(pieces.shape[1] // H, 1)),
+        offset_per_batch(request.q_offset + first_query(q.shape[2], rows, q_block), B),
+    )
+    return (list_partial_and_full(kept, chosen.whole), offset), of_pieces, density
 
 
 def block_mask_of(lists: Lists, mask_mod: MaskMod, Lq: int, Lk: int) -> BlockMask:
@@ -131,7 +143,7 @@ def _flex_apart(whole, pieces, k, v, settings, in_nats):
     return out, lse * in_nats, merge_pieces(of_pieces, lse_of_pieces * in_nats)
 
 
-_lists_compiled = compile_whole(_lists)
+_chosen_compiled = compile_whole(_chosen)
 FLEX = {
     "any": compile_whole(_flex, dynamic=True, specialize_int=False),
     "one": compile_whole(_flex, dynamic=False),
@@ -140,6 +152,11 @@ FLEX_APART = {
     "any": compile_whole(_flex_apart, dynamic=True, specialize_int=False),
     "one": compile_whole(_flex_apart, dynamic=False),
 }
+
+
+def offset_per_batch(offset: Tensor, B: int) -> Tensor:
+    """A 0-dim offset as [B], or [2] for a single batch: FLASH's mask can't load an element that needs no index."""
+    return offset.expand(max(B, 2)).contiguous()
 
 
 def check_flash(device: torch.device, head_dim: int, value_dim: int, dtype: torch.dtype) -> FlashCheck:
@@ -171,7 +188,7 @@ def _run_check(device: torch.device, head_dim: int, value_dim: int, dtype: torch
     scores = (q.float() @ k.float().repeat_interleave(2, 1).mT) * head_dim**-0.5
     scores = scores.masked_fill(~shown, -torch.inf)
     exact, exact_lse = scores.softmax(-1) @ v.float().repeat_interleave(2, 1), scores.logsumexp(-1)
-    mask_mod = per_sequence(causal(torch.zeros((), dtype=torch.int64, device=device)), 1)
+    offset = offset_per_batch(torch.zeros((), dtype=torch.int64, device=device), 1)
     lists = list_partial_and_full(kept.to(device), (~diagonal).to(device).expand(1, 1, nQ, nQ))
     try:
         with warnings.catch_warnings():
@@ -180,7 +197,7 @@ def _run_check(device: torch.device, head_dim: int, value_dim: int, dtype: torch
                 q,
                 k,
                 v,
-                block_mask=block_mask_of(lists, mask_mod, L, L),
+                block_mask=block_mask_of(lists, causal(offset), L, L),
                 enable_gqa=True,
                 return_aux=AuxRequest(lse=True),
                 kernel_options={"BACKEND": "FLASH"},
