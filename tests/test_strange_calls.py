@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mask_mods import padding, sliding_window
-from rr_flex import rr_attention, select_blocks
+from rr_flex import attention, mass, rr_attention, select_blocks
 from rr_flex.kernels import flash
 from rr_flex.runtime import private
 from rr_flex.selection import largest_by_bits
@@ -126,9 +126,16 @@ def test_what_padding_holds_never_reaches_real_rows(bad):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_searched_by_bits_as_float32_is(dtype):
-    mass = torch.rand(5, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
-    need = (0.5 * mass.float().sum(-1, keepdim=True)).to(dtype)
-    assert torch.equal(largest_by_bits(mass, need), largest_by_bits(mass.float(), need.float()))
+    some = torch.rand(5, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    need = (0.5 * some.float().sum(-1, keepdim=True)).to(dtype)
+    assert torch.equal(largest_by_bits(some, need), largest_by_bits(some.float(), need.float()))
+
+
+def test_mass_in_strips_is_counted_and_the_same(monkeypatch):
+    exact, before = uncompiled(return_density=True), attention.calls["mass in strips"]
+    monkeypatch.setattr(mass, "STRIP_ELEMENTS", 1)
+    torch.testing.assert_close(uncompiled(return_density=True), exact)
+    assert attention.calls["mass in strips"] == before + 1
 
 
 def test_memory_that_a_self_check_lacked_is_not_remembered(monkeypatch):
