@@ -375,7 +375,7 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
     Lq = Lk if r.random() < 0.5 else length()
 
     def tensor(H: int, L: int, width: int) -> Tensor:
-        layout = r.choice(["plain", "plain", "transposed", "sliced"])
+        layout = form.choice(["plain", "plain", "transposed", "sliced"])
         if layout == "transposed":
             return torch.randn(B, L, H, width, generator=g).to(dtype).transpose(1, 2)
         if layout == "sliced":
@@ -386,7 +386,7 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
     masked, causal = form.random() < 0.75, form.random() < 0.6
     if not causal or form.random() < 0.3:
         options["causal"] = causal
-    where = form.choice(["none"] * 4 + ["int", "0-dim", "0-dim", "outside"])
+    where = form.choice(["none"] * 4 + ["int", "0-dim", "0-dim", "0-dim" if family else "outside"])
     top = max(Lk - Lq, 0)
     if where == "int":
         options["q_offset"] = r.randint(0, top)
@@ -638,8 +638,7 @@ def clear(error: Exception, case: Case) -> str:
     return "refused" if case.valid == "wrong" else "refused, perhaps rightly"
 
 
-CONTEXTS = ["plain"] * 8 + ["inference", "no_grad", "grad", "autocast", "device", "double", "threads", "beside"]
-COMPILED = ["eager"] * 3 + ["caller eager"] * 2 + ["flex"] * 2 + ["caller"]  # the last compiles a graph a piece
+CONTEXTS = ["inference", "no_grad", "autocast", "device", "double", "eager", "caller eager", "flex", "caller"]
 
 
 class Hunt:
@@ -657,9 +656,11 @@ class Hunt:
         r = random.Random(f"{self.seed}/call/{n}")
         form = lambda: random.Random(f"{self.seed}/form/{family}")  # noqa: E731
         own = random.Random(f"{self.seed}/use/{family}")
-        chunks, use = own.random() < 0.2, own.choice(COMPILED)
+        chunks = own.random() < 0.2
         case = draw(form(), r, r.randrange(2**31), self.calls_each > 1)
-        context = r.choice([*CONTEXTS, use if self.calls_each > 1 else "eager"])
+        # Most contexts have graphs of their own: two a family.
+        uses = own.sample(CONTEXTS, 2) if self.calls_each > 1 else CONTEXTS[:6] * 2
+        context = r.choice(["plain"] * 8 + ["grad", "threads", "beside"] + uses)
         begin = time.monotonic()
         faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
