@@ -361,15 +361,18 @@ def draw_settings(form: random.Random, r: random.Random, Hq: int) -> dict[str, A
 
 
 def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case:
-    """A call of the form that `form` decides; in a `family` no length is 1, for which a graph is compiled anew."""
+    """A call of the form that `form` decides; those of a `family` can share graphs."""
     g = torch.Generator().manual_seed(seed)
     Hkv = form.randint(1, 3)
     Hq = Hkv * form.randint(2 if family else 1, 3)
     D = form.choice([16, 32, 64, 64, 17, 40])
     Dv = D if form.random() < 0.8 else form.choice([16, 32, 24])
     dtype = form.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
-    B = 1 if form.random() < 0.4 else r.randint(2, 3)
-    usual = (2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 256, 300, 320) if family else (1, 2, 8, 63, 65, 128, 129, 300, 400)
+    # A batch of another size, an axis of length 1, and lengths of a single block have graphs of their own.
+    B = 1 if form.random() < 0.4 else (form if family else r).randint(2, 3)
+    usual: tuple[int, ...] = (1, 2, 8, 63, 65, 128, 129, 300, 400)
+    if family:
+        usual = (2, 7, 8, 63, 64) if form.random() < 0.15 else (129, 191, 256, 257, 300, 384, 400)
     length = lambda: r.choice([*usual, *(r.randint(usual[0], usual[-1]) for _ in usual)])  # noqa: E731
     Lk = length()
     Lq = Lk if r.random() < 0.5 else length()
