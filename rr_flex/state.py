@@ -91,17 +91,12 @@ class PrefillState:
         layout = Layout(B, Hkv, order * D, stride, order, k.dtype, k.device)
         if self._layout not in (None, layout):
             raise ValueError(f"state must keep its batch, layer and settings, {self._layout}, got {layout}")
-        if q.shape[2] > Lk - self.tokens:
-            raise ValueError(
-                f"q must hold tokens after the state's {self.tokens} alone, {Lk - self.tokens} of k's {Lk}, got"
-                f" {q.shape[2]}; a new prompt takes a new state, and `state.trim` takes tokens back"
-            )
         self._layout = layout
         # On a CPU the last stride is pooled once more, to see whether it is still the same.
         again = int(self._whole > 0 and k.device.type == "cpu")
         start = (self._whole - again) * stride
         valid = valid_keys_of(request, q, k)
-        new = _pool(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
+        new = pool_new(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
         if again:
             self._check_last(new[:, :, 0])
         new = new[:, :, again:]
@@ -132,17 +127,25 @@ class PrefillState:
             self._pooled = grown
 
 
-def check_state(state: object) -> None:
-    """TypeError for anything but a PrefillState or None."""
-    if state is not None and not isinstance(state, PrefillState):
+def check_state(state: object, q: Tensor, k: Tensor) -> None:
+    """TypeError for anything but a PrefillState or None; ValueError for queries that it has left behind."""
+    if state is None:
+        return
+    if not isinstance(state, PrefillState):
         raise TypeError(f"state must be a PrefillState, got {type(state).__name__}")
+    Lq, Lk = q.shape[2], k.shape[2]
+    if Lq > Lk - state.tokens:
+        raise ValueError(
+            f"q must hold tokens after the state's {state.tokens} alone, {Lk - state.tokens} of k's {Lk}, got {Lq}; a"
+            " new prompt takes a new state, and `state.trim` takes tokens back"
+        )
 
 
 @torch.no_grad()
-def _pool(
+def pool_new(
     k: Float[Tensor, "B Hkv new D"], stride: int, order: int, valid: Bool[Tensor, "#B #Hkv new"] | None
 ) -> Float[Tensor, "B Hkv n E"]:
-    # One kernel on an accelerator, some operations on a CPU.
+    """`pooled_features`: one kernel on an accelerator, some operations on a CPU."""
     pool = _pool_compiled if k.device.type == "cuda" else pooled_features
     return pool(k, stride, order, valid)
 

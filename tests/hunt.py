@@ -627,6 +627,20 @@ def check_output(case: Case, out: Tensor, kept: Tensor, pairs: Tensor, tolerance
         )
 
 
+def as_selected(case: Case) -> dict[str, Any]:
+    """The arguments of a call. A right one's are such that rr_attention attends to what select_blocks keeps: it is not
+    dense for its speed, and its block rows begin with the first query, as where only the device knows its position."""
+    options = {**case.options, **case.settings}
+    if case.mask is not None:
+        options["mask_mod"] = case.mask.build(case.k.shape[2])
+    if case.valid != "wrong":
+        options.setdefault("min_length", 0)
+        place = options.get("q_offset", case.k.shape[2] - case.q.shape[2])
+        if case.mask is None and not isinstance(place, Tensor):
+            options["q_offset"] = torch.tensor(place)
+    return options
+
+
 def clear(error: Exception, case: Case) -> str:
     """What an error says of the call, or Wrong."""
     if isinstance(error, UsersOwn | IndexError) and case.why.strip() in ("own raises", "spans raise", "own short"):
@@ -723,9 +737,7 @@ class Hunt:
             out, density = rr_attention(q, k, v, **{"return_density": True, **more})
             return out, density
 
-        options = {**case.options, **case.settings}
-        if case.mask is not None:
-            options["mask_mod"] = case.mask.build(case.k.shape[2])
+        options = as_selected(case)
         q, k, v = case.q, case.k, case.v
         both = {**options, **case.attention}
         if context == "grad":
@@ -815,9 +827,7 @@ class Hunt:
             part.options["q_offset"] = r.choice([int, torch.tensor])(begin)
 
             def call(part: Case = part) -> tuple[Any, Tensor, Any]:
-                options = {**part.options, **part.settings}
-                if part.mask is not None:
-                    options["mask_mod"] = part.mask.build(part.k.shape[2])
+                options = as_selected(part)
                 before = state.copy()
                 both = {**options, **part.attention, "state": state, "return_density": True}
                 out, density = rr_attention(part.q, part.k, part.v, **both)

@@ -56,6 +56,9 @@ ANOTHER_PROMPT = "test_state.py::test_what_a_state_is_not_for"
 STRANGE = "test_strange_calls.py::test_"
 COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
+TRUE_PLACES = "test_distributed.py::test_places_are_those_of_the_true_flags"
+TO_RANKS = "test_distributed.py::test_tokens_go_to_ranks_and_come_back"
+
 WHOLE_ROWS = "test_serving_rows.py::test_whole_rows_of_a_chunk_are_sparse"
 SHORT_ROWS = "test_serving_rows.py::test_rows_that_end_before_the_shortest_length_are_dense_wherever_the_prompt_is_cut"
 SINGLE_FIRST = "test_serving_rows.py::test_the_dense_batch_has_single_queries_first"
@@ -63,6 +66,11 @@ POOLED_ONCE = "test_serving_pages.py::test_each_stride_is_pooled_once_when_its_l
 ONTO_PAGES = "test_serving_pages.py::test_lists_name_the_pool_s_blocks"
 LAYOUTS = "test_serving_pages.py::test_the_layouts_of_a_server_are_views"
 PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
+CHUNK = "test_dense.py::test_a_chunk_is_dense_through_the_dense_kernel"
+DECIDED = "test_break_even.py::test_what_was_said_is_before_what_was_measured"
+UNFUSED = "test_break_even.py::test_the_shortest_sparse_prompt_is_sparse_and_one_row_less_is_not"
+EXPECTED = "test_break_even.py::test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says"
+OFF_GRID = "test_state.py::test_whole_rows_of_a_chunk_off_the_grid_are_those_of_one_shot"
 
 DEFECTS = [
     Defect(
@@ -240,11 +248,18 @@ DEFECTS = [
         "test_head_slices.py::test_strips_cover_the_heads_and_share_keys_rightly",
     ),
     Defect("rr_flex/pipeline.py", "k.shape[2] < min_length", "k.shape[2] <= min_length", DENSE),
+    Defect("rr_flex/kernels/dense.py", ".tril(keys - queries)", ".tril()", CHUNK),
+    Defect("rr_flex/kernels/dense.py", "0 <= first <= k.shape[2] - q.shape[2]", "0 <= first", CHUNK),
+    Defect("rr_flex/kernels/deciding.py", "work.keys >= shortest", "work.keys > shortest", DECIDED),
+    Defect("rr_flex/kernels/deciding.py", "decide(work, costs if fused", "decide(work, costs if True", UNFUSED),
+    Defect("rr_flex/kernels/deciding.py", "max(fixed, keeps.share)", "keeps.share", EXPECTED),
+    Defect("rr_flex/attention.py", "request.placed_at(first - before)", "request.placed_at(first)", OFF_GRID),
+    Defect("rr_flex/attention.py", "row - before)", "row)", OFF_GRID),
     Defect(
-        "rr_flex/attention.py",
-        "if plain_softmax else 0",
-        "if not plain_softmax else 0",
-        "test_dense.py::test_the_break_even_is_only_known_for_a_plain_softmax",
+        "rr_flex/packed.py",
+        "[out[number] for number in range(len(sizes))]",
+        "list(out.values())",
+        "test_packed.py::test_a_pack_is_each_prompt_alone",
     ),
     Defect("rr_flex/kernels/score_mods.py", "(kv_idx >= k_block) & seen", "seen", SOFTMAX),
     Defect("rr_flex/block_mask.py", "list_blocks(kept & ~whole)", "list_blocks(kept)", LISTS),
@@ -393,7 +408,7 @@ DEFECTS = [
         "            pass",
         "test_models_threads.py::test_enabled_ends_in_any_order",
     ),
-    Defect("rr_flex/state.py", "if q.shape[2] > Lk - self.tokens:", "if Lk < self.tokens:", ANOTHER_PROMPT),
+    Defect("rr_flex/state.py", "if Lq > Lk - state.tokens:", "if Lk < state.tokens:", ANOTHER_PROMPT),
     Defect("rr_flex/state.py", "self._check_last(new[:, :, 0])", "pass", ANOTHER_PROMPT),
     Defect(
         "rr_flex/checks.py", "if x.is_nested or x.layout != torch.strided:", "if x.is_nested:", STRANGE + "tensors_of"
@@ -428,6 +443,8 @@ DEFECTS = [
         "ESTIMATORS[name] = Estimator(estimate, (*reads, 'query_pool'))",
         "test_errors.py::test_a_setting_that_no_rule_reads",
     ),
+    Defect("rr_flex/distributed/fetch.py", "flat.cumsum(0) - 1", "flat.cumsum(0)", TRUE_PLACES),
+    Defect("rr_flex/distributed/transfer.py", "taken[owner] += n", "taken[owner] += 0", TO_RANKS),
 ]
 
 
