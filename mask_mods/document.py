@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mask_mods.checks import can_be_read, check_count, check_device, check_flag, check_integers
 from mask_mods.positions import PositionMask
-from mask_mods.spans import Index, buffered, called, larger, smaller
+from mask_mods.spans import Index, buffered, called, only_where, per_batch
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -20,13 +20,14 @@ class Document(PositionMask):
     run_first: Int[Tensor, "B Lk"] | Int[Tensor, " Lk"]  # first token of each token's document
     run_last: Int[Tensor, "B Lk"] | Int[Tensor, " Lk"]
     # Lk − 1 as a tensor: under dynamic=True flex cannot capture an int that depends on the length.
-    end: Int[Tensor, ""]
+    end: Int[Tensor, "..."]
 
     def spans(self, b, h, q_idx):
-        position = self.position(b, q_idx)
-        token = smaller(larger(position, 0), self.end)
+        position, end = self.position(b, q_idx), per_batch(self.end, b)
+        inside = (position >= 0) & (position <= end)
+        token = torch.where(inside, position, end)
         first, last = (x[token] if x.ndim == 1 else x[b, token] for x in (self.run_first, self.run_last))
-        return ((first, torch.where(token == position, last, -1)),)
+        return (only_where(inside, first, last),)
 
     def check(self, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
         super().check(B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)

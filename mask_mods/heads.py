@@ -6,7 +6,7 @@ import torch
 
 from mask_mods.checks import check_count, check_integers, check_mask_mod
 from mask_mods.positions import place
-from mask_mods.spans import Index, MaskMod, SpanMask, called
+from mask_mods.spans import Index, MaskMod, SpanMask, called, per_batch
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -17,14 +17,14 @@ class FromHead:
     first: Index
 
     def __call__(self, b, h, q_idx, kv_idx):
-        return self.mask_mod(b, h + self.first, q_idx, kv_idx)
+        return self.mask_mod(b, h + per_batch(self.first, b), q_idx, kv_idx)
 
     @property
     def keys(self):
         return None if getattr(self.mask_mod, "keys", None) is None else self._keys
 
     def _keys(self, b, h, kv_idx):
-        return self.mask_mod.keys(b, h + self.first, kv_idx)
+        return self.mask_mod.keys(b, h + per_batch(self.first, b), kv_idx)
 
     def placed(self, q_offset: Index) -> MaskMod:
         return type(self)(place(self.mask_mod, q_offset), self.first)
@@ -43,7 +43,7 @@ class SpansFromHead(FromHead, SpanMask):
     __call__ = SpanMask.__call__
 
     def spans(self, b, h, q_idx):
-        return self.mask_mod.spans(b, h + self.first, q_idx)
+        return self.mask_mod.spans(b, h + per_batch(self.first, b), q_idx)
 
 
 def from_head(mask_mod: MaskMod, first: Index) -> MaskMod:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mask_mods.checks import check_count, check_integers, check_per_call, check_range
 from mask_mods.positions import PositionMask
-from mask_mods.spans import Index, buffered, called, per_batch
+from mask_mods.spans import Index, buffered, called, only_where, per_batch
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,7 +25,7 @@ class Padding(PositionMask):
     def spans(self, b, h, q_idx):
         position, first, last = self.position(b, q_idx), per_batch(self.starts, b), per_batch(self.ends, b)
         real = (first <= position) & (position <= last)
-        return ((first, torch.where(real, last, first - 1)),)
+        return (only_where(real, first, last),)
 
     def keys(self, b, h, kv_idx):
         return (per_batch(self.starts, b) <= kv_idx) & (kv_idx <= per_batch(self.ends, b))

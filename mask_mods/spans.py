@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from functools import reduce
 from operator import or_
 from types import FunctionType
@@ -108,6 +109,25 @@ def per_batch(value: Index, b: Tensor) -> Index:
     return value[0] if value.shape[0] == 1 else value[b]
 
 
+def per_sequence(mask_mod: MaskMod, B: int) -> MaskMod:
+    """`mask_mod` with each single number that it captures held once a sequence, as [max(B, 2)].
+
+    FLASH's template (torch 2.11) loads no element whose place is known when it compiles ("Expected TensorSSA"). What a
+    plain function captures stays as it is.
+    """
+    if not is_dataclass(mask_mod):
+        return mask_mod
+
+    def spread(value: object) -> object:
+        if isinstance(value, Tensor) and value.ndim < 2 and value.numel() == 1:
+            return value.expand(max(B, 2)).contiguous()
+        if isinstance(value, tuple):
+            return tuple(map(spread, value))
+        return per_sequence(value, B) if callable(value) else value
+
+    return replace(mask_mod, **{each.name: spread(getattr(mask_mod, each.name)) for each in fields(mask_mod)})
+
+
 def buffered(x: Tensor) -> Tensor:
     """x itself, as something that a mask may capture when it is built inside a compiled graph.
 
@@ -119,14 +139,28 @@ def buffered(x: Tensor) -> Tensor:
 
 def larger(x: Index, y: Index) -> Index:
     """max(x, y) of ints and tensors in any mixture, in operations that every mask kernel knows (FLASH: no maximum)."""
-    tensors = isinstance(x, Tensor) or isinstance(y, Tensor)
-    return torch.where(x > y, x, y) if tensors else max(x, y)
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        x, y = _tensors(x, y)
+        return torch.where(x > y, x, y)
+    return max(x, y)
 
 
 def smaller(x: Index, y: Index) -> Index:
     """min(x, y), as `larger`."""
-    tensors = isinstance(x, Tensor) or isinstance(y, Tensor)
-    return torch.where(x < y, x, y) if tensors else min(x, y)
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        x, y = _tensors(x, y)
+        return torch.where(x < y, x, y)
+    return min(x, y)
+
+
+def _tensors(x: Index, y: Index) -> tuple[Tensor, Tensor]:
+    """Both as tensors that come of an index: what is chosen between may be no constant (FLASH, torch 2.11)."""
+    return (x if isinstance(x, Tensor) else y * 0 + x), (y if isinstance(y, Tensor) else x * 0 + y)
+
+
+def only_where(shown: Tensor, first: Index, last: Tensor) -> Span:
+    """The span from `first`, which is at least 0, to `last` where it is `shown`, and no key elsewhere."""
+    return first, torch.where(shown, last, last * 0 - 1)
 
 
 def called(name: str, *values: object, **named: object) -> str:

@@ -113,7 +113,7 @@ def answer(q: Tensor, k: Tensor, v: Tensor, asked: Asked, **options: Any) -> Ans
     check_sinks(q, asked.sinks)
     check_differentiable(q, k, v, asked.sinks)
     check_backend(asked.backend, q)
-    check_state(asked.state)
+    check_state(asked.state, q, k)
     if "lse" in asked.returns and q.device.type == "cpu":
         raise NotImplementedError("return_lse must be False on the CPU, whose compiled kernel has none, got True")
     backward = gradient_wanted(q, k, v)

@@ -125,6 +125,8 @@ def check_offset(name: str, value: object, lowest: int, highest: int) -> None:
         if value.ndim or value.dtype not in (torch.int32, torch.int64):
             shown = f"{value.dtype} {tuple(value.shape)}"
             raise TypeError(f"{name} must be an int or a 0-dim integer tensor (int32, int64), got {shown}")
+        if value.device.type == "meta" and not traced():
+            raise TypeError(f"{name} must have values, got a tensor on the meta device")
         if not readable(value):
             return
         value = value.item()

@@ -63,7 +63,7 @@ def select_blocks(
     options = {"mask_mod": mask_mod, "causal": causal, "scale": scale, "softcap": softcap}
     options |= {"q_offset": q_offset, "head_offset": head_offset}
     request = make_request(q, k, RRConfig.resolve(config, settings), options)
-    check_state(state)
+    check_state(state, q, k)
     if is_short(k, request.config.min_length):
         request = replace(request, estimate="none")
     elif state is not None:

@@ -36,6 +36,9 @@ class PrefillState:
     appends them. The result is that of the same call without a state, wherever the prompt is cut.
     Memory: order / key_stride of the keys' (1/8 by default, 1/16 with preset="best"), rounded up to a power of two.
     Keys before the last call's must stay what they were, and padding where it was. Not for two threads at once.
+    A new prompt needs a new state: one whose first chunk meets an old state is refused, and on a CPU also keys that are
+    not the old ones in the last whole stride. Not noticed: other keys before that stride, and on an accelerator, which
+    would have to wait, a later chunk of another prompt.
     """
 
     def __init__(self) -> None:
@@ -88,16 +91,29 @@ class PrefillState:
         layout = Layout(B, Hkv, order * D, stride, order, k.dtype, k.device)
         if self._layout not in (None, layout):
             raise ValueError(f"state must keep its batch, layer and settings, {self._layout}, got {layout}")
-        if Lk < self.tokens:
-            raise ValueError(f"k must hold the state's {self.tokens} tokens, got {Lk}; `state.trim` takes tokens back")
-        self._layout, start = layout, self._whole * stride
+        self._layout = layout
+        # On a CPU the last stride is pooled once more, to see whether it is still the same.
+        again = int(self._whole > 0 and k.device.type == "cpu")
+        start = (self._whole - again) * stride
         valid = valid_keys_of(request, q, k)
         new = pool_new(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
+        if again:
+            self._check_last(new[:, :, 0])
+        new = new[:, :, again:]
         strides = ceil_div(Lk, stride)
         self._make_room(strides)
         self._pooled[self._whole : strides] = rearrange(new, "b h n e -> n b h e")
         self._whole = Lk // stride
         return replace(request, pooled_keys=rearrange(self._pooled[:strides], "n b h e -> b h n e"))
+
+    def _check_last(self, found: Float[Tensor, "B Hkv E"]) -> None:
+        """ValueError unless the last whole stride is the one that was pooled before, but for rounding."""
+        if not torch.allclose(found, self._pooled[self._whole - 1], rtol=1e-2, atol=1e-3, equal_nan=True):
+            first = self.tokens - self._layout.stride
+            raise ValueError(
+                f"k must go on with the keys of its state, got other keys in tokens {first} to {self.tokens - 1}; a new"
+                " prompt takes a new state"
+            )
 
     def _make_room(self, strides: int) -> None:
         """Room for so many strides, doubled as it runs out."""
@@ -111,10 +127,18 @@ class PrefillState:
             self._pooled = grown
 
 
-def check_state(state: object) -> None:
-    """TypeError for anything but a PrefillState or None."""
-    if state is not None and not isinstance(state, PrefillState):
+def check_state(state: object, q: Tensor, k: Tensor) -> None:
+    """TypeError for anything but a PrefillState or None; ValueError for queries that it has left behind."""
+    if state is None:
+        return
+    if not isinstance(state, PrefillState):
         raise TypeError(f"state must be a PrefillState, got {type(state).__name__}")
+    Lq, Lk = q.shape[2], k.shape[2]
+    if Lq > Lk - state.tokens:
+        raise ValueError(
+            f"q must hold tokens after the state's {state.tokens} alone, {Lk - state.tokens} of k's {Lk}, got {Lq}; a"
+            " new prompt takes a new state, and `state.trim` takes tokens back"
+        )
 
 
 @torch.no_grad()

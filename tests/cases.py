@@ -88,12 +88,12 @@ def real_keys(lengths, Lk, side):
 MASKS = ["sliding_window", "document", "prefix", "left padding", "right padding", "frames", "window and sink"]
 
 
-def mask_by_name(name, shape, seed=0):
+def mask_by_name(name, shape, seed=0, device="cpu"):
     """A mask_mod for queries that stand at the end of the keys, and the keys that are real (None: all)."""
     B, _, _, Lq, Lk, _ = shape
     offset = Lk - Lq
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high, *size: torch.randint(low, high + 1, size, generator=generator)  # noqa: E731
+    draw = lambda low, high, *size: torch.randint(low, high + 1, size, generator=generator).to(device)  # noqa: E731
     if name == "sliding_window":
         return both(causal(offset), sliding_window(draw(1, Lk, 1).item(), offset)), None
     if name == "document":

@@ -40,6 +40,7 @@ COMPOSED = "test_mask_mods.py::test_block_rule_of_compositions_equals_brute_forc
 PLACED = "test_mask_mods.py::test_each_mask_stands_where_the_call_stands"
 PARTS = "test_mask_mods.py::test_compositions_and_runs_of_heads_place_their_parts"
 REFUSED = "test_mask_checks.py::test_masks_of_another_call_are_refused"
+GRAPHS = "test_mask_graphs.py::test_a_mask_s_graph"
 SEQUENCES = "test_mask_sequences.py::test_masks_one_after_another_attend_as_alone"
 SHORT = "test_mask_sequences.py::test_padded_sequences_shorter"
 ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
@@ -51,6 +52,8 @@ DENSE = "test_dense.py::test_a_long_context_is_sparse_and_counted"
 SOFTMAX = "test_attention.py::test_soft_caps_and_sinks_are_in_the_softmax"
 APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
+ANOTHER_PROMPT = "test_state.py::test_what_a_state_is_not_for"
+STRANGE = "test_strange_calls.py::test_"
 COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
 TRUE_PLACES = "test_distributed.py::test_places_are_those_of_the_true_flags"
@@ -89,9 +92,11 @@ DEFECTS = [
     Defect("mask_mods/spans.py", "value[0] if value.shape[0] == 1 else value[b]", "value[0]", EACH),
     Defect("mask_mods/causal.py", "self.position(b, q_idx)", "self.position(b, q_idx) + 1", EACH),
     Defect("mask_mods/sliding_window.py", "position - (self.window - 1)", "position - self.window", EACH),
-    Defect("mask_mods/document.py", "torch.where(token == position, last, -1)", "last", EACH),
+    Defect("mask_mods/document.py", "only_where(inside, first, last)", "(first, last)", EACH),
     Defect("mask_mods/prefix.py", "per_batch(self.length, b) - 1", "per_batch(self.length, b)", EACH),
-    Defect("mask_mods/padding.py", "torch.where(real, last, first - 1)", "last", EACH),
+    Defect("mask_mods/padding.py", "only_where(real, first, last)", "(first, last)", EACH),
+    Defect("mask_mods/spans.py", "last * 0 - 1", "-1", GRAPHS),
+    Defect("mask_mods/spans.py", "value.expand(max(B, 2)).contiguous()", "value", GRAPHS),
     Defect("mask_mods/sink.py", "(0, self.count - 1)", "(0, self.count)", EACH),
     Defect("mask_mods/frames.py", "(frame - self.past)", "(frame - self.past + 1)", EACH),
     Defect("mask_mods/bidirectional.py", "((0, 2 * LARGEST", "((1, 2 * LARGEST", EACH),
@@ -113,6 +118,9 @@ DEFECTS = [
         "for mask in self.masks:\n            check_mask_mod",
         "for mask in self.masks[:1]:\n            check_mask_mod",
         REFUSED,
+    ),
+    Defect(
+        "mask_mods/checks.py", "if shown.dtype != torch.bool:", "if False:", "test_mask_checks.py::test_what_is_no_mask"
     ),
     Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
@@ -224,8 +232,13 @@ DEFECTS = [
         "column < config.sink_blocks",
         "test_mandatory.py::test_the_sink_of",
     ),
-    Defect("mask_mods/heads.py", "mask_mod.spans(b, h + self.first, q_idx)", "mask_mod.spans(b, h, q_idx)", STRIPS),
-    Defect("mask_mods/heads.py", "mask_mod(b, h + self.first, q_idx", "mask_mod(b, h, q_idx", STRIPS),
+    Defect(
+        "mask_mods/heads.py",
+        "mask_mod.spans(b, h + per_batch(self.first, b), q_idx)",
+        "mask_mod.spans(b, h, q_idx)",
+        STRIPS,
+    ),
+    Defect("mask_mods/heads.py", "mask_mod(b, h + per_batch(self.first, b), q_idx", "mask_mod(b, h, q_idx", STRIPS),
     Defect("rr_flex/request.py", "self.head_offset + heads.start", "self.head_offset", STRIPS),
     Defect("rr_flex/request.py", "level=self.level[heads]", "level=self.level[: len(self.level[heads])]", STRIPS),
     Defect(
@@ -406,6 +419,20 @@ DEFECTS = [
         "            switches[-1].apply()",
         "            pass",
         "test_models_threads.py::test_enabled_ends_in_any_order",
+    ),
+    Defect("rr_flex/state.py", "if Lq > Lk - state.tokens:", "if Lk < state.tokens:", ANOTHER_PROMPT),
+    Defect("rr_flex/state.py", "self._check_last(new[:, :, 0])", "pass", ANOTHER_PROMPT),
+    Defect(
+        "rr_flex/checks.py", "if x.is_nested or x.layout != torch.strided:", "if x.is_nested:", STRANGE + "tensors_of"
+    ),
+    Defect("rr_flex/selection.py", "if mass.dtype in (torch.bfloat16, torch.float16):", "if False:", STRANGE + "half"),
+    Defect("rr_flex/attention.py", "v = torch.where(valid[..., None], v, 0)", "v = v", STRANGE + "what_padding_holds"),
+    Defect("rr_flex/attention.py", "q, k, v = q.detach(), k.detach(), v.detach()", "pass", STRANGE + "tensors_that"),
+    Defect(
+        "rr_flex/kernels/flash.py",
+        "except torch.OutOfMemoryError as error:",
+        "except MemoryError as error:",
+        STRANGE + "memory",
     ),
     Defect(
         "rr_flex/state.py", "self._whole = Lk // stride", "self._whole = strides", "test_state.py::test_any_cut_gives"

@@ -79,6 +79,8 @@ BAD_CALLS = [
     ("q_offset", {"q_offset": 2**70}, ValueError),
     ("q_offset", {"q_offset": 1.5}, TypeError),
     ("q_offset", {"q_offset": "end"}, TypeError),
+    ("q_offset", {"q_offset": torch.zeros((), dtype=torch.int64, device="meta")}, TypeError),
+    ("head_offset", {"head_offset": torch.zeros((), dtype=torch.int64, device="meta")}, TypeError),
     ("head_offset", {"head_offset": -1}, ValueError),
     ("head_offset", {"head_offset": 0.5}, TypeError),
     ("config", {"config": {"tau": 0.5}}, TypeError),

@@ -88,7 +88,7 @@ def test_only_new_keys_are_pooled_and_a_new_length_compiles_nothing():
     state = PrefillState()
     select_blocks(q[:, :, :512], k[:, :, :512], state=state)
     assert state.tokens == 512 and state.nbytes == 2 * 2 * 64 * 16 * 4
-    k[:, :, :512] = torch.nan  # never looked at again
+    k[:, :, :504] = torch.nan  # never looked at again, and the last stride on a CPU only, to see that it is the same
     with no_compile():
         chosen = select_blocks(q[:, :, 512:], k, q_offset=512, state=state)
     assert chosen.mass.isfinite().all()
@@ -108,6 +108,7 @@ def test_trimmed_copied_and_reordered():
         assert torch.equal(found.kept, select_blocks(q[:, :, 512:], keys, **here).kept)
     rows = torch.tensor([1, 1, 0])
     state.reorder(rows)
+    state.trim(650)
     found = select_blocks(q[rows][:, :, 650:], k[rows], q_offset=650, state=state)
     torch.testing.assert_close(found.mass, select_blocks(q[rows][:, :, 650:], k[rows], q_offset=650).mass)
 
@@ -122,9 +123,15 @@ def test_what_a_state_is_not_for_is_refused():
             call(state=state, pool="queries")
     select_blocks(q, k, state=state)
     with pytest.raises(ValueError, match=r"^state must keep its batch"):
-        select_blocks(q[:1], k[:1], state=state)
-    with pytest.raises(ValueError, match=r"^k must hold the state's 256 tokens, got 200"):
-        select_blocks(q[:, :, :200], k[:, :, :200], state=state)
+        select_blocks(q[:1, :, :8], torch.cat([k, k], 2)[:1], state=state)
+    for again in (200, 256):  # another prompt's first chunk, or the same call again
+        with pytest.raises(ValueError, match=rf"^q must hold tokens after the state's 256 alone, {again - 256} of"):
+            select_blocks(q[:, :, :again], k[:, :, :again], state=state)
+    q, k, v = tensors(Shape(Lq=700, Lk=700), 1)
+    with pytest.raises(ValueError, match=r"^q must hold tokens after the state's 256 alone, 444 of k's 700, got 700"):
+        rr_attention(q, k, v, state=state)
+    with pytest.raises(ValueError, match=r"^k must go on with the keys of its state, got other keys in tokens 248 to"):
+        rr_attention(q[:, :, 256:], k, v, state=state, min_length=0)
     with pytest.raises(ValueError, match=r"^tokens must be"):
         state.trim(-1)
     assert {name for name, rule in ESTIMATORS.items() if "key_stride" in rule.reads} == {"keys", "both"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from mask_mods import causal
-from mask_mods.spans import MaskMod
+from mask_mods.spans import MaskMod, per_sequence
 from rr_flex.block_mask import Lists, list_partial_and_full
 from rr_flex.kernels.flex import Attended, flex, with_last_rows
 from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_queries, take_apart
@@ -81,19 +81,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     settings = {"scale": request.scale, "kernel_options": options}
     in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
     want_lse = "lse" in request.returns
+
+    def mask_at(offset: Tensor) -> MaskMod:
+        mask_mod = request.mask_at(offset)
+        return mask_mod if request.own_mask is None else per_sequence(mask_mod, q.shape[0])
+
     # FLASH can't capture an int that may change; a plain causal mask has none.
     lengths = "any" if request.own_mask is None and request.causal else "one"
     if pieces is None:
         lists, offset = whole
-        out, lse = FLEX[lengths](q, k, v, lists, request.mask_at(offset), settings, want_lse)
+        out, lse = FLEX[lengths](q, k, v, lists, mask_at(offset), settings, want_lse)
         return Attended(out, lse * in_nats if want_lse else None, density)
     queries, lists_of_pieces, offset_of_pieces = pieces
-    of_pieces = (queries, lists_of_pieces, request.mask_at(offset_of_pieces))
+    of_pieces = (queries, lists_of_pieces, mask_at(offset_of_pieces))
     if whole is None:
         merged = FLEX_PIECES[lengths](of_pieces, k, v, settings, in_nats)
         return with_last_rows(Attended(*merged, density), None, request, q.shape[2])
     lists, offset = whole
-    of_rows = (q, lists, request.mask_at(offset))
+    of_rows = (q, lists, mask_at(offset))
     out, lse, last_rows = FLEX_APART[lengths](of_rows, of_pieces, k, v, settings, in_nats)
     return with_last_rows(Attended(out, lse, density), last_rows, request, q.shape[2])
 

@@ -1,13 +1,13 @@
 """Every part of torch that is not public and that this library needs, in one place, each with what breaks without it.
 
-Tested with torch 2.11 to 2.14. Where a release moves a part, the error says so and names these versions.
+Tested with torch 2.11, 2.13 and 2.14. Where a release moves a part, the error says so and names these versions.
 """
 
 from types import SimpleNamespace
 
 import torch
 
-TESTED = "2.11 to 2.14"
+TESTED = "2.11, 2.13 and 2.14"
 
 
 def inductor_parts() -> SimpleNamespace:

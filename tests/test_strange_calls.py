@@ -1,0 +1,154 @@
+"""What a stranger tries: odd tensors, modes and contexts. Each is refused by name before anything runs, or changes
+nothing."""
+
+import warnings
+
+import pytest
+import torch
+from cases import FREE, Shape, tensors
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mask_mods import padding, sliding_window
+from rr_flex import attention, mass, rr_attention, select_blocks
+from rr_flex.kernels import flash
+from rr_flex.runtime import private
+from rr_flex.selection import largest_by_bits
+
+Q, K, V = tensors(Shape(B=1, Lq=64, Lk=64))
+
+
+class Own(torch.Tensor):
+    pass
+
+
+NESTED = torch.nested.nested_tensor([torch.zeros(3, 16), torch.zeros(5, 16)], layout=torch.jagged)
+TENSORS = [
+    (Q.to("meta"), "q must have values, got a tensor on the meta device"),
+    (Q.to_sparse(), "q must be a dense tensor, got layout torch.sparse_coo"),
+    (NESTED, "q must be a dense tensor, got layout torch.jagged, nested"),
+    (Q.as_subclass(Own), "q must be a plain tensor, got Own"),
+]
+
+
+@pytest.mark.parametrize(("q", "words"), TENSORS, ids=[words for _, words in TENSORS])
+def test_tensors_of_another_kind_are_refused_by_name(q, words):
+    for call in (lambda: select_blocks(q, K), lambda: rr_attention(q, K, V)):
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"scale": 1e300}, "scale must be positive and finite in float32, got 1e"),
+        ({"sinks": torch.full((4,), torch.nan)}, "sinks must be numbers below infinity, got nan"),
+        ({"return_density": "yes"}, "return_density must be True or False, got 'yes'"),
+        ({"causal": "False"}, "causal must be True or False, got 'False'"),
+        ({"q_offset": torch.tensor(-1)}, "q_offset must be an int from 0 to 64, got -1"),
+        ({"head_offset": torch.tensor(2**40)}, "head_offset must be an int from 0 to 2147483647, got 1099511627776"),
+        ({"tau": torch.ones(4, device="meta")}, "tau must be a dense tensor with values, got torch.strided on meta"),
+        ({"tau": torch.ones(4).to_sparse()}, "tau must be a dense tensor with values, got torch.sparse_coo on cpu"),
+        ({"stride": None}, "stride must be an int, got None"),
+    ],
+)
+def test_values_that_would_pass_unnoticed_are_refused(chosen, words):
+    with pytest.raises((ValueError, TypeError)) as raised:
+        rr_attention(Q, K, V, **chosen)
+    assert str(raised.value).startswith(words)
+
+
+def uncompiled(**chosen):
+    """rr_attention by its eager meaning, which is quick and goes the same way through checks and steps."""
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
+        return rr_attention(chosen.pop("q", Q), K, chosen.pop("v", V), tau=0.5, block_size=64, **FREE, **chosen)
+
+
+@pytest.mark.parametrize("mode", [lambda: FlopCounterMode(display=False), FakeTensorMode])
+def test_modes_that_see_every_operation_are_refused_and_leave_nothing_behind(mode):
+    exact = uncompiled()
+    with mode(), pytest.raises(NotImplementedError, match=r"^rr_flex must be called outside of modes"):
+        rr_attention(Q, K, V)
+    with pytest.raises(TypeError, match=r"^q must be a plain tensor, got one inside torch.func or vmap"):
+        torch.vmap(lambda q: rr_attention(q, K, V))(Q[None])
+    assert torch.equal(uncompiled(), exact)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.device("cpu"),
+        lambda: torch.device("meta"),
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", enabled=False),
+    ],
+)
+def test_contexts_change_nothing(context):
+    exact = uncompiled(mask_mod=sliding_window(40))
+    with context():
+        assert torch.equal(uncompiled(mask_mod=sliding_window(40)), exact)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_tensors_that_require_grad_are_taken_where_none_is_asked_for(context):
+    with context():
+        out = uncompiled(q=Q.clone().requires_grad_(), v=V.clone().requires_grad_())
+    assert torch.equal(out, uncompiled()) and not out.requires_grad
+
+
+def test_what_a_mask_raises_comes_out_of_attention_as_it_is():
+    def mine(b, h, q_idx, kv_idx):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        rr_attention(Q, K, V, mask_mod=mine)
+
+
+def test_heads_and_tokens_that_look_exchanged_warn():
+    with pytest.warns(UserWarning, match=r"^q must be \[B, heads, tokens, D\], got 640 heads of 8 tokens"):
+        select_blocks(torch.zeros(1, 640, 8, 16), torch.zeros(1, 640, 8, 16))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_padding_holds_never_reaches_real_rows(bad):
+    k, v = K.clone(), V.clone()
+    exact = uncompiled(mask_mod=padding(torch.tensor([40])))
+    k[:, :, 40:], v[:, :, 40:] = bad, bad
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = {"tau": 0.5, "block_size": 64, **FREE}
+        out = rr_attention(Q, k, v, mask_mod=padding(torch.tensor([40])), **chosen)
+    assert torch.equal(out, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_searched_by_bits_as_float32_is(dtype):
+    some = torch.rand(5, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    need = (0.5 * some.float().sum(-1, keepdim=True)).to(dtype)
+    assert torch.equal(largest_by_bits(some, need), largest_by_bits(some.float(), need.float()))
+
+
+def test_mass_in_strips_is_counted_and_the_same(monkeypatch):
+    exact, before = uncompiled(return_density=True), attention.calls["mass in strips"]
+    monkeypatch.setattr(mass, "STRIP_ELEMENTS", 1)
+    torch.testing.assert_close(uncompiled(return_density=True), exact)
+    assert attention.calls["mass in strips"] == before + 1
+
+
+def test_memory_that_a_self_check_lacked_is_not_remembered(monkeypatch):
+    def lacks(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(flash, "_checks", {})
+    monkeypatch.setattr(flash, "_run_check", lacks)
+    found = flash.check_flash(torch.device("cuda", 0), 64, 64, torch.bfloat16)
+    assert "ran out of memory" in found.refused and not flash._checks
+
+
+def test_a_private_part_that_moved_is_named_with_the_versions_that_were_tested():
+    words = rf"^torch must have torch.gone .*tested with torch {private.TESTED}"
+    with pytest.raises(ImportError, match=words), private._named("torch.gone"):
+        import torch.gone  # noqa: F401
