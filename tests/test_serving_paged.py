@@ -1,10 +1,12 @@
 """Attention over a pool of pages is attention over the gathered keys, however the pages lie."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.paged_step import main as measure_paged_steps
 from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import list_partial_and_full
 from rr_flex.serving.paged import as_sequence, attend_pages, folds_heads, side_by_side
@@ -150,6 +152,16 @@ def test_after_the_warm_up_no_step_compiles():
     assert graphs() == before
     compile_graphs(Heads, torch.empty(0), P, told.append)
     assert graphs() == before
+
+
+def test_a_step_is_measured_against_the_dense_kernel(tmp_path):
+    rows = tmp_path / "paged.jsonl"
+    measure_paged_steps(["--dry-run", "--settings", "tau .9", "--output", str(rows)])
+    rows = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["what"], row["batch"]) for row in rows[1::2]] == [("tau .9", 1), ("tau .9", 2)]
+    for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
+        assert dense["error"] < 1e-5 and sparse["density"] < 0.8
+        assert sparse["error_to_dense"] < 0.5 and 0 < sparse["select_ms"]["median"] < sparse["ms"]["median"]
 
 
 def test_a_synthetic_step_has_pages_of_its_own():
