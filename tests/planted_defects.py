@@ -53,6 +53,9 @@ APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
 COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
+TRUE_PLACES = "test_distributed.py::test_places_are_those_of_the_true_flags"
+TO_RANKS = "test_distributed.py::test_tokens_go_to_ranks_and_come_back"
+
 WHOLE_ROWS = "test_serving_rows.py::test_whole_rows_of_a_chunk_are_sparse"
 SHORT_ROWS = "test_serving_rows.py::test_rows_that_end_before_the_shortest_length_are_dense_wherever_the_prompt_is_cut"
 SINGLE_FIRST = "test_serving_rows.py::test_the_dense_batch_has_single_queries_first"
@@ -60,6 +63,11 @@ POOLED_ONCE = "test_serving_pages.py::test_each_stride_is_pooled_once_when_its_l
 ONTO_PAGES = "test_serving_pages.py::test_lists_name_the_pool_s_blocks"
 LAYOUTS = "test_serving_pages.py::test_the_layouts_of_a_server_are_views"
 PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
+CHUNK = "test_dense.py::test_a_chunk_is_dense_through_the_dense_kernel"
+DECIDED = "test_break_even.py::test_what_was_said_is_before_what_was_measured"
+UNFUSED = "test_break_even.py::test_the_shortest_sparse_prompt_is_sparse_and_one_row_less_is_not"
+EXPECTED = "test_break_even.py::test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says"
+OFF_GRID = "test_state.py::test_whole_rows_of_a_chunk_off_the_grid_are_those_of_one_shot"
 
 DEFECTS = [
     Defect(
@@ -112,6 +120,10 @@ DEFECTS = [
     Defect("rr_flex/runtime/flex_names.py", "[*names, *(symbol", "[*names, *(() and symbol", SEQUENCES),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
+    Defect("mask_mods/blocks.py", "((row + 1) * q_block).clamp(max=Lq) - 1)", "row * q_block)", BLOCKS),
+    Defect("mask_mods/blocks.py", "(k_last <= last)", "(k_first <= last)", BLOCKS),
+    Defect("mask_mods/compose.py", "all(mask.growing for", "any(mask.growing for", COMPOSED),
+    Defect("rr_flex/kernels/last_rows.py", "and Lk >= SHORT_CHUNK_KEYS", "", "test_last_rows.py::test_a_short_chunk"),
     Defect("mask_mods/blocks.py", "other_first <= last + 1,", "other_first <= last,", COMPOSED),
     Defect(
         "mask_mods/blocks.py",
@@ -223,11 +235,18 @@ DEFECTS = [
         "test_head_slices.py::test_strips_cover_the_heads_and_share_keys_rightly",
     ),
     Defect("rr_flex/pipeline.py", "k.shape[2] < min_length", "k.shape[2] <= min_length", DENSE),
+    Defect("rr_flex/kernels/dense.py", ".tril(keys - queries)", ".tril()", CHUNK),
+    Defect("rr_flex/kernels/dense.py", "0 <= first <= k.shape[2] - q.shape[2]", "0 <= first", CHUNK),
+    Defect("rr_flex/kernels/deciding.py", "work.keys >= shortest", "work.keys > shortest", DECIDED),
+    Defect("rr_flex/kernels/deciding.py", "decide(work, costs if fused", "decide(work, costs if True", UNFUSED),
+    Defect("rr_flex/kernels/deciding.py", "max(fixed, keeps.share)", "keeps.share", EXPECTED),
+    Defect("rr_flex/attention.py", "request.placed_at(first - before)", "request.placed_at(first)", OFF_GRID),
+    Defect("rr_flex/attention.py", "row - before)", "row)", OFF_GRID),
     Defect(
-        "rr_flex/attention.py",
-        "if plain_softmax else 0",
-        "if not plain_softmax else 0",
-        "test_dense.py::test_the_break_even_is_only_known_for_a_plain_softmax",
+        "rr_flex/packed.py",
+        "[out[number] for number in range(len(sizes))]",
+        "list(out.values())",
+        "test_packed.py::test_a_pack_is_each_prompt_alone",
     ),
     Defect("rr_flex/kernels/score_mods.py", "(kv_idx >= k_block) & seen", "seen", SOFTMAX),
     Defect("rr_flex/block_mask.py", "list_blocks(kept & ~whole)", "list_blocks(kept)", LISTS),
@@ -257,6 +276,8 @@ DEFECTS = [
         "test_selection_symmetries.py::test_a_shard_of_heads_selects_its_slice",
     ),
     Defect("rr_flex/kernels/options.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
+    Defect("rr_flex/runtime/compiling.py", '("ESTIMATORS", "BUDGETS")', "()", "test_kernel.py::test_what_a_user_may"),
+    Defect("rr_flex/runtime/compiling.py", "|torch)", "|torch|users_masks)", "test_kernel.py::test_what_a_user_may"),
     Defect(
         "rr_flex/runtime/compiling.py",
         ", fullgraph=True, dynamic",
@@ -395,6 +416,8 @@ DEFECTS = [
         "ESTIMATORS[name] = Estimator(estimate, (*reads, 'query_pool'))",
         "test_errors.py::test_a_setting_that_no_rule_reads",
     ),
+    Defect("rr_flex/distributed/fetch.py", "flat.cumsum(0) - 1", "flat.cumsum(0)", TRUE_PLACES),
+    Defect("rr_flex/distributed/transfer.py", "taken[owner] += n", "taken[owner] += 0", TO_RANKS),
 ]
 
 

@@ -19,7 +19,7 @@ from rr_flex import select_blocks
 from rr_flex.models import enable, register, report
 from rr_flex.tasks import video_mme
 
-SETTINGS = {"block_size": 64, "dense_last_rows": 0}
+SETTINGS = {"block_size": 64, "dense_last_rows": 0, "min_length": 0}
 START, END, IMAGE, VIDEO = 60, 61, 62, 63
 GRID = (8, 12, 12)  # patches: frame pairs, height, width; 2 × 2 patches a token
 TOKENS = 8 * 6 * 6

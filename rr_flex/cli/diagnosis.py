@@ -14,7 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from rr_flex.attention import rr_attention
-from rr_flex.kernels.flash import check_flash
+from rr_flex.config import RRConfig
+from rr_flex.kernels.deciding import shortest_sparse
+from rr_flex.kernels.flash import check_flash, flash_is_installed
 from rr_flex.kernels.options import TUNED
 from rr_flex.serving.vllm.support import found_here
 
@@ -153,20 +155,22 @@ def attempted() -> Finding:
 
 
 def break_even() -> Finding:
-    """Lengths from which sparse attention was measured to pay, of the first card."""
-    if not torch.cuda.is_available():
-        found = "none on a CPU up to 4,096 tokens, where dense attention is faster; rr-flex demo --length N measures"
-        return Finding(name="break-even", state="ok", found=found)
-    card = torch.cuda.get_device_properties(0)
-    lengths = [
-        f"{entry['min_length']:,} tokens (head dim {head_dim}, {dtype})"
-        for head_dim, dtypes in TUNED.get(f"{card.major}.{card.minor}", {}).items()
-        for dtype, entry in dtypes.items()
-        if "min_length" in entry
-    ]
+    """Lengths from which on a prompt is sparse by default, of the first card or the CPU."""
+    cuda = torch.cuda.is_available()
+    card, kernel = "cpu", "cpu"
+    if cuda:
+        card = "{}.{}".format(*torch.cuda.get_device_capability(0))
+        kernel = "flash" if flash_is_installed() else "triton"
+    lengths = []
+    for head_dim, dtypes in TUNED.get(card, {}).items():
+        for dtype, entry in dtypes.items():
+            if {"costs", "min_length"}.intersection(entry):
+                q = torch.empty(1, 32, 1, int(head_dim), dtype=getattr(torch, dtype), device="cuda" if cuda else "cpu")
+                tokens = shortest_sparse(kernel, q, 8, RRConfig())
+                lengths.append(f"{tokens:,} tokens (32/8 heads of {head_dim}, {dtype})")
     if not lengths:
         return Finding(name="break-even", state="optional", found="not measured for this card", remedy="rr-flex tune")
-    return Finding(name="break-even", state="ok", found="from " + ", ".join(lengths))
+    return Finding(name="break-even", state="ok", found="sparse from " + ", ".join(lengths))
 
 
 def optional(package: str, purpose: str, install: str) -> Finding:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mask_mods.spans import SpanMask
-from rr_flex.attention import rr_attention
+from rr_flex.attention import Answer, Asked, answer
 from rr_flex.models import records
 from rr_flex.models.head_shards import heads_of
 from rr_flex.models.layer_call import LayerCall, layer_of, why_dense
@@ -53,17 +53,19 @@ def _prefill(
         plan.record(call.layer).add_dense(reason)
         return dense_attention(call.module, call.q, call.k, call.v, call.mask, **call.options)
     with call.without_autocast():
-        out, density = _select_and_attend(call, mask_mod, plan, place)
+        found = _select_and_attend(call, mask_mod, plan, place)
     # While an exporter records there is no density yet. (A program that it makes dense is counted above, with why.)
     if not traced():
-        plan.record(call.layer).add_sparse(density)
-    return out.transpose(1, 2).contiguous(), None
+        record = plan.record(call.layer)
+        if found.decision.sparse:
+            record.add_sparse(found.density)
+        else:
+            record.add_dense(records.FASTER, found.decision.reason)
+    return found.out.transpose(1, 2).contiguous(), None
 
 
-def _select_and_attend(
-    call: LayerCall, mask_mod: SpanMask | None, plan: Plan, place: Place | None
-) -> tuple[Tensor, Tensor]:
-    """(out [B,Hq,Lq,Dv], density, 0-dim)."""
+def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan, place: Place | None) -> Answer:
+    """Sparse, or dense where that is faster."""
     q, k, v = call.q, call.k, call.v
     if q.device.type == "cpu":
         # A compiled graph holds for one order of strides, and caches, rotary embeddings and fused projections leave
@@ -71,20 +73,17 @@ def _select_and_attend(
         q, k, v = (x.contiguous() for x in (q, k, v))
     heads = heads_of(call.module, q.shape[1])
     config = plan.of_heads(call.layer, heads)
-    return rr_attention(
+    sinks, state = call.options.get("s_aux"), state_of(place, call, config)
+    return answer(
         q,
         k,
         v,
-        config=config,
+        Asked(config, sinks, state, ("density",), plan.backend),
         mask_mod=mask_mod,
         # transformers' mask is the whole of it; a plain causal one is None.
         causal=mask_mod is None,
         scale=call.number("scaling"),
         softcap=call.number("softcap"),
-        sinks=call.options.get("s_aux"),
         q_offset=call.mask.offset,
         head_offset=0 if heads is None else heads.start,
-        state=state_of(place, call, config),
-        return_density=True,
-        backend=plan.backend,
     )
