@@ -1,6 +1,6 @@
 """A real `vllm serve` on loopback with and without RR_FLEX, and the openai client against both; run as a program.
 
-    python tests/serving_server.py --model FOLDER --requests 20 --longest 1500 '{"tau": 1.0}' '{"tau": 0.95}'
+    python tests/serving_server.py --model FOLDER --requests 20 --longest 1500 '{"tau": 1.0, "min_length": 0}'
 
 Each server answers the same prompts: concurrent, of many lengths, with shared prefixes, half of them as streams, some
 cancelled midway and a client killed, in a cache so small that it preempts. With tau 1 every completion must be the
