@@ -18,6 +18,7 @@ class Request:
     prompt: int  # tokens of it
     wanted: int  # tokens in the end
     computed: int = 0
+    preempted: int = 0  # times
     table: list[int] = field(default_factory=list)
     names: list[int] = field(default_factory=list)  # of each token: a hash of all up to it
 
@@ -119,6 +120,7 @@ class PagedServer:
         self.seen["preempted"] += 1
         self._release(request)
         request.computed = 0
+        request.preempted += 1
         self.waiting.insert(0, request)
 
     def _admit(self, request):

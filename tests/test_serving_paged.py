@@ -1,10 +1,12 @@
 """Attention over a pool of pages is attention over the gathered keys, however the pages lie."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.paged_step import main as measure_paged_steps
 from rr_flex import RRConfig, select_blocks
 from rr_flex.block_mask import list_partial_and_full
 from rr_flex.serving.paged import as_sequence, attend_pages, folds_heads, side_by_side
@@ -54,7 +56,7 @@ def test_attention_over_pages_is_attention_over_the_gathered_keys(layout, k_bloc
         lists.append(onto_pages(list_partial_and_full(chosen.kept, chosen.whole), table, P // k_block, folded))
         expected.append(attention_over_kept(q, k, v, chosen.kept, k_block))
     q = torch.cat(queries, 2)
-    out = attend_pages(q, keys, values, side_by_side(lists), k_block=k_block, scale=D**-0.5)
+    out = attend_pages(q, (keys, values), side_by_side(lists), k_block=k_block, scale=D**-0.5)
     torch.testing.assert_close(out.double(), torch.cat(expected, 2), atol=2e-6, rtol=0)
 
 
@@ -92,7 +94,7 @@ def test_a_step_attends_as_each_request_alone(pools_of):
     pooled = PooledPages(features=torch.zeros(PAGES, Hkv, P // 8, D), stride=8, order=1)
     pooled.rewrite(keys, torch.arange(PAGES * P))
     for kept_pages in (None, pooled):
-        out, counted = attend_sparse(step, Heads.layer_settings, query, keys, values, kept_pages)
+        out, blocks = attend_sparse(step, Heads.layer_settings, query, keys, values, kept_pages)
         kept = visible = at = 0
         for piece in step.sparse:
             k, v = (
@@ -104,7 +106,7 @@ def test_a_step_attends_as_each_request_alone(pools_of):
             expected = attention_over_kept(q, k, v, alone.kept, 128)[0].transpose(0, 1)
             torch.testing.assert_close(out[at : at + len(piece)].double(), expected, atol=2e-6, rtol=0)
             kept, visible, at = kept + int(alone.kept.sum()), visible + int(alone.visible.sum()) * Hq, at + len(piece)
-        assert (int(counted.kept), int(counted.visible)) == (kept, visible) and kept < visible
+        assert blocks.tolist() == [kept, visible] and kept < visible
 
 
 def test_ranks_of_tensor_parallelism_select_as_one():
@@ -152,9 +154,19 @@ def test_after_the_warm_up_no_step_compiles():
     assert graphs() == before
 
 
+def test_a_step_is_measured_against_the_dense_kernel(tmp_path):
+    rows = tmp_path / "paged.jsonl"
+    measure_paged_steps(["--dry-run", "--settings", "tau .9", "--output", str(rows)])
+    rows = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["what"], row["batch"]) for row in rows[1::2]] == [("tau .9", 1), ("tau .9", 2)]
+    for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
+        assert dense["error"] < 1e-5 and sparse["density"] < 0.8
+        assert sparse["error_to_dense"] < 0.5 and 0 < sparse["select_ms"]["median"] < sparse["ms"]["median"]
+
+
 def test_a_synthetic_step_has_pages_of_its_own():
     step, pages, queries = synthetic_step(((2, 1), (1, 0)), 256, torch.device("cpu"))
-    assert [table.tolist() for table in step.tables] == [[1, 2], [3]]
+    assert [table.tolist() for table in step.tables] == [[0, 1], [2]]
     assert (pages, queries, len(step.tokens)) == (4, 384, 384)
 
 

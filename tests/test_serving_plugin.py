@@ -151,7 +151,7 @@ def test_counters_of_several_processes_are_added(tmp_path):
     for way, amount in (("sparse", 256), ("cut", 17), ("decode", 3)):
         own.add(way, amount)
     own.add("seconds", 0.25)
-    own.add_blocks(torch.tensor(30), torch.tensor(40))
+    own.blocks += torch.tensor([30, 40])
     line = own.line_if_due()
     assert line == ("rr_flex: 256 queries sparse at density 0.750, 0.25 s in sparse attention; dense: 3 decode, 17 cut")
     assert own.line_if_due() is None
@@ -163,7 +163,7 @@ def test_prometheus_gets_the_sums(tmp_path):
     pytest.importorskip("prometheus_client")
     own = counters.Counters(tmp_path, interval=0.0, device=torch.device("cpu"))
     own.add("sparse", 256)
-    own.add_blocks(torch.tensor(10), torch.tensor(40))
+    own.blocks += torch.tensor([10, 40])
     own.line_if_due()
     found = {
         (sample.name, sample.labels.get("way")): sample.value

@@ -64,6 +64,23 @@ def check_pieces(chunks, pieces, starts, min_length, row):
         assert sparse == alone
 
 
+def check_bounds(chunks, pieces, min_length, row, resumed):
+    """What cuts and preemptions may change: a cut its own row, a resumption the generated tokens of one chunk.
+
+    `resumed`: the chunks in which generated tokens were sparse, by request and the times it was preempted.
+    """
+    for number, chunk in enumerate(chunks):
+        request, own = chunk.request, [piece for piece in pieces if piece.request == number]
+        cut = {at // row for piece in own if piece.reason == "cut" for at in range(piece.start, piece.stop)}
+        cut = {each for each in cut if (each + 1) * row >= min_length}
+        assert cut <= {at // row for at in (chunk.start, chunk.stop) if at % row}
+        if any(piece.sparse and piece.stop > request.prompt for piece in own):
+            assert request.preempted and chunk.start < request.prompt
+            life = id(request), request.preempted
+            assert life not in resumed
+            resumed[life] = chunk  # which keeps the request, and so its id
+
+
 def check_dense(pieces, starts):
     dense = dense_batch(pieces)
     wanted = [piece for piece in pieces if not piece.sparse]
@@ -85,10 +102,11 @@ def test_random_schedules_keep_the_books():
     # Whole numbers: means and variances of two are exact.
     keys = torch.randint(-500, 500, (VOCABULARY, 1, 1), generator=torch.Generator().manual_seed(0)).float()
     totals = {"hits": 0, "preempted": 0, "cancelled": 0, "evicted": 0, "sparse": 0}
+    resumed_in_all = 0
     for seed in range(SCHEDULES):
         page, min_length, pages = (4, 8)[seed % 2], (0, 0, 9, 16)[seed % 4], (14, 8)[seed % 2]
         server = PagedServer(seed, pages=pages, page=page, longest=40)
-        cache = Cache(pages, page, keys, -keys, stride)
+        cache, resumed = Cache(pages, page, keys, -keys, stride), {}
         for _ in range(7):
             chunks = server.step()
             if not chunks:
@@ -96,6 +114,7 @@ def test_random_schedules_keep_the_books():
             starts, lengths, prefilling = batch_of(chunks)
             pieces = pieces_of_step(starts, lengths, prefilling, min_length=min_length, row=row)
             check_pieces(chunks, pieces, starts, min_length, row)
+            check_bounds(chunks, pieces, min_length, row, resumed)
             check_dense(pieces, starts)
             exact = [flag or seed % 3 > 0 for flag in prefilling]
             cache.write(server, chunks, starts, lengths, exact)
@@ -108,9 +127,10 @@ def test_random_schedules_keep_the_books():
                 fresh = pooled_features(own, stride, order=2)
                 assert torch.equal(cache.pooled.read(table)[:, :, : piece.stop // stride], fresh)
             server.finish(chunks)
+        resumed_in_all += len(resumed)
         for name, count in server.seen.items():
             totals[name] += count
-    assert min(totals.values()) > SCHEDULES / 10, totals
+    assert min(totals.values()) > SCHEDULES / 10 and resumed_in_all > SCHEDULES / 100, (totals, resumed_in_all)
 
 
 def attend(q, k, v, start, kept=None):

@@ -106,7 +106,7 @@ def step_of(impl, layer, builder, m, q, k, v):
 # In bfloat16 both round their outputs, of up to 3, to 2^-8 of themselves, and vLLM its probabilities too.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 def test_random_schedules_at_tau_1_are_vllm_s_own_attention(dtype, tolerance, config, monkeypatch):
-    monkeypatch.setenv("RR_FLEX", '{"tau": 1.0}')
+    monkeypatch.setenv("RR_FLEX", '{"tau": 1.0, "min_length": 0}')
     config.model_config.dtype = dtype
     ours = served(config, SparseCPUImpl, SparseCPUBuilder)
     theirs = served(config, CPUAttentionBackendImpl, CPUAttentionMetadataBuilder)

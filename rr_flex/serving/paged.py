@@ -71,8 +71,7 @@ def side_by_side(lists: Sequence[Lists]) -> Lists:
 
 def attend_pages(
     q: Float[Tensor, "1 Hq n D"],
-    keys: Pool,
-    values: Pool,
+    pools: tuple[Pool, Pool],
     lists: Lists,
     *,
     k_block: int,
@@ -81,9 +80,9 @@ def attend_pages(
 ) -> Float[Tensor, "1 Hq n D"]:
     """Attention of whole block rows over the blocks of the pool that they list; compiled once for any n and any pool.
 
-    n is a multiple of 128. `lists` as `onto_pages` and `side_by_side` make them.
+    n is a multiple of 128. `pools`: keys and values. `lists` as `onto_pages` and `side_by_side` make them.
     """
-    k, v = as_sequence(keys), as_sequence(values)
+    k, v = (as_sequence(pool) for pool in pools)
     if q.device.type == "cpu":
         # The CPU's kernel wants lists as wide as the pool.
         width = k.shape[2] // k_block
@@ -96,7 +95,7 @@ def attend_pages(
         seq_lengths=(q.shape[2], k.shape[2]),
         compute_q_blocks=False,
     )
-    return _attend_compiled(q, k, v, block_mask, scale, softcap, attention_options(q, (ROW, k_block)))
+    return _attend_compiled((q, k, v), block_mask, scale, softcap, attention_options(q, (ROW, k_block)))
 
 
 def _widened(indices: Tensor, width: int) -> Tensor:
@@ -104,10 +103,10 @@ def _widened(indices: Tensor, width: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, softcap: Any, options: dict
+    qkv: tuple[Tensor, Tensor, Tensor], block_mask: BlockMask, scale: float, softcap: Any, options: dict
 ) -> Tensor:
     settings = {"scale": scale, "enable_gqa": True, "kernel_options": options}
-    return flex_attention(q, k, v, score_mod=score_mod_of(softcap), block_mask=block_mask, **settings)
+    return flex_attention(*qkv, score_mod=score_mod_of(softcap), block_mask=block_mask, **settings)
 
 
 _attend_compiled = compile_whole(_attend, dynamic=True, specialize_int=False)

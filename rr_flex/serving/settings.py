@@ -22,7 +22,6 @@ class ServingSettings:
     config: RRConfig | None  # of every layer; None: `layers` says
     layers: Mapping[int, RRConfig]
     min_length: int | None  # keys under which a block row is dense; None: the card's measured break-even
-    source: str  # as the variable was written, for the line at start
 
     def of_layer(self, layer: int, first_head: int, heads: int) -> RRConfig | None:
         """The settings for query heads first_head … first_head + heads − 1 of a layer; None: the layer is dense.
@@ -95,7 +94,7 @@ def _settings_of(document: dict[str, Any], source: str, model_config: Any) -> Se
     for each in (config,) if config else layers.values():
         _check_servable(each)
     shortest = (config or next(iter(layers.values()))).min_length
-    return ServingSettings(config=config, layers=layers, min_length=shortest, source=source)
+    return ServingSettings(config=config, layers=layers, min_length=shortest)
 
 
 def _check_servable(config: RRConfig) -> None:

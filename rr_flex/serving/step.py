@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rr_flex.block_mask import list_partial_and_full
@@ -20,10 +20,9 @@ from rr_flex.serving.step_rows import DenseBatch, Piece, dense_batch
 
 @dataclass(frozen=True, kw_only=True)
 class SparseStep:
-    """What a step's layers have in common: its pieces, and where their queries and pages are."""
+    """What a step's layers have in common: where the queries and pages of its pieces are."""
 
-    pieces: Sequence[Piece]  # all
-    sparse: Sequence[Piece]  # of them; at least one
+    sparse: Sequence[Piece]  # its sparse pieces, at least one
     dense: DenseBatch | None  # the others
     tables: Sequence[Tensor]  # int64 [stop / P] of each sparse piece: its pages, on the device
     tokens: Tensor  # int64: places of the sparse queries in the step's batch, on the device
@@ -36,7 +35,6 @@ class SparseStep:
             return None
         tokens = torch.cat([torch.arange(piece.token, piece.token + len(piece)) for piece in sparse])
         return cls(
-            pieces=pieces,
             sparse=sparse,
             dense=dense_batch(pieces),
             tables=[block_table[piece.request, : -(-piece.stop // page)].long() for piece in sparse],
@@ -54,14 +52,6 @@ class Layer:
     head_offset: int  # global index of its first query head
 
 
-@dataclass(frozen=True)
-class Counted:
-    """Blocks of the sparse rows, over their heads; 0-dim tensors, for which nothing waits."""
-
-    kept: Tensor
-    visible: Tensor
-
-
 def attend_sparse(
     step: SparseStep,
     layer: Layer,
@@ -69,8 +59,8 @@ def attend_sparse(
     keys: Pool,
     values: Pool,
     pooled: PooledPages | None = None,
-) -> tuple[Float[Tensor, "n Hq D"], Counted]:
-    """Outputs of the step's sparse queries, in the order of `step.tokens`, and how many blocks they kept.
+) -> tuple[Float[Tensor, "n Hq D"], Int[Tensor, "2"]]:
+    """Outputs of the step's sparse queries, in the order of `step.tokens`, and their blocks kept and visible.
 
     Keys and values of the step must be in their pages. Pools whose tokens are not one sequence (`folds_heads`) are
     gathered: a copy of each piece's pages. `pooled`: the layer's, with all that was written in them; None: the keys of
@@ -83,14 +73,13 @@ def attend_sparse(
     blocks_per_page = keys.shape[2] // k_block
     folded = keys.shape[1] if folds_heads(keys) else None
     lists = [
-        onto_pages(list_partial_and_full(selection.kept, selection.whole), table, blocks_per_page, folded)
-        for selection, table in zip(chosen, tables, strict=True)
+        onto_pages(list_partial_and_full(each.kept, each.whole), table, blocks_per_page, folded)
+        for each, table in zip(chosen, tables, strict=True)
     ]
     cap = None if layer.softcap is None else torch.full((), layer.softcap, device=q.device)
-    out = attend_pages(q, keys, values, side_by_side(lists), k_block=k_block, scale=layer.scale, softcap=cap)
-    kept = torch.stack([selection.kept.sum() for selection in chosen]).sum()
-    seen = [selection.visible.expand_as(selection.kept).sum() for selection in chosen]
-    return out[0].transpose(0, 1), Counted(kept, torch.stack(seen).sum())
+    out = attend_pages(q, (keys, values), side_by_side(lists), k_block=k_block, scale=layer.scale, softcap=cap)
+    counts = [torch.stack([each.kept.sum(), each.visible.expand_as(each.kept).sum()]) for each in chosen]
+    return out[0].transpose(0, 1), torch.stack(counts).sum(0)
 
 
 def parts(step: SparseStep, q: Tensor):

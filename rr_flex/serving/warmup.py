@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from rr_flex.geometry import ceil_div
 from rr_flex.serving.step import SparseStep, attend_sparse
-from rr_flex.serving.step_rows import ROW, Piece
+from rr_flex.serving.step_rows import ROW, pieces_of_step
 
 # Rows and keys before them, in rows, of each request of a step: one row and several, with and without earlier chunks,
 # one request and two. The attention is one graph for all; selecting on an accelerator has some of its own.
@@ -48,12 +50,9 @@ def compile_graphs(impl: Any, sample: Tensor, page: int, tell: Callable[[str], N
 
 def synthetic_step(requests: tuple, page: int, device: torch.device) -> tuple[SparseStep, int, int]:
     """A step of (rows, rows before them) for each request, with the pages and the queries that it takes."""
-    pieces, tables, pages, token = [], [], 1, 0
-    for number, (rows, before) in enumerate(requests):
-        start, stop = before * ROW, (before + rows) * ROW
-        pieces.append(Piece(request=number, start=start, stop=stop, token=token, reason="sparse"))
-        count = -(-stop // page)
-        tables.append(torch.arange(pages, pages + count, device=device))
-        pages, token = pages + count, token + rows * ROW
-    tokens = torch.arange(token, device=device)
-    return SparseStep(pieces=pieces, sparse=pieces, dense=None, tables=tables, tokens=tokens), pages, token
+    lengths = [(rows + before) * ROW for rows, before in requests]
+    starts = [0, *accumulate(rows * ROW for rows, _ in requests)]
+    pieces = pieces_of_step(starts, lengths, [True] * len(requests))
+    most = ceil_div(max(lengths), page)
+    table = torch.arange(most * len(requests), device=device).view(len(requests), most)
+    return SparseStep.of(pieces, table, page), table.numel(), starts[-1]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 FOLDER = "RR_FLEX_COUNTERS"
 WAYS = ("sparse", "decode", "cut", "short", "mask")
@@ -77,14 +76,11 @@ class Counters:
         self.interval = interval  # seconds between lines
         self.told = time.monotonic()
         self.before = self.held.copy()
-        # On the device until a line is due: nothing waits for them.
+        # Kept and visible, on the device until a line is due: nothing waits for them.
         self.blocks = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, name: str, amount: float) -> None:
         self.held[FIELDS.index(name)] += amount
-
-    def add_blocks(self, kept: Tensor, visible: Tensor) -> None:
-        self.blocks += torch.stack([kept, visible])
 
     def line_if_due(self) -> str | None:
         """What happened since the last line, if the interval is over and anything was sparse."""

@@ -7,7 +7,6 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from rr_flex.serving.pages import Pool
 from rr_flex.serving.settings import settings_of_environment
 from rr_flex.serving.step import Layer, attend_sparse
 from rr_flex.serving.step_rows import ROW
@@ -16,7 +15,7 @@ from rr_flex.serving.vllm.support import check_configuration, why_dense
 
 
 class SparseImpl:
-    """Goes before an attention of vLLM's. Its `layer_settings` are what it asks for; None: it is the parent."""
+    """Goes before an attention of vLLM's, whose pages `pools` reads. `layer_settings` None: it is the parent."""
 
     side: PooledKeys | None = None
     layer_settings: Layer | None = None
@@ -36,13 +35,10 @@ class SparseImpl:
         if rules.pool != "queries":
             self.side = PooledKeys(self.num_kv_heads, self.head_size, rules.strides[1], rules.order)
 
-    def pools(self, kv_cache: Tensor) -> tuple[Pool, Pool]:
-        raise NotImplementedError
-
-    def rewrite_pooled(self, slots: Tensor | None, kv_cache: Tensor | None = None) -> None:
-        if slots is not None and self.side is not None and self.side.pooled is not None:
-            cache = self.attention_layer.kv_cache if kv_cache is None else kv_cache
-            self.side.pooled.rewrite(self.pools(cache)[0], slots)
+    def rewrite_pooled(self, slots: Tensor) -> None:
+        """Pools anew what was written at these slots, which need not be of this step."""
+        keys, _ = self.pools(self.attention_layer.kv_cache)
+        self.side.pooled.rewrite(keys, slots)
 
     def forward(
         self,
@@ -68,15 +64,14 @@ class SparseImpl:
             )
             output[tokens] = part
         began = time.perf_counter()
+        if plan.slots is not None:
+            self.rewrite_pooled(plan.slots)
         keys, values = self.pools(kv_cache)
-        pooled = None
-        if self.side is not None:
-            self.rewrite_pooled(plan.slots, kv_cache)
-            pooled = self.side.pooled
-        out, counted = attend_sparse(plan.step, self.layer_settings, query, keys, values, pooled)
+        pooled = self.side and self.side.pooled
+        out, blocks = attend_sparse(plan.step, self.layer_settings, query, keys, values, pooled)
         output[plan.step.tokens] = out.reshape(len(out), *output.shape[1:])
         if self.counters is not None:
-            self.counters.add_blocks(counted.kept, counted.visible)
+            self.counters.blocks += blocks
             if query.device.type == "cpu":
                 self.counters.add("seconds", time.perf_counter() - began)
         return output

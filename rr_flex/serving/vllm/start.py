@@ -1,5 +1,6 @@
 """What happens once at start: each layer gets its settings, the counters are opened, and the graphs are compiled."""
 
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,11 @@ def start(builder: Any, layer_names: list[str], vllm_config: Any) -> Started:
     page = builder.kv_cache_spec.block_size
     settings = settings_of_environment(vllm_config.model_config.hf_text_config)
     started = Started(page=page, lengths_are_exact=vllm_config.speculative_config is None)
+    first_rank = get_tensor_model_parallel_rank() == 0
+
+    def tell(line: str) -> None:
+        logger.log(logging.INFO if first_rank else logging.DEBUG, "rr_flex: %s", line)
+
     dense: dict[str, int] = {}
     for name in layer_names:
         layer = vllm_config.compilation_config.static_forward_context[name]
@@ -50,7 +56,7 @@ def start(builder: Any, layer_names: list[str], vllm_config: Any) -> Started:
         layer.impl.attention_layer = layer
         started.layers.append(layer.impl)
     if not started.layers:
-        logger.info("rr_flex: %s", _line(settings, started, dense))
+        tell(_line(settings, started, dense))
         return started
     check_page(page)
     if hasattr(builder, "isa"):
@@ -63,13 +69,13 @@ def start(builder: Any, layer_names: list[str], vllm_config: Any) -> Started:
         started.pooled_stride = first.side.stride
     sample = torch.empty(1, 1, 1, first.head_size, dtype=vllm_config.model_config.dtype, device=builder.device)
     started.min_length = shortest_prompt(first, sample, settings)
-    if get_tensor_model_parallel_rank() == 0:
+    if first_rank:
         started.counts = not _counters
         started.counters = _counters_of_process(builder.device)
     for impl in started.layers:
         impl.counters = started.counters
-    logger.info("rr_flex: %s", _line(settings, started, dense))
-    compile_graphs(first, sample, page, lambda line: logger.info("rr_flex: %s", line))
+    tell(_line(settings, started, dense))
+    compile_graphs(first, sample, page, tell)
     return started
 
 
