@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 from demo_document import demo_document, layer_maps
 
 from rr_flex.cli import main
-from rr_flex.view.cells import cell_size, kept_of_cells, row_share, shares_of_cells
+from rr_flex.mass import row_share
+from rr_flex.view.cells import cell_size, kept_of_cells, shares_of_cells
 from rr_flex.view.page import make_page, read_runs
 from rr_flex.view.page.chart import number_text
 
