@@ -1,4 +1,4 @@
-"""One self-contained HTML page from the JSON of demo, evaluate, tasks or benchmarks: tables, charts, block maps."""
+"""One self-contained HTML page from the JSON of demo, evaluate, tasks or benchmarks: tables, block maps."""
 
 from rr_flex.view.page.build import make_page
 from rr_flex.view.page.runs import read_runs

@@ -1,8 +1,6 @@
-"""Runs to one HTML page that needs nothing beside itself: style, script, pictures and data are inside it."""
+"""Runs to one HTML page that needs nothing beside itself: style, script and data are inside it."""
 
-import base64
 import importlib.metadata
-import io
 import json
 from importlib import resources
 from typing import Any
@@ -10,13 +8,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from rr_flex.view.page.runs import Chart, Run, Scalar, is_number
+from rr_flex.view.page.runs import Run, Scalar, is_number
 
 
 def make_page(runs: list[Run], *, title: str | None = None) -> str:
-    """Tables and curves are plain HTML and pictures; the script only sorts tables and draws the maps."""
+    """Tables are plain HTML; the script only sorts tables and draws the maps."""
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"shown": shown, "number": lambda value: repr(value) if is_number(value) else None, "drawn": drawn}
+    page.filters |= {"shown": shown, "number": lambda value: repr(value) if is_number(value) else None}
     page.globals["asset"] = lambda name: Markup(asset(name))
     return page.from_string(asset("page.html")).render(
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
@@ -41,16 +39,6 @@ def installed_version() -> str | None:
 def embedded(data: Any) -> str:
     """JSON that cannot end the script element that holds it."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def drawn(chart: Chart) -> str:
-    """The curves as the address of an SVG picture. Needs matplotlib."""
-    from rr_flex.view.plots import density_figure
-
-    stream = io.BytesIO()
-    figure = density_figure(chart.lines, measure=chart.measure, title=chart.caption)
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def shown(value: Scalar) -> str:

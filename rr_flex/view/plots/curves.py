@@ -9,9 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from rr_flex.view.plots.style import DASHES, LINES, MARKERS
 
 
-def density_figure(
-    curves: Mapping[str, Sequence[tuple[float, float]]], *, measure: str, title: str = "", log: bool = False
-) -> Figure:
+def density_figure(curves: Mapping[str, Sequence[tuple[float, float]]], *, measure: str, log: bool = False) -> Figure:
     """`measure` against density: by label, points (density, value).
 
     `measure` is the axis's label, as in "mass recalled" or "output error".
@@ -23,7 +21,7 @@ def density_figure(
         names = zip(("color", "marker", "linestyle"), (LINES, MARKERS, DASHES), strict=True)
         look = {name: choices[number % len(choices)] for name, choices in names}
         axis.plot(*zip(*sorted(points), strict=True), label=label, markersize=5, **look)
-    axis.set(xlabel="density (kept share of the visible blocks)", ylabel=measure, title=title)
+    axis.set(xlabel="density (kept share of the visible blocks)", ylabel=measure)
     if log:
         axis.set_yscale("log")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
