@@ -9,6 +9,8 @@ from mask_mods.spans import SpanMask
 class Bidirectional(SpanMask):
     """See `bidirectional`."""
 
+    growing = True
+
     def __init__(self):
         pass
 

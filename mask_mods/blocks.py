@@ -79,9 +79,10 @@ def block_visibility(
 ) -> tuple[Bool[Tensor, "b h nQ nK"], Bool[Tensor, "b h nQ nK"]]:
     """Are (any, all) of a block's pairs inside Lq × Lk visible? b is B, or 1 where the mask ignores it; h likewise.
 
-    `block_size` is (query, key). A SpanMask costs O(Lq + nQ·nK) time and memory. A plain function is evaluated on all
-    Lq·Lk pairs, in strips that bound the memory (compiled, the pairs are fused away); it must be elementwise in
-    broadcast indices: `t[b, q_idx]`, not `t[b][q_idx]`. No host sync; traces under `fullgraph=True`.
+    `block_size` is (query, key). A SpanMask costs O(Lq + nQ·nK) time and memory, a growing one no kernel of its own. A
+    plain function is evaluated on all Lq·Lk pairs, in strips that bound the memory (compiled, the pairs are fused
+    away); it must be elementwise in broadcast indices: `t[b, q_idx]`, not `t[b][q_idx]`. No host sync; traces under
+    `fullgraph=True`.
     """
     q_block, k_block = block_size
     for name, value in (("B", B), ("H", H), ("Lq", Lq), ("Lk", Lk), ("block_size", q_block), ("block_size", k_block)):
@@ -89,6 +90,8 @@ def block_visibility(
     nQ = -(-Lq // q_block)
     b = torch.arange(B, device=device)
     h = torch.arange(H, device=device)
+    if isinstance(mask_mod, SpanMask) and mask_mod.growing:
+        return _blocks_of_row_ends(mask_mod, b.view(B, 1, 1, 1), h.view(1, H, 1, 1), (Lq, Lk), block_size)
     # A ragged last block repeats the last query (below, the last key): a real pair twice changes neither answer.
     # Buffered: inductor (2.13) fails to simplify quotients of bounds that are nothing but arithmetic of an arange.
     q_idx = buffered(torch.arange(nQ * q_block, device=device).clamp(max=Lq - 1))
@@ -96,6 +99,20 @@ def block_visibility(
         spans = mask_mod.spans(b.view(B, 1, 1), h.view(1, H, 1), q_idx.view(1, 1, -1))
         return _blocks_of_spans(spans, q_idx, Lk, block_size)
     return _blocks_of_pairs(mask_mod, b.view(B, 1, 1, 1), h.view(1, H, 1, 1), q_idx, Lk, block_size)
+
+
+def _blocks_of_row_ends(mask_mod: SpanMask, b: Tensor, h: Tensor, lengths: tuple[int, int], block: tuple[int, int]):
+    """Both answers for a growing mask: any by the row's last query, all by its first."""
+    (Lq, Lk), (q_block, k_block) = lengths, block
+    nQ, nK = -(-Lq // q_block), -(-Lk // k_block)
+    row = torch.arange(nQ, device=b.device)[:, None]
+    k_first = torch.arange(nK, device=b.device) * k_block
+    k_last = (k_first + k_block).clamp(max=Lk) - 1
+    ((first, last),) = mask_mod.spans(b, h, ((row + 1) * q_block).clamp(max=Lq) - 1)
+    visible = larger(first, k_first) <= smaller(last, k_last)
+    ((first, last),) = mask_mod.spans(b, h, row * q_block)
+    whole = (first <= k_first) & (k_last <= last)
+    return tuple(x.expand(torch.broadcast_shapes(x.shape, (1, 1, nQ, nK))) for x in (visible, whole))
 
 
 def _blocks_of_spans(spans, q_idx: Int[Tensor, " queries"], Lk: int, block_size: tuple[int, int]):

@@ -10,6 +10,8 @@ from mask_mods.spans import Index, called
 class Causal(PositionMask):
     """See `causal`."""
 
+    growing = True
+
     def spans(self, b, h, q_idx):
         return ((0, self.position(b, q_idx)),)
 

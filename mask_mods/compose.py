@@ -79,6 +79,10 @@ class AllSpans(AllOf, SpanMask):
 
     __call__ = SpanMask.__call__
 
+    @property
+    def growing(self) -> bool:
+        return all(mask.growing for mask in self.masks)
+
     def spans(self, b, h, q_idx):
         choices = list(product(*[mask.spans(b, h, q_idx) for mask in self.masks]))
         return tuple(

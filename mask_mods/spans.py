@@ -28,6 +28,9 @@ class SpanMask:
     """
 
     keys: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # of b, h, kv_idx; None: no key is hidden from all
+    # Whether there is one span, whose first key is the same for all queries and whose last never moves back from a
+    # query to the next: then the ends of a block row say what the row sees.
+    growing: bool = False
 
     def __init__(
         self,

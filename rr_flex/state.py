@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -39,7 +40,8 @@ class PrefillState:
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
-        self._pooled: Float[Tensor, "B Hkv capacity E"] | None = None
+        # Strides first: those so far then have the same steps whatever the capacity, and no graph needs a copy of them.
+        self._pooled: Float[Tensor, "capacity B Hkv E"] | None = None
         self._whole = 0  # strides that are pooled for good
 
     @property
@@ -65,8 +67,8 @@ class PrefillState:
         if self._layout is not None:
             if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < self._layout.batch)).all()):
                 raise ValueError(f"rows must be from 0 to {self._layout.batch - 1}, got {rows.tolist()}")
-            self._pooled = self._pooled.index_select(0, rows.to(self._pooled.device))
-            self._layout = replace(self._layout, batch=self._pooled.shape[0])
+            self._pooled = self._pooled.index_select(1, rows.to(self._pooled.device))
+            self._layout = replace(self._layout, batch=self._pooled.shape[1])
 
     def copy(self) -> "PrefillState":
         """A state of its own with the same keys: prompts that go on from a common prefix."""
@@ -93,19 +95,19 @@ class PrefillState:
         new = _pool(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
         strides = ceil_div(Lk, stride)
         self._make_room(strides)
-        self._pooled[:, :, self._whole : strides] = new
+        self._pooled[self._whole : strides] = rearrange(new, "b h n e -> n b h e")
         self._whole = Lk // stride
-        return replace(request, pooled_keys=self._pooled[:, :, :strides].contiguous())
+        return replace(request, pooled_keys=rearrange(self._pooled[:strides], "n b h e -> b h n e"))
 
     def _make_room(self, strides: int) -> None:
         """Room for so many strides, doubled as it runs out."""
         about = self._layout
-        capacity = 0 if self._pooled is None else self._pooled.shape[2]
+        capacity = 0 if self._pooled is None else self._pooled.shape[0]
         if strides > capacity:
-            size = (about.batch, about.key_heads, 1 << (strides - 1).bit_length(), about.features)
+            size = (1 << (strides - 1).bit_length(), about.batch, about.key_heads, about.features)
             grown = torch.zeros(size, dtype=about.dtype, device=about.device)
             if capacity:
-                grown[:, :, :capacity] = self._pooled
+                grown[:capacity] = self._pooled
             self._pooled = grown
 
 

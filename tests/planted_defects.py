@@ -112,6 +112,10 @@ DEFECTS = [
     Defect("rr_flex/runtime/flex_names.py", "[*names, *(symbol", "[*names, *(() and symbol", SEQUENCES),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
+    Defect("mask_mods/blocks.py", "((row + 1) * q_block).clamp(max=Lq) - 1)", "row * q_block)", BLOCKS),
+    Defect("mask_mods/blocks.py", "(k_last <= last)", "(k_first <= last)", BLOCKS),
+    Defect("mask_mods/compose.py", "all(mask.growing for", "any(mask.growing for", COMPOSED),
+    Defect("rr_flex/kernels/last_rows.py", "and Lk >= SHORT_CHUNK_KEYS", "", "test_last_rows.py::test_a_short_chunk"),
     Defect("mask_mods/blocks.py", "other_first <= last + 1,", "other_first <= last,", COMPOSED),
     Defect(
         "mask_mods/blocks.py",
@@ -257,6 +261,8 @@ DEFECTS = [
         "test_selection_symmetries.py::test_a_shard_of_heads_selects_its_slice",
     ),
     Defect("rr_flex/kernels/options.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
+    Defect("rr_flex/runtime/compiling.py", '("ESTIMATORS", "BUDGETS")', "()", "test_kernel.py::test_what_a_user_may"),
+    Defect("rr_flex/runtime/compiling.py", "|torch)", "|torch|users_masks)", "test_kernel.py::test_what_a_user_may"),
     Defect(
         "rr_flex/runtime/compiling.py",
         ", fullgraph=True, dynamic",

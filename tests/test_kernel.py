@@ -1,8 +1,12 @@
 """Kernel options fit the mask's blocks, and a compiled call never falls back to eager, which would be dense."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
+from rr_flex import registry
 from rr_flex.kernels import options as options_module
 from rr_flex.kernels.options import TUNED, attention_options, estimate_options, read_cards
 from rr_flex.runtime import private
@@ -90,3 +94,35 @@ def test_the_compiler_s_settings_are_as_they_were_after_a_call(fails):
         assert fails
     assert (config.recompile_limit, config.specialize_int) == before
     assert during == ([] if fails else [(RECOMPILE_LIMIT, True)])
+
+
+USERS_MODULE = """
+WIDTH = 3
+
+def near(q_idx, kv_idx):
+    return q_idx - kv_idx < WIDTH
+
+def mask(q_idx, kv_idx):
+    return near(q_idx, kv_idx)
+"""
+
+
+def test_what_a_user_may_replace_is_compiled_anew(monkeypatch):
+    users = ModuleType("users_masks")
+    exec(USERS_MODULE, users.__dict__)
+    monkeypatch.setitem(sys.modules, "users_masks", users)
+    monkeypatch.setitem(registry.ESTIMATORS, "users", registry.Estimator(lambda x: 2 * x, ()))
+    index = torch.arange(6)
+
+    def function(mask, index):
+        return mask(index, 0), registry.ESTIMATORS["users"].estimate(index)
+
+    call = compile_whole(function)
+    shown, scaled = call(users.mask, index)
+    assert shown.sum() == 3 and scaled[1] == 2
+    users.WIDTH = 4
+    assert call(users.mask, index)[0].sum() == 4
+    users.near = lambda q_idx, kv_idx: q_idx < 1
+    assert call(users.mask, index)[0].sum() == 1
+    registry.estimator("users", reads=())(lambda x: 5 * x)
+    assert call(users.mask, index)[1][1] == 5

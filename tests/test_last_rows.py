@@ -68,9 +68,11 @@ def attend_by_lists(q, k, v, block_mask, settings, return_lse):
     seed=seeds,
     rows=st.integers(1, 2),
     name=st.sampled_from(["causal", "by head", *MASKS]),
+    whole=st.booleans(),
 )
-@example(shape=Shape(), seed=0, rows=1, name="by head")
-def test_rows_apart_change_nothing(shape, seed, rows, name):
+@example(shape=Shape(), seed=0, rows=1, name="by head", whole=False)
+@example(shape=Shape(Lq=200), seed=0, rows=1, name="by head", whole=True)
+def test_rows_apart_change_nothing(shape, seed, rows, name, whole):
     q, k, v = tensors(shape, seed)
     offset = shape.Lk - shape.Lq
     if name == "by head":
@@ -84,8 +86,10 @@ def test_rows_apart_change_nothing(shape, seed, rows, name):
         patch.setattr(flex, "_attend_compiled", flex._attend)
         patch.setattr(flex, "flex", lambda *of_call, lse: calls.append(1) or attend_by_lists(*of_call, lse))
         patch.setitem(choose.KERNELS, "triton", TRITON_FROM_THE_START)
+        patch.setattr(last_rows, "SHORT_CHUNK_KEYS", 0 if whole else shape.Lk + 1)
         out = rr_attention(q, k, v, **chosen)
-    assert len(calls) == (2 if shape.Lq > 128 * rows else 1)
+    all_rows = -(-shape.Lq // 128)
+    assert len(calls) == (1 if all_rows <= rows or (whole and all_rows in last_rows.SHORT_CHUNK) else 2)
     shown = oracle.pairs(mask or oracle.causal_element(offset), *shape[:2], shape.Lq, shape.Lk)
     kept = select_blocks(q, k, **chosen).kept
     assert_attends(out, q, k, v, shown & oracle.expand(kept, (shape.Lq, shape.Lk), (128, 128)))
@@ -105,6 +109,13 @@ def test_rows_apart_ask_for_no_query_past_the_last(monkeypatch):
 
     monkeypatch.setattr(flex, "flex", ask_for_whole_blocks)
     rr_attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx], causal=True)
+
+
+def test_a_short_chunk_is_all_in_pieces():
+    q = torch.empty(2, 32, 1, 64, device="meta")
+    assert [rows for rows in range(20) if last_rows.all_rows_apart(q, rows, 16384)] == [1, 2, 4, 8]
+    assert not last_rows.all_rows_apart(q, 4, 16383)
+    assert not last_rows.all_rows_apart(torch.empty(3, 32, 1, 64, device="meta"), 8, 16384)  # rows enough for a card
 
 
 def test_rows_are_apart_where_it_pays():

@@ -6,9 +6,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from rr_flex.geometry import ceil_div
 from rr_flex.kernels import flash, flex
 from rr_flex.kernels.flex import Attended
-from rr_flex.kernels.last_rows import rows_apart
+from rr_flex.kernels.last_rows import all_rows_apart, rows_apart
 from rr_flex.request import Request
 
 Backend = Literal["auto", "triton", "flash"]
@@ -68,4 +69,7 @@ def rows_taken_apart(name: str, q: Tensor, k: Tensor, request: Request) -> int:
     own_mask = request.own_mask is not None and not kernel.own_masks
     if request.dense or request.backward or own_mask or kernel.least_keys_apart is None:
         return 0
+    rows = ceil_div(q.shape[2], request.config.block_sizes[0])
+    if all_rows_apart(q, rows, k.shape[2]):
+        return rows
     return rows_apart(q.shape[2], k.shape[2], request.config, kernel.least_keys_apart)

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from mask_mods import causal
 from mask_mods.spans import MaskMod
 from rr_flex.block_mask import Lists, list_partial_and_full
-from rr_flex.kernels.flex import Attended, flex, with_last_rows
+from rr_flex.kernels.flex import Attended, flex, of_all_rows, with_last_rows
 from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_queries, take_apart
 from rr_flex.kernels.options import attention_options
 from rr_flex.pipeline import select
@@ -76,40 +76,52 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     In one its kernel would read what its mask captures after the graph has freed it, if anything else in the graph uses
     that too (torch 2.11: its reads are unknown to the scheduler).
     """
-    lists, lists_of_pieces, density = _lists_compiled(q, k, request)
-    q_block, rows = request.config.block_sizes[0], request.rows_apart
+    whole, pieces, density = _chosen_compiled(q, k, request)
     options = attention_options(q, request.config.block_sizes, "flash")
     settings = {"scale": request.scale, "kernel_options": options}
     in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
-
-    def mask_from(start: int) -> MaskMod:
-        return request.mask_at(offset_per_batch(request.q_offset + start, q.shape[0]))
-
+    want_lse = "lse" in request.returns
     # FLASH can't capture an int that may change; a plain causal mask has none.
     lengths = "any" if request.own_mask is None and request.causal else "one"
-    if not rows:
-        want_lse = "lse" in request.returns
-        out, lse = FLEX[lengths](q, k, v, lists, mask_from(0), settings, want_lse)
+    if pieces is None:
+        lists, offset = whole
+        out, lse = FLEX[lengths](q, k, v, lists, request.mask_at(offset), settings, want_lse)
         return Attended(out, lse * in_nats if want_lse else None, density)
-    first = first_query(q.shape[2], rows, q_block)
-    # Made here: in the graph a single batch would have a stride of 0, and of the output's that FLASH made from it one
-    # that it refuses.
-    pieces = piece_queries(q, rows, q_block), lists_of_pieces, mask_from(first)
-    out, lse, last_rows = FLEX_APART[lengths]((q, lists, mask_from(0)), pieces, k, v, settings, in_nats)
+    queries, lists_of_pieces, offset_of_pieces = pieces
+    of_pieces = (queries, lists_of_pieces, request.mask_at(offset_of_pieces))
+    if whole is None:
+        out, lse = of_all_rows(FLEX_PIECES[lengths](of_pieces, k, v, settings, in_nats), q)
+        return Attended(out, lse if want_lse else None, density)
+    lists, offset = whole
+    of_rows = (q, lists, request.mask_at(offset))
+    out, lse, last_rows = FLEX_APART[lengths](of_rows, of_pieces, k, v, settings, in_nats)
     return with_last_rows(Attended(out, lse, density), last_rows, request)
 
 
-def _lists(q: Tensor, k: Tensor, request: Request) -> tuple[Lists, Lists | None, Tensor | None]:
-    """The lists of all block rows, or of all but the last and of these in pieces; the density if it is wanted."""
+def _chosen(q: Tensor, k: Tensor, request: Request) -> tuple[tuple | None, tuple | None, Tensor | None]:
+    """(lists, offset) of the block rows that attend as they are; (queries, lists, offset) of those in pieces; the
+    density if it is wanted. None where there are no such rows.
+
+    Results of a graph, so that the attention's own is given tensors whose strides are settled: of a single batch made
+    in it the stride would be 0, and FLASH refuses what it makes of that.
+    """
     chosen = select(q, k, request)
     density = chosen.density_per_head if "density" in request.returns else None
-    if not request.rows_apart:
-        return list_partial_and_full(chosen.kept, chosen.whole), None, density
-    B, H, nQ, nK = chosen.kept.shape
-    kept, pieces = take_apart(chosen.kept, request.rows_apart)
-    last = chosen.whole.expand(B, H, nQ, nK)[:, :, nQ - request.rows_apart :]
-    of_pieces = list_partial_and_full(pieces, last.repeat_interleave(pieces.shape[1] // H, 1))
-    return list_partial_and_full(kept, chosen.whole), of_pieces, density
+    rows, B = request.rows_apart, q.shape[0]
+    offset = offset_per_batch(request.q_offset, B)
+    if not rows:
+        return (list_partial_and_full(chosen.kept, chosen.whole), offset), None, density
+    _, H, nQ, nK = chosen.kept.shape
+    q_block = request.config.block_sizes[0]
+    kept, pieces = take_apart(chosen.kept, rows)
+    last = chosen.whole.expand(B, H, nQ, nK)[:, :, nQ - rows :]
+    of_pieces = (
+        piece_queries(q, rows, q_block),
+        list_partial_and_full(pieces, last.repeat_interleave(pieces.shape[1] // H, 1)),
+        offset_per_batch(request.q_offset + first_query(q.shape[2], rows, q_block), B),
+    )
+    whole = None if rows == nQ else (list_partial_and_full(kept, chosen.whole), offset)
+    return whole, of_pieces, density
 
 
 def block_mask_of(lists: Lists, mask_mod: MaskMod, Lq: int, Lk: int) -> BlockMask:
@@ -125,21 +137,30 @@ def _flex(q, k, v, lists, mask_mod, settings, lse):
 
 def _flex_apart(whole, pieces, k, v, settings, in_nats):
     """out, lse, and (out, lse) of the last block rows; `whole` and `pieces` are (queries, lists, mask)."""
-    (out, lse), (of_pieces, lse_of_pieces) = (
-        _flex(q, k, v, lists, mask_mod, settings, True) for q, lists, mask_mod in (whole, pieces)
-    )
-    return out, lse * in_nats, merge_pieces(of_pieces, lse_of_pieces * in_nats)
+    q, lists, mask_mod = whole
+    out, lse = _flex(q, k, v, lists, mask_mod, settings, True)
+    return out, lse * in_nats, _flex_pieces(pieces, k, v, settings, in_nats)
 
 
-_lists_compiled = compile_whole(_lists)
-FLEX = {
-    "any": compile_whole(_flex, dynamic=True, specialize_int=False),
-    "one": compile_whole(_flex, dynamic=False),
-}
-FLEX_APART = {
-    "any": compile_whole(_flex_apart, dynamic=True, specialize_int=False),
-    "one": compile_whole(_flex_apart, dynamic=False),
-}
+def _flex_pieces(pieces, k, v, settings, in_nats):
+    """(out, lse) of block rows in pieces, merged."""
+    queries, lists, mask_mod = pieces
+    out, lse = _flex(queries, k, v, lists, mask_mod, settings, True)
+    return merge_pieces(out, lse * in_nats)
+
+
+_chosen_compiled = compile_whole(_chosen)
+
+
+def _for_lengths(function):
+    """For any lengths, and for the lengths of one call."""
+    return {
+        "any": compile_whole(function, dynamic=True, specialize_int=False),
+        "one": compile_whole(function, dynamic=False),
+    }
+
+
+FLEX, FLEX_APART, FLEX_PIECES = _for_lengths(_flex), _for_lengths(_flex_apart), _for_lengths(_flex_pieces)
 
 
 def offset_per_batch(offset: Tensor, B: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from rr_flex.block_mask import build_block_mask
 from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_mask, piece_queries, take_apart, write_last_rows
-from rr_flex.kernels.options import attention_options
+from rr_flex.kernels.options import attention_options, for_lengths
 from rr_flex.kernels.score_mods import score_mod_of, with_sink_block
 from rr_flex.pipeline import select
 from rr_flex.request import Request
@@ -53,14 +53,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Attended
                 kept, pieces = take_apart(chosen.kept, request.rows_apart)
             backward = request.backward
             block_mask = build_block_mask(kept, chosen.whole, chosen.mask_mod, **sizes, for_backward=backward)
-    options = attention_options(q, request.config.block_sizes)
+    options = for_lengths(attention_options(q, request.config.block_sizes), q.shape[2], k.shape[2])
     score_mod = score_mod_of(request.softcap, sinks)
     settings = {"scale": request.scale, "kernel_options": options, "score_mod": score_mod}
-    out, lse = flex(q, k, v, block_mask, settings, lse=request.rows_apart > 0 or "lse" in request.returns)
-    if pieces is None:
-        return Attended(out, lse, density), None
-    queries, mask = of_pieces(q, chosen, pieces, request)
-    return Attended(out, lse, density), merge_pieces(*flex(queries, k, v, mask, settings, lse=True))
+    last_rows = None
+    if pieces is not None:
+        queries, mask = of_pieces(q, chosen, pieces, request)
+        last_rows = merge_pieces(*flex(queries, k, v, mask, settings, lse=True))
+        if request.rows_apart == chosen.kept.shape[2]:
+            return Attended(*of_all_rows(last_rows, q), density), None
+    out, lse = flex(q, k, v, block_mask, settings, lse=pieces is not None or "lse" in request.returns)
+    return Attended(out, lse, density), last_rows
 
 
 def flex(
@@ -71,6 +74,12 @@ def flex(
         q, k, v, block_mask=block_mask, enable_gqa=True, return_aux=AuxRequest(lse=True) if lse else None, **settings
     )
     return (out[0], out[1].lse) if lse else (out, None)
+
+
+def of_all_rows(merged: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of q's queries, where all block rows were in pieces: without the rest of the last row."""
+    out, lse = merged
+    return out[:, :, : q.shape[2]], lse[:, :, : q.shape[2]]
 
 
 def of_pieces(q: Tensor, chosen: Selection, pieces: Tensor, request: Request) -> tuple[Tensor, BlockMask]:

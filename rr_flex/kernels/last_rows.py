@@ -1,4 +1,5 @@
-"""The last block rows by themselves: each one's blocks are cut into pieces that attend side by side and are merged.
+"""The last block rows by themselves, or all of a short chunk: each one's blocks are cut into pieces that attend side
+by side and are merged.
 
 The kernel takes block rows in their order. A dense last row is the longest of all and starts when the others end: at
 131,072 tokens attention takes 1.0 to 1.8 of 58 to 94 ms less without it with FlashAttention, 2.9 to 3.4 of 78 to 123 ms
@@ -15,6 +16,9 @@ from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 
 MOST_ROWS = 8  # apart: more fill the card by themselves, and each takes PIECES times its queries
+SHORT_CHUNK = (1, 2, 4, 8)  # block rows of a chunk that may attend in pieces as a whole
+MOST_SHORT_ROWS = 512  # of all its heads: more fill the card
+SHORT_CHUNK_KEYS = 16384  # from which on a row is long enough to be cut
 PIECES = 8  # of each row; at 131,072 tokens 4, 8 and 16 took 0.40, 0.41 and 0.61 ms
 
 
@@ -23,6 +27,13 @@ def rows_apart(Lq: int, Lk: int, config: RRConfig, least_keys: int) -> int:
     rows = config.dense_last_rows
     few = rows >= ceil_div(Lq, config.block_sizes[0]) or Lk < least_keys
     return 0 if few or rows > MOST_ROWS else rows
+
+
+def all_rows_apart(q: Tensor, block_rows: int, Lk: int) -> bool:
+    """Whether a short chunk attends in pieces as a whole: its few rows leave most of the card idle, and the longest
+    decides. Not for every number of rows, since each is a graph of its own."""
+    few = q.shape[0] * q.shape[1] * block_rows <= MOST_SHORT_ROWS
+    return block_rows in SHORT_CHUNK and few and Lk >= SHORT_CHUNK_KEYS
 
 
 def take_apart(

@@ -27,6 +27,7 @@ def read_cards(path: str | Path) -> None:
         TUNED.setdefault(card, {}).setdefault(D, {}).update(by_dtype)
 
 
+LARGEST_TILE = 128  # tokens
 COLUMNS = 128  # key blocks that the estimate as attention takes at once, where the table says nothing
 
 
@@ -48,6 +49,13 @@ def attention_options(q: Tensor, block_size: tuple[int, int], backend: str = "tr
         if size == 64:
             options |= dict.fromkeys(names, 64)
     return options
+
+
+def for_lengths(options: dict[str, Any], Lq: int, Lk: int) -> dict[str, Any]:
+    """The options of Triton's kernel, which is told where there are no bounds to check: it can't see that of a length
+    that is a symbol, and checking every block takes 8 % of its time."""
+    whole = options and Lq % LARGEST_TILE == 0 and Lk % LARGEST_TILE == 0
+    return options | {"IS_DIVISIBLE": True} if whole else options
 
 
 def estimate_options(sampled: Tensor) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """How this library compiles: one graph or an error, never the silent return to eager, which is slow."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,12 @@ from rr_flex.runtime.private import compiler_settings
 # this it looks at the pointers when it runs, and copies what is not aligned.
 OPTIONS = {"assume_aligned_inputs": True}
 
+# Where a guard's name begins: in a package whose code does not change while a program runs (a name without one is of
+# the compiled function's own module), or in one of which nothing does.
+SETTLED_CODE = re.compile(r"G\['(__import_(rr_flex|mask_mods|torch)(_dot_\w+)?|(?!__)\w+)'\]")
+SETTLED = re.compile(r"G\['(__import_einops_dot_\w+|__builtins_dict\w*)'\]")
+TABLES = ("ESTIMATORS", "BUDGETS")  # whose entries a user may replace
+
 Function = TypeVar("Function", bound=Callable)
 
 
@@ -26,7 +34,8 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
     symbols, for a function that takes lengths as ints. With `dynamic=True` sizes that are equal in the first call by
     chance (as many blocks as heads) are no rule for later ones.
     """
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, options=OPTIONS)
+    options = OPTIONS | {"guard_filter_fn": looked_at}
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
     settings = compiler_settings(specialize_int, use_duck_shape=not dynamic)
 
     @wraps(function)
@@ -36,6 +45,21 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
             return compiled(*args, **kwargs)
 
     return call
+
+
+def looked_at(guards: Sequence) -> list[bool]:
+    """Which of a graph's guards each call looks at: not the nine tenths by which functions, classes and modules of the
+    library, and of what it stands on, are still those that were compiled. Data is looked at, and so is all that a mask
+    of the user's own reaches."""
+    return [not _is_settled(guard) for guard in guards]
+
+
+def _is_settled(guard) -> bool:
+    if not guard.is_global or any(table in guard.name for table in TABLES):
+        return False
+    code = guard.has_value and isinstance(guard.value, FunctionType | BuiltinFunctionType | ModuleType | type)
+    found = re.search(r"G\['\w+'\]", guard.name)
+    return found is not None and bool(SETTLED.match(found[0]) or (code and SETTLED_CODE.match(found[0])))
 
 
 @contextmanager
