@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.timing import Progress, one_call, synchronize
 from benchmarks.workloads import Inputs, Shape, captured, structured
+from rr_flex.kernels.dense import dense_attention
 
 Row = dict[str, Any]
-HOST_CALLS = 15  # of which the median is taken
+HOST_CALLS, HOST_SECONDS = 15, 0.5  # of which the median is taken, and after which no further one begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +45,24 @@ class Server:
     def about(self) -> Row:
         names = ("heads", "kv_heads", "head_dim", "seed")
         workload = "structured" if self.file is None else Path(self.file).name
+        cuda = self.device.type == "cuda"
         return {name: getattr(self, name) for name in names} | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "workload": workload,
+            "capability": "{}.{}".format(*torch.cuda.get_device_capability(self.device)) if cuda else None,
         }
 
 
 def median_host_ms(call: Callable[[int], object], device: torch.device) -> float:
     """Milliseconds until a warm call returns, begun on an idle device; on the CPU it returns when it is done."""
-    times = []
-    for _ in range(HOST_CALLS):
+    times, begin = [], time.perf_counter()
+    while len(times) < HOST_CALLS and time.perf_counter() - begin < HOST_SECONDS:
         synchronize(device)
         start = time.perf_counter()
         call(0)
         times.append(1000 * (time.perf_counter() - start))
     synchronize(device)
-    return sorted(times)[HOST_CALLS // 2]
+    return sorted(times)[len(times) // 2]
 
 
 def dense_kernel(device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -79,11 +80,7 @@ def dense_kernel(device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, T
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    if q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    mask = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return dense_attention(q, k, v, causal=True, scale=None)
 
 
 def warm_up(call: Callable[[int], object], device: torch.device, times: int = 3) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import work_suite
 from benchmarks.tables import markdown_table, number, replace_between
 
 Row = dict[str, Any]
@@ -37,12 +38,12 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "dense, ms": lambda row: f"{number(row['dense_ms'], '.3f')} ({row['dense']})",
         "faster by": lambda row: f"{row['dense_ms'] / row['sparse_ms']:.2f}×",
         "host, ms": lambda row: number(row["host_ms"]),
-        "chosen": lambda row: row["chosen"] or "–",
+        "taken": lambda row: work_suite.taken(row) or "–",
     },
     "packed": {
         "prompts": lambda row: f"{row['prompts']} ({row['tokens']:,} tokens)",
         "kernel": way,
-        "density": lambda row: number(row["density"], ".3f"),
+        "sparse, at density": lambda row: f"{row['sparse_prompts']}, {row['wanted_density']:.2f}",
         "ms": lambda row: number(row["ms"]),
         "dense, ms": lambda row: f"{number(row['dense_ms'])} ({row['dense']})",
         "faster by": lambda row: f"{row['dense_ms'] / row['ms']:.2f}×",

@@ -1,9 +1,8 @@
-"""Kernel options by trial, and the length from which sparse attention pays: the library's tuned.json."""
+"""Kernel options by trial, and the costs by which a call is dense or sparse: the library's tuned.json."""
 
 import argparse
 import itertools
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,20 +12,19 @@ from typing import Any
 import torch
 
 from benchmarks import dense_kernels as dense
-from benchmarks import stages
+from benchmarks import stages, work_suite
 from benchmarks.bench import Bench
-from benchmarks.cases import COARSE_QUERIES, PUBLISHED, Case
+from benchmarks.cases import COARSE_QUERIES, Case
 from benchmarks.environment import describe
+from benchmarks.server import Server
 from benchmarks.timing import OutOfTime, Progress
-from rr_flex import rr_attention
+from rr_flex.kernels.flash import flash_is_installed
 from rr_flex.kernels.options import TUNED
 from rr_flex.request import level_per_head
 
 PARTS = ("attention", "estimate", "break-even")
-LENGTHS = (32768, 16384, 8192, 4096, 2048)  # for the break-even, longest first
-DENSE = ("fa4", "cudnn", "fa2")  # that the break-even is against
+CELLS = 131072  # keys of the largest cell that the costs are sought for
 BEST = 4  # options of the first dtype that the others try
-LESS = 0.8  # of dense attention's time at most, to count as paying: launches take longer on another host
 
 Options = dict[str, Any]
 Log = Callable[[dict[str, Any]], None]
@@ -111,7 +109,11 @@ def tune_case(case: Case, tuning: Tuning, what: list[str], full: bool) -> None:
         for order in (1, 2):
             best(f"estimate, {D * order} features", "estimate", D * order, estimate_call(case, order, tuning))
     if "break-even" in what:
-        tuning.remember(D, case.dtype, "min_length", break_even(case, tuning.bench, tuning.log))
+        bench = tuning.bench
+        bench.progress.step("costs")
+        found = costs(case, bench, tuning.log)
+        if found:
+            tuning.remember(D, case.dtype, "costs", found)
 
 
 def best_options(
@@ -174,21 +176,18 @@ def entry_of(table: dict[str, Any], capability: str, head_dim: int, dtype: str) 
     return table.setdefault(capability, {}).setdefault(str(head_dim), {}).setdefault(dtype, {})
 
 
-def break_even(case: Case, bench: Bench, log: Log) -> int:
-    """The shortest length from which on rr_attention with default settings takes LESS of the fastest dense's time.
-
-    With Triton's kernel, which everyone has.
-    """
-    shortest = 2 * LENGTHS[0]
-    for length in LENGTHS:
-        short = replace(case, length=length, config=PUBLISHED, density=None, dense=DENSE)
-        bench.use(short)
-        bench.progress.step("rr_attention")
-        choice = {"config": replace(short.config, min_length=0), "backend": "triton"}
-        sparse = bench.time(lambda index, choice=choice: rr_attention(*bench.sets[index], **choice))["median"]
-        times = {name: result.get("ms", math.inf) for name, result in bench.dense.items()}
-        log({"tuned": "break-even", "shape": short.name, "ms": sparse, "dense_ms": times, "failed": None})
-        if sparse > LESS * min(times.values()):
-            break
-        shortest = length
-    return shortest
+def costs(case: Case, bench: Bench, log: Log) -> dict[str, dict[str, float]]:
+    """Kernel -> costs that explain the cells of work_suite.py; out of time, those that were measured."""
+    facts = {name: getattr(case, name) for name in ("heads", "kv_heads", "head_dim", "seed")}
+    backends = ("triton", *(("flash",) if flash_is_installed() else ()))
+    dtype = getattr(torch, case.dtype)
+    about = {"device": bench.device, "dtype": dtype, "length": CELLS, "seconds": bench.seconds, "file": None}
+    server = Server(**facts, **about, backends=backends, progress=bench.progress)
+    rows = []
+    try:
+        for row in work_suite.rows(server, argparse.Namespace(batches=None, densities=None)):
+            log({"tuned": "costs", **row})
+            rows.append(row)
+    except OutOfTime as reason:
+        print(f"\nstopped: {reason}", file=sys.stderr)
+    return work_suite.costs_found(rows)

@@ -93,10 +93,11 @@ row_budget_figure(selection.kept[0], visible, Lq=LENGTH, q_block=128, title="lay
 # ## Switch it on
 #
 # `enable` holds until `restore()`, or within a `with` block. The first prefill compiles for some seconds. The report
-# says for every layer how often it was sparse, at which density, and how often dense and why.
+# says for every layer how often it was sparse, at which density, and how often dense and why. `min_length=0` makes it
+# sparse at any length; without it calls for which dense attention is faster stay dense.
 
 # %%
-with enable(model, tau=0.95) as enabled, torch.no_grad():
+with enable(model, tau=0.95, min_length=0) as enabled, torch.no_grad():
     sparse_logits = model(ids, use_cache=False).logits[0]
 print(enabled.report())
 
@@ -121,7 +122,7 @@ def continuation() -> str:
 
 
 dense_text = continuation()
-with enable(model, tau=0.95) as enabled:
+with enable(model, tau=0.95, min_length=0) as enabled:
     sparse_text = continuation()
 print("…", tokenizer.decode(ids[0, -30:]))
 print("\ndense :", dense_text)

@@ -6,11 +6,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rr_flex.attention import rr_attention
     from rr_flex.config import RRConfig
+    from rr_flex.packed import rr_attention_packed
     from rr_flex.pipeline import create_rr_block_mask, select_blocks
     from rr_flex.result import Selection
     from rr_flex.state import PrefillState
 
-__all__ = ["PrefillState", "RRConfig", "Selection", "create_rr_block_mask", "enable", "rr_attention", "select_blocks"]
+__all__ = [
+    "PrefillState",
+    "RRConfig",
+    "Selection",
+    "create_rr_block_mask",
+    "enable",
+    "rr_attention",
+    "rr_attention_packed",
+    "select_blocks",
+]
 
 HOMES = {
     "PrefillState": "state",
@@ -19,6 +29,7 @@ HOMES = {
     "create_rr_block_mask": "pipeline",
     "enable": "models",
     "rr_attention": "attention",
+    "rr_attention_packed": "packed",
     "select_blocks": "pipeline",
 }
 

@@ -1,8 +1,8 @@
 """Queries, keys and values to outputs: how one call is answered, dense or sparse, and by which kernel."""
 
 from collections import Counter
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,12 +20,12 @@ from rr_flex.checks import (
 )
 from rr_flex.config import RRConfig
 from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
+from rr_flex.kernels.break_even import Decision
 from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, rows_taken_apart
-from rr_flex.kernels.dense import SHORTEST_FLASH, dense_attention, dense_kernel_serves
+from rr_flex.kernels.deciding import decide_call, work_of
+from rr_flex.kernels.dense import dense_attention, keys_of_dense_call, which_flash
 from rr_flex.kernels.flex import Attended
-from rr_flex.kernels.options import break_even
 from rr_flex.kernels.score_mods import beside_sinks
-from rr_flex.pipeline import is_short
 from rr_flex.request import Request, in_head_slices, make_request
 from rr_flex.runtime.tracing import traced
 from rr_flex.state import PrefillState, check_state
@@ -57,52 +57,109 @@ def rr_attention(
 ) -> Float[Tensor, "B Hq Lq Dv"] | tuple[Tensor, ...]:
     """Attention over the blocks that `select_blocks` keeps; arguments and errors as there.
 
+    One difference: without a mask of the caller's, block rows lie on absolute positions, also where `q_offset` (an int)
+    is no multiple of the block; those of a BlockMask begin with its first query.
+
     Compiled as one graph (two with FLASH); the first call for a shape takes seconds. A query that sees nothing gives 0.
     The selection is held fixed under differentiation.
     `sinks`: a logit a head that joins each query's softmax and brings no value; the selection does not look at it.
     `return_lse` adds the natural log-sum-exp of each query's kept logits (soft-capped, without the sink), float32
     [B, Hq, Lq]; `return_density` adds the Selection's density (1 where it is dense, 0 for a head that sees nothing; the
     mean of heads), 0-dim, for which nothing waits.
-    Under `config.min_length` keys (None: where the card was measured to gain nothing) it is dense attention.
+    Under `config.min_length` keys it is dense attention; if that is None, where the card's measured costs say that
+    dense attention is faster (kernels/deciding.py).
     `backend` on CUDA: "triton", "flash" (FlashAttention 4, an extra) or "auto": flash where it is installed, passes a
     self-check, there is no soft cap and the mask is only causal or none; inside a caller's torch.compile always triton.
     NotImplementedError on the CPU for `return_lse` or tensors that require grad; RuntimeError for a "flash" that
     cannot run.
     """
-    check_queries_and_keys(q, k)
-    check_values(q, k, v)
-    check_sinks(q, sinks)
-    check_differentiable(q, k, v, sinks)
-    check_backend(backend, q)
     for name, flag in (("return_lse", return_lse), ("return_density", return_density)):
         check_flag(name, flag)
-    if return_lse and q.device.type == "cpu":
+    returns = (*(("lse",) if return_lse else ()), *(("density",) if return_density else ()))
+    options = {"mask_mod": mask_mod, "causal": causal, "scale": scale, "softcap": softcap}
+    options |= {"q_offset": q_offset, "head_offset": head_offset}
+    asked = Asked(RRConfig.resolve(config, settings), sinks, state, returns, backend)
+    found = answer(q, k, v, asked, **options)
+    results = (found.out, *((found.lse,) if return_lse else ()), *((found.density,) if return_density else ()))
+    return results if len(results) > 1 else found.out
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for beside its tensors and what `make_request` takes."""
+
+    config: RRConfig
+    sinks: Float[Tensor, " Hq"] | None = None
+    state: PrefillState | None = None
+    returns: tuple[str, ...] = ()  # "lse", "density"
+    backend: Backend = "auto"
+
+
+class Answer(NamedTuple):
+    """What `rr_attention` gives, and why it was dense or sparse."""
+
+    out: Float[Tensor, "B Hq Lq Dv"]
+    lse: Float[Tensor, "B Hq Lq"] | None
+    density: Float[Tensor, ""] | None
+    decision: Decision
+
+
+def answer(q: Tensor, k: Tensor, v: Tensor, asked: Asked, **options: Any) -> Answer:
+    """`rr_attention` for those who want to know how it was decided; `options`: those of `make_request`, by name."""
+    check_queries_and_keys(q, k)
+    check_values(q, k, v)
+    check_sinks(q, asked.sinks)
+    check_differentiable(q, k, v, asked.sinks)
+    check_backend(asked.backend, q)
+    check_state(asked.state)
+    if "lse" in asked.returns and q.device.type == "cpu":
         raise NotImplementedError("return_lse must be False on the CPU, whose compiled kernel has none, got True")
     backward = gradient_wanted(q, k, v)
     if not backward:
         q, k, v = q.detach(), k.detach(), v.detach()  # flex looks at requires_grad alone
-    options = {"mask_mod": mask_mod, "causal": causal, "scale": scale, "softcap": softcap}
-    options |= {"q_offset": q_offset, "head_offset": head_offset}
-    request = make_request(q, k, RRConfig.resolve(config, settings), options)
-    returns = (*(("lse",) if return_lse else ()), *(("density",) if return_density else ()))
-    request = replace(request, sinks=sinks, backward=backward, returns=returns)
-    check_state(state)
-    if is_short(k, shortest_sparse(q, request.config, plain_softmax=request.plain_softmax)):
+    request = make_request(q, k, asked.config, options)
+    request = replace(request, sinks=asked.sinks, backward=backward, returns=asked.returns)
+    name = choose_kernel(asked.backend, q, v, request)
+    q_offset = options.get("q_offset")
+    # Of query 0 among the keys, where the host knows it.
+    first = k.shape[2] - q.shape[2] if q_offset is None else None if isinstance(q_offset, Tensor) else q_offset
+    plain = request.own_mask is None and request.plain_softmax and "lse" not in asked.returns
+    keys = keys_of_dense_call(q, k, first, causal=request.causal) if plain else None
+    pooled = 0 if asked.state is None else asked.state.tokens
+    work = work_of(q, k, first, causal=request.causal, pooled=pooled)
+    decision = decide_call(name, q, work, asked.config, fused=keys is not None)
+    if not decision.sparse:
         request = replace(request, estimate="none")
-    elif state is not None:
-        request = state.pool(q, k, request)
-    name = choose_kernel(backend, q, v, request)
-    if request.dense and request.plain_softmax and dense_kernel_serves(q, k, mask_mod, q_offset, return_lse):
-        count("dense")
-        flash = "must" if backend == "flash" else "no"
-        if backend == "auto" and name == "flash" and q.shape[2] >= SHORTEST_FLASH:
-            flash = "if right"
-        out = dense_attention(q, k, v, causal=request.causal, scale=scale, flash=flash)
-        return (out, q.new_ones((), dtype=torch.float32)) if return_density else out
-    count("dense" if request.dense else name)
+        # A chunk's dense kernels are none of a caller's graph.
+        if keys is not None and not (traced() and keys > q.shape[2]):
+            count("dense")
+            flash = which_flash(q, keys, asked.backend, backward=backward)
+            kv = (k[:, :, :keys], v[:, :, :keys])
+            out = dense_attention(q, *kv, causal=request.causal, scale=options.get("scale"), flash=flash)
+            density = q.new_ones((), dtype=torch.float32) if "density" in asked.returns else None
+            return Answer(out, None, density, decision)
+    elif asked.state is not None:
+        request = asked.state.pool(q, k, request)
+    count(name if decision.sparse else "dense")
+    before = 0
+    if decision.sparse and request.own_mask is None and first is not None:
+        before = first % asked.config.block_sizes[0]
+    if before:
+        q, request = from_the_grid(q, before, asked.config.block_sizes[0]), request.placed_at(first - before)
     out, lse, density = attend(name, (q, k, v), request)
-    results = (out, *((lse,) if return_lse else ()), *((density.mean(),) if return_density else ()))
-    return results if len(results) > 1 else out
+    if before:
+        out, lse = out[:, :, before:], None if lse is None else lse[:, :, before:]
+    return Answer(out, lse, None if density is None else density.mean(), decision)
+
+
+def from_the_grid(q: Float[Tensor, "B Hq Lq D"], before: int, row: int) -> Float[Tensor, "B Hq before+Lq D"]:
+    """The queries behind `before` more that fill the block row, of `row` queries, in which they begin.
+
+    So block rows lie on absolute positions wherever a prompt is cut, and whole ones are chosen as in one shot. In the
+    row that is cut its own queries stand in for those that an earlier call had.
+    """
+    own = min(q.shape[2], row - before)
+    return torch.cat([q[:, :, torch.arange(before, device=q.device) % own], q], 2)
 
 
 def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> Attended:
@@ -133,16 +190,6 @@ def with_mass_of_strips(q: Tensor, k: Tensor, request: Request) -> Request:
     count("mass in strips")
     with torch.no_grad():
         return replace(request, mass=estimate_mass(q, k, request))
-
-
-def shortest_sparse(q: Tensor, config: RRConfig, *, plain_softmax: bool = True) -> int:
-    """Keys from which on attention is sparse: `config.min_length`, or if that is None the card's break-even.
-
-    That was measured against torch's fused dense kernel: without a plain softmax there is none, and it is 0.
-    """
-    if config.min_length is not None:
-        return config.min_length
-    return break_even(q) if plain_softmax else 0
 
 
 def count(way: str) -> None:

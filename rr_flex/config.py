@@ -59,8 +59,8 @@ class RRConfig:
     sink_blocks: int = 1  # key blocks kept at the start of the keys
     local_blocks: int = 1  # key blocks kept up to the diagonal, those it crosses counting as one; 0 keeps none
     dense_last_rows: int = 1  # block rows at the end of the queries that keep every visible block
-    # Keys under which nothing is dropped or estimated. None: in rr_attention the measured break-even with dense
-    # attention, elsewhere 0.
+    # Keys under which nothing is dropped or estimated. None: rr_attention is dense where the card's measured costs say
+    # that this is faster (kernels/deciding.py); elsewhere 0.
     min_length: int | None = None
 
     def __post_init__(self) -> None:

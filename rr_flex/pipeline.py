@@ -76,7 +76,7 @@ def select_blocks(
 
 
 def is_short(k: Tensor, min_length: int | None) -> bool:
-    """Whether k has fewer keys than `min_length`, if that is given: then attention is dense."""
+    """Whether k has fewer keys than `min_length`, if that is given: then nothing is dropped."""
     return min_length is not None and k.shape[2] < min_length
 
 

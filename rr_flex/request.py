@@ -55,6 +55,10 @@ class Request:
         own = place(own, q_offset)
         return both(causal_mask(q_offset), own) if self.causal else own
 
+    def placed_at(self, q_offset: int) -> "Request":
+        """The request where query 0 stands at this position."""
+        return replace(self, q_offset=_ints_as_tensors(self.level.device)(q_offset))
+
     @property
     def dense(self) -> bool:
         return self.estimate == "none"

@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 # Compiling costs seconds a shape, so the compiled tests share this one.
 SQUARE = Shape()
 # By default three block rows keep all that they see: sink, diagonal and last row. This leaves tau something to drop.
-FREE = {"sink_blocks": 0, "dense_last_rows": 0}
+FREE = {"sink_blocks": 0, "dense_last_rows": 0, "min_length": 0}
 EVERY_EXTENSION = {"query_stride": 16, "key_stride": 8, "block_size": (128, 64), "order": 2, "local_blocks": 2}
 EVERY_EXTENSION |= {"budget": "threshold", "threshold": 0.2, **FREE}
 

@@ -13,7 +13,7 @@ from rr_flex.distributed.models import cache_name, prefill
 from rr_flex.models import enable
 
 IDS = torch.randint(1, 64, (2, 600), generator=torch.Generator().manual_seed(4))
-SETTINGS = {"tau": [(0.3, 0.4, 0.5, 0.6), 0.5], "block_size": 64}
+SETTINGS = {"tau": [(0.3, 0.4, 0.5, 0.6), 0.5], "block_size": 64, "min_length": 0}
 
 
 def greedy(model, logits, cache, steps=3):

@@ -70,6 +70,8 @@ class Whole:
         case = dict(case)
         self.mask = masks()[case.pop("mask", "causal")]
         self.config, self.causal = case.pop("config"), case.pop("causal", True)
+        if self.config.min_length is None:  # sparse, short as it is
+            self.config = self.config.with_settings({"min_length": 0})
         self.logits = case
         # Said in full, whatever the default beside a mask is.
         options = {"mask_mod": self.mask, "causal": self.causal, **self.logits}

@@ -782,7 +782,19 @@ class Hunt:
             options["mask_mod"] = case.mask.build(perm)
         if case.config is not None:
             options["config"] = case.config()
+        if case.valid != "wrong":
+            self.as_selected(case, options)
         return {**options, **more}, case.only_attention
+
+    @staticmethod
+    def as_selected(case: Case, options: dict) -> None:
+        """What makes rr_attention attend to what select_blocks keeps: no call is dense for its speed, and rows begin
+        with the first query, which they do where only the device knows its position."""
+        if "min_length" not in options and getattr(options.get("config"), "min_length", None) is None:
+            options["min_length"] = 0
+        if case.mask is None and not isinstance(options.get("q_offset"), torch.Tensor):
+            at = options.get("q_offset")
+            options["q_offset"] = torch.tensor(case.k.shape[2] - case.q.shape[2] if at is None else at)
 
     def one(self, n: int) -> None:
         r = random.Random(f"{self.seed}/{n}")

@@ -63,7 +63,7 @@ def make(name, **more):
 
 
 # Blocks of 64, so that 320 tokens have some to drop; without dense last rows, so that the last token's logits see it.
-SETTINGS = {"block_size": 64, "dense_last_rows": 0}
+SETTINGS = {"block_size": 64, "dense_last_rows": 0, "min_length": 0}
 IDS = torch.randint(1, 64, (3, 320), generator=torch.Generator().manual_seed(1))
 STEPS = 3
 

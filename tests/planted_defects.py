@@ -60,6 +60,11 @@ POOLED_ONCE = "test_serving_pages.py::test_each_stride_is_pooled_once_when_its_l
 ONTO_PAGES = "test_serving_pages.py::test_lists_name_the_pool_s_blocks"
 LAYOUTS = "test_serving_pages.py::test_the_layouts_of_a_server_are_views"
 PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
+CHUNK = "test_dense.py::test_a_chunk_is_dense_through_the_dense_kernel"
+DECIDED = "test_break_even.py::test_what_was_said_is_before_what_was_measured"
+UNFUSED = "test_break_even.py::test_the_shortest_sparse_prompt_is_sparse_and_one_row_less_is_not"
+EXPECTED = "test_break_even.py::test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says"
+OFF_GRID = "test_state.py::test_whole_rows_of_a_chunk_off_the_grid_are_those_of_one_shot"
 
 DEFECTS = [
     Defect(
@@ -227,11 +232,18 @@ DEFECTS = [
         "test_head_slices.py::test_strips_cover_the_heads_and_share_keys_rightly",
     ),
     Defect("rr_flex/pipeline.py", "k.shape[2] < min_length", "k.shape[2] <= min_length", DENSE),
+    Defect("rr_flex/kernels/dense.py", ".tril(keys - queries)", ".tril()", CHUNK),
+    Defect("rr_flex/kernels/dense.py", "0 <= first <= k.shape[2] - q.shape[2]", "0 <= first", CHUNK),
+    Defect("rr_flex/kernels/deciding.py", "work.keys >= shortest", "work.keys > shortest", DECIDED),
+    Defect("rr_flex/kernels/deciding.py", "decide(work, costs if fused", "decide(work, costs if True", UNFUSED),
+    Defect("rr_flex/kernels/deciding.py", "max(fixed, keeps.share)", "keeps.share", EXPECTED),
+    Defect("rr_flex/attention.py", "request.placed_at(first - before)", "request.placed_at(first)", OFF_GRID),
+    Defect("rr_flex/attention.py", "row - before)", "row)", OFF_GRID),
     Defect(
-        "rr_flex/attention.py",
-        "if plain_softmax else 0",
-        "if not plain_softmax else 0",
-        "test_dense.py::test_the_break_even_is_only_known_for_a_plain_softmax",
+        "rr_flex/packed.py",
+        "[out[number] for number in range(len(sizes))]",
+        "list(out.values())",
+        "test_packed.py::test_a_pack_is_each_prompt_alone",
     ),
     Defect("rr_flex/kernels/score_mods.py", "(kv_idx >= k_block) & seen", "seen", SOFTMAX),
     Defect("rr_flex/block_mask.py", "list_blocks(kept & ~whole)", "list_blocks(kept)", LISTS),

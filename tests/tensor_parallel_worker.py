@@ -20,10 +20,10 @@ def main(folder: str, out: str) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto" if world > 1 else None).eval()
     kept = []
-    attend = forward.rr_attention
+    attend = forward.answer
 
-    def recorded(q, k, v, *, return_density, sinks, backend, **options):
-        local = select_blocks(q, k, **options).kept
+    def recorded(q, k, v, asked, **options):
+        local = select_blocks(q, k, config=asked.config, **options).kept
         parts = [torch.empty_like(local) for _ in range(world)]
         if world > 1:
             dist.all_gather(parts, local)
@@ -31,13 +31,13 @@ def main(folder: str, out: str) -> None:
         # Rank 0 compiles, and then the others find its code in the cache.
         if rank > 0:
             dist.barrier()
-        attended = attend(q, k, v, return_density=return_density, sinks=sinks, backend=backend, **options)
+        attended = attend(q, k, v, asked, **options)
         if rank == 0 and world > 1:
             dist.barrier()
         return attended
 
-    settings = {"tau": [(0.3, 0.4, 0.5, 0.6), 0.5], "block_size": 64, "dense_last_rows": 0}
-    with torch.no_grad(), enable(model, **settings), patch.object(forward, "rr_attention", recorded):
+    settings = {"tau": [(0.3, 0.4, 0.5, 0.6), 0.5], "block_size": 64, "dense_last_rows": 0, "min_length": 0}
+    with torch.no_grad(), enable(model, **settings), patch.object(forward, "answer", recorded):
         logits = model(IDS[:1], use_cache=False).logits
     if rank == 0:
         torch.save({"logits": logits, "kept": kept, "heads": model.model.layers[0].self_attn.q_proj.weight.shape}, out)

@@ -1,23 +1,27 @@
 """Dense or sparse by work: the arithmetic is what its page says, and the decision follows from the two times."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rr_flex import RRConfig
+from rr_flex.kernels import deciding
 from rr_flex.kernels.break_even import (
     WORTH,
     Costs,
     Work,
     break_even_density,
-    costs_from,
     decide,
     dense_ms,
     sparse_ms,
     visible_pairs,
 )
-from rr_flex.kernels.options import TUNED
+from rr_flex.kernels.deciding import KEPT, LONGEST, decide_call, expected_density, keeps, shortest_sparse
+from rr_flex.kernels.options import TUNED, costs_of
 
 positive = st.floats(0.001, 20)
 some_costs = st.builds(
@@ -82,7 +86,6 @@ def test_the_reason_says_both_times():
 
 def test_bad_values_are_named():
     entry = dict.fromkeys(Costs.__dataclass_fields__, 1.0)
-    assert costs_from(None) is None and costs_from(entry) == Costs(**entry)
     with pytest.raises(ValueError, match="kept_block must be at least 0, got -1"):
         Costs(**entry | {"kept_block": -1.0})
     with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
@@ -93,23 +96,86 @@ def test_bad_values_are_named():
         decide(Work(batch=1, heads=1, kv_heads=1, queries=1, keys=5), Costs(**entry), 2)
 
 
+ENTRIES = [
+    (card, kernel, Costs(**costs))
+    for card, head_dims in TUNED.items()
+    for dtypes in head_dims.values()
+    for entry in dtypes.values()
+    for kernel, costs in entry.get("costs", {}).items()
+]
+
+
 def test_the_table_holds_costs_that_a_decision_can_go_by():
-    """As measured: a chunk of 512 queries costs more sparse than dense, 32,768 tokens at once half; a CPU gains from
-    2,048 tokens on at density .25, and never at density 1."""
-    entries = [
-        (card, costs_from(costs))
-        for card, head_dims in TUNED.items()
-        for dtypes in head_dims.values()
-        for entry in dtypes.values()
-        for costs in entry.get("costs", {}).values()
-    ]
-    assert {card for card, _ in entries} == {"9.0", "cpu"}
-    for card, costs in entries:
+    """As measured: half of 32,768 tokens pays, all of them does not, nor on a card a few hundred; and a longer prompt
+    pays wherever a shorter one does, which `shortest_sparse` goes by."""
+    assert {card for card, _, _ in ENTRIES} == {"9.0", "cpu"}
+    for card, _, costs in ENTRIES:
         shape = {"batch": 1, "heads": 32 if card == "9.0" else 8, "kv_heads": 8 if card == "9.0" else 2}
-        at_once = Work(**shape, queries=32768, keys=32768, first_position=0)
-        assert decide(at_once, costs, 0.4).sparse and not decide(at_once, costs, 1.0).sparse
-        assert not decide(Work(**shape, queries=1024, keys=1024, first_position=0), costs).sparse
-        if card == "9.0":
-            assert not decide(Work(**shape, queries=512, keys=131072, first_position=130560), costs, 0.25).sparse
-        else:
-            assert decide(Work(**shape, queries=2048, keys=2048, first_position=0), costs, 0.25).sparse
+
+        def prompt(tokens, shape=shape):
+            return Work(**shape, queries=tokens, keys=tokens, first_position=0)
+
+        assert decide(prompt(32768), costs, 0.4).sparse and not decide(prompt(32768), costs, 1.0).sparse
+        assert card == "cpu" or not decide(prompt(256), costs, 0.5).sparse
+        most = [break_even_density(prompt(256 << n), costs) for n in range(10)]
+        assert all(longer >= shorter - 1e-9 for shorter, longer in pairwise(most))
+
+
+def test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says():
+    work = Work(batch=1, heads=1, kv_heads=1, queries=1024, keys=1024, first_position=0)
+    visible = 1024 * 1025 / 2 / 128**2
+    fixed = (8 * 2 + 8) / visible
+    assert expected_density(work, keeps(RRConfig(tau=0.9))) == pytest.approx(fixed + (1 - fixed) * 0.27)
+    assert expected_density(work, keeps(RRConfig(tau=1.0))) == 1.0
+    assert keeps(RRConfig(tau=[0.9, 1.0])).share == pytest.approx(0.39)
+    no_floor = {"sink_blocks": 0, "local_blocks": 0, "dense_last_rows": 0}
+    for density in (0.1, 0.5):
+        by_density = {"budget": "density", "target_density": density}
+        assert expected_density(work, keeps(RRConfig(**by_density, **no_floor))) == density
+        assert expected_density(work, keeps(RRConfig(**by_density))) == max(fixed, density)
+    by_threshold = {"budget": "threshold", **no_floor}
+    assert expected_density(work, keeps(RRConfig(threshold=0.001, **by_threshold))) == KEPT
+    assert expected_density(work, keeps(RRConfig(threshold=0.0, **by_threshold))) == KEPT
+    # No more than one share of a row exceeds so much.
+    assert expected_density(work, keeps(RRConfig(threshold=0.9, **by_threshold))) == pytest.approx(8 / 0.9 / visible)
+    taus = [expected_density(work, keeps(RRConfig(tau=tau, **no_floor))) for tau in (0.01, 0.5, 0.8, 0.93, 0.99)]
+    assert taus == sorted(taus)
+    nothing_seen = replace(work, first_position=-2000)
+    assert expected_density(nothing_seen, keeps(RRConfig())) == 1.0
+
+
+def test_what_was_said_is_before_what_was_measured(monkeypatch):
+    q = torch.empty(1, 8, 1, 64)
+    costs = costs_of(q, "cpu")
+    assert costs == costs_of(torch.empty(1, 8, 1, 80, dtype=torch.float16), "cpu") and costs_of(q, "flash") is None
+    assert costs != costs_of(q.bfloat16(), "cpu")
+    work = Work(batch=1, heads=8, kv_heads=2, queries=300, keys=300, first_position=0)
+    decided = decide_call("cpu", q, work, RRConfig(), fused=True)
+    assert (
+        not decided.sparse and decided.reason == decide(work, costs, expected_density(work, keeps(RRConfig()))).reason
+    )
+    for least, sparse in ((0, True), (300, True), (301, False)):
+        decided = decide_call("cpu", q, work, RRConfig(min_length=least), fused=True)
+        assert decided.sparse == sparse and decided.reason == f"300 keys, min_length {least}"
+        assert shortest_sparse("cpu", q, 2, RRConfig(min_length=least)) == least
+    # Cards with a length in place of costs, against a dense kernel; others are sparse at every length.
+    monkeypatch.setattr(deciding, "tuned", lambda *_: {"min_length": 301})
+    monkeypatch.setattr(deciding, "costs_of", lambda *_: None)
+    assert not decide_call("cpu", q, work, RRConfig(), fused=True).sparse
+    assert decide_call("cpu", q, work, RRConfig(), fused=False).sparse
+    assert shortest_sparse("cpu", q, 2, RRConfig()) == 384
+    monkeypatch.setattr(deciding, "tuned", lambda *_: {})
+    assert decide_call("cpu", q, work, RRConfig(), fused=True).sparse and shortest_sparse("cpu", q, 2, RRConfig()) == 0
+
+
+@pytest.mark.parametrize("preset", ["rr", "best"])
+def test_the_shortest_sparse_prompt_is_sparse_and_one_row_less_is_not(preset):
+    q, config = torch.empty(1, 8, 1, 64), RRConfig.from_preset(preset)
+    shortest = shortest_sparse("cpu", q, 2, config)
+    for tokens in (shortest, shortest - 128):
+        work = Work(batch=1, heads=8, kv_heads=2, queries=tokens, keys=tokens, first_position=0)
+        assert decide_call("cpu", q, work, config, fused=True).sparse == (tokens == shortest)
+    assert shortest_sparse("cpu", q, 2, RRConfig(tau=1.0)) > LONGEST
+    # Without a dense kernel the sparse one over all blocks is what it is held against.
+    without = Work(batch=1, heads=8, kv_heads=2, queries=shortest - 128, keys=shortest - 128, first_position=0)
+    assert decide_call("cpu", q, without, config, fused=False).sparse

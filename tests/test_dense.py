@@ -1,20 +1,22 @@
-"""Under `min_length` keys attention is dense, and says so."""
+"""Dense under `min_length` keys or, if that is not given, where the costs of the card say so; and it says so."""
 
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 from cases import FREE, SQUARE, tensors
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from mask_mods import both, causal, sliding_window
-from rr_flex import RRConfig, attention, create_rr_block_mask, rr_attention, select_blocks
+from rr_flex import attention, create_rr_block_mask, rr_attention, select_blocks
 from rr_flex.kernels import dense
-from rr_flex.kernels import options as kernel
+from rr_flex.kernels.dense import keys_of_dense_call
 
 pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
-DENSE = {"tau": 0.1, "min_length": 301, **FREE}
+DENSE = {"tau": 0.1, **FREE, "min_length": 301}
 
 
 def count_of(call):
@@ -38,19 +40,20 @@ def test_a_short_context_goes_to_flash_attention_4_as_that_takes_it(monkeypatch,
     q, k, v = tensors(SQUARE)
 
     def flash_attn_func(*tensors, causal, softmax_scale):  # of B L H D; some releases return the log-sum-exp too
-        heads_first = (x.transpose(1, 2) for x in tensors)
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        q, k, v = (x.transpose(1, 2) for x in tensors)
+        mask = causal_lower_right(q.shape[2], k.shape[2]) if causal else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
         return (out.transpose(1, 2), None) if with_lse else out.transpose(1, 2)
 
     installed = types.ModuleType("flash_attn.cute.interface")
     installed.flash_attn_func = flash_attn_func
     for name in ("flash_attn", "flash_attn.cute", installed.__name__):
         monkeypatch.setitem(sys.modules, name, installed)
-    monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: "flash")
+    monkeypatch.setattr(dense, "_may_serve", lambda q: True)
     monkeypatch.setattr(dense, "_right", {})
     rr_attention(q, k, v, **DENSE)
     assert not dense._right  # for so few tokens its launch takes too long
-    monkeypatch.setattr(attention, "SHORTEST_FLASH", 300)
+    monkeypatch.setattr(dense, "SHORTEST_FLASH", 300)
     for below in (True, False):
         exact = F.scaled_dot_product_attention(q, k, v, is_causal=below, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(rr_attention(q, k, v, causal=below, scale=0.3, **DENSE), exact)
@@ -80,11 +83,23 @@ def test_other_masks_and_offsets_are_dense_too():
     out, counted = count_of(lambda: rr_attention(q, k, v, mask_mod=window, causal=False, **DENSE))
     torch.testing.assert_close(out, exact)
     assert counted == {"dense": 1}
-    # Half the queries, at the end of the keys.
-    last = rr_attention(q[:, :, 150:], k, v, q_offset=150, **DENSE)
-    torch.testing.assert_close(
-        last, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, :, 150:]
-    )
+
+
+@pytest.mark.parametrize("strip", [512, 40])
+def test_a_chunk_is_dense_through_the_dense_kernel(monkeypatch, strip):
+    """At the end of the keys, and before it: keys that nobody sees are never read."""
+    monkeypatch.setattr(dense, "STRIP", strip)
+    monkeypatch.setattr(attention, "attend", None)
+    q, k, v = tensors(SQUARE)
+    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    v[:, :, 290:] = torch.nan
+    for first, last in ((150, 290), (0, 150), (70, 71), (150, 290)):
+        queries = q[:, :, first:last]
+        out, counted = count_of(partial(rr_attention, queries, k, v, q_offset=first, **DENSE))
+        torch.testing.assert_close(out, whole[:, :, first:last])
+        assert counted == {"dense": 1}
+    assert keys_of_dense_call(q, k, None, causal=True) is None and keys_of_dense_call(q, k, 1, causal=True) is None
+    assert keys_of_dense_call(q, k, -1, causal=True) is None and keys_of_dense_call(q, k, None, causal=False) == 300
 
 
 def test_a_dense_selection_says_so():
@@ -96,24 +111,13 @@ def test_a_dense_selection_says_so():
 
 
 @pytest.mark.parametrize("given", [None, 0])
-def test_only_attention_asks_the_card(monkeypatch, given):
-    """The measured break-even decides in rr_attention alone, and only where nothing else was said."""
-    monkeypatch.setattr(attention, "break_even", lambda q: 1000)
+def test_only_attention_asks_the_card(given):
+    """The measured costs decide in rr_attention alone, and only where nothing else was said."""
     q, k, v = tensors(SQUARE)
-    assert not select_blocks(q, k, **{**DENSE, "min_length": given}).dense
-    counted = count_of(lambda: rr_attention(q, k, v, **{**DENSE, "min_length": given}))[1]
-    assert counted == ({"dense": 1} if given is None else {"cpu": 1})
-
-
-def test_the_break_even_is_only_known_for_a_plain_softmax(monkeypatch):
-    """It was measured against a fused dense kernel, which no soft cap and no sink goes through."""
-    monkeypatch.setattr(attention, "break_even", lambda q: 1000)
-    q, config = torch.empty(1, 1, 1, 16), RRConfig()
-    assert attention.shortest_sparse(q, config) == 1000
-    assert attention.shortest_sparse(q, config, plain_softmax=False) == 0
-    for plain_softmax in (True, False):
-        assert attention.shortest_sparse(q, RRConfig(min_length=5), plain_softmax=plain_softmax) == 5
-
-
-def test_nothing_was_measured_on_the_cpu():
-    assert kernel.break_even(torch.empty(1, 1, 1, 128)) == 0
+    chosen = {**DENSE, "min_length": given}
+    assert not select_blocks(q, k, **chosen).dense
+    assert count_of(lambda: rr_attention(q, k, v, **chosen))[1] == ({"dense": 1} if given is None else {"cpu": 1})
+    own_mask = {"mask_mod": sliding_window(150), "softcap": 3.0}
+    assert count_of(lambda: rr_attention(q, k, v, **own_mask, **chosen))[1] == (
+        {"dense": 1} if given is None else {"cpu": 1}
+    )

@@ -129,7 +129,3 @@ def test_help_waits_for_no_torch():
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **where)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert ran.stderr == "rr-flex demo: error: --tau: invalid float value: 'x'   (rr-flex demo --help)\n"
-
-
-def test_feature_widths_are_no_head_dims():
-    assert doctor.is_head_dim({"attention": {}, "estimate": {}}) and not doctor.is_head_dim({"estimate": {}})

@@ -6,7 +6,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from cases import LAYOUTS, MASKS, Shape, mask_by_name, no_compile, seeds, shapes, tensors
+from cases import FREE, LAYOUTS, MASKS, Shape, mask_by_name, no_compile, seeds, shapes, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -241,7 +241,7 @@ def test_an_unknown_preset_is_refused():
 @pytest.mark.parametrize("budget", [{"threshold": 0.1}, {"budget": "density", "target_density": 0.6}])
 def test_the_best_preset_attends_to_what_it_selects(budget):
     q, k, v = tensors(Shape())
-    chosen = {"preset": "best", "dense_last_rows": 0, "sink_blocks": 0} | budget
+    chosen = {"preset": "best", **FREE} | budget
     out = rr_attention(q, k, v, **chosen)
     kept = select_blocks(q, k, **chosen).kept
     assert kept.float().mean() < 1
@@ -251,7 +251,7 @@ def test_the_best_preset_attends_to_what_it_selects(budget):
 
 def test_new_thresholds_a_head_compile_nothing():
     q, k, v = tensors(Shape())
-    chosen = {"preset": "best", "dense_last_rows": 0, "sink_blocks": 0}
+    chosen = {"preset": "best", **FREE}
     rr_attention(q, k, v, threshold=0.1, **chosen)
     with no_compile():
         for threshold in (0.3, [0.1, 0.2, 0.3, 0.4], torch.tensor([0.5, 0.0, 0.2, 0.1])):

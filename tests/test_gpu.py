@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import rr_flex
 from mask_mods import both, causal, padding, visible_keys
 from rr_flex import PrefillState, attention, create_rr_block_mask, rr_attention, select_blocks
-from rr_flex.kernels import choose, last_rows
+from rr_flex.kernels import choose, deciding, last_rows
 from rr_flex.kernels import flash as backends
 from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
@@ -30,14 +30,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
 ]
 needs_flash = pytest.mark.skipif(not backends.flash_is_installed(), reason="needs flash-attn-4")
-LONG = Shape(B=2, Hq=4, Hkv=2, Lq=1000, Lk=1300, D=64)
+LONG = Shape(B=2, Hq=4, Hkv=2, Lq=1044, Lk=1300, D=64)
 
 
 @pytest.fixture(autouse=True)
 def fresh_graphs(monkeypatch):
     torch._dynamo.reset()
     # Short contexts are dense where sparse attention does not pay; here they are what is tested.
-    monkeypatch.setattr(attention, "break_even", lambda q: 0)
+    for name, nothing in (("costs_of", None), ("tuned", {})):
+        monkeypatch.setattr(deciding, name, lambda *_, nothing=nothing: nothing)
 
 
 def on_gpu(shape, seed=0, dtype=torch.float32):
@@ -107,7 +108,7 @@ def test_three_ways_to_attend_agree_with_float64(dtype):
 
 @pytest.mark.parametrize("block_size", [(128, 64), (64, 64)])
 def test_small_blocks_and_few_queries(block_size):
-    q, k, v = on_gpu(Shape(B=1, Hq=8, Hkv=2, Lq=3, Lk=700, D=64), dtype=torch.bfloat16)
+    q, k, v = on_gpu(Shape(B=1, Hq=8, Hkv=2, Lq=3, Lk=643, D=64), dtype=torch.bfloat16)
     chosen = {"block_size": block_size, "order": 2, "budget": "threshold", "threshold": 0.05, "dense_last_rows": 0}
     assert_attends(rr_attention(q, k, v, **chosen).cpu(), q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, **chosen))
 
@@ -284,9 +285,11 @@ def test_a_short_chunk_in_pieces_and_a_state(backend, Lq):
     state = PrefillState()
     rr_attention(q[:, :, :-Lq], k[:, :, :-Lq], v[:, :, :-Lq], tau=0.5, backend=backend, state=state)
     q = q[:, :, -Lq:]
+    # On the card alone: rows begin with the first query, as those of select_blocks.
+    chosen = {"tau": 0.5, "q_offset": torch.tensor(k.shape[2] - Lq, device="cuda")}
     for given in (None, state):
-        out, lse = rr_attention(q, k, v, tau=0.5, return_lse=True, backend=backend, state=given)
-        allowed = allowed_pairs(q, k, tau=0.5)
+        out, lse = rr_attention(q, k, v, return_lse=True, backend=backend, state=given, **chosen)
+        allowed = allowed_pairs(q, k, **chosen)
         exact, exact_lse = oracle.attend(q.cpu(), k.cpu(), v.cpu(), allowed)
         assert (out.cpu() - exact).norm() < 2e-2 * exact.norm()
         torch.testing.assert_close(lse.cpu().double(), exact_lse, rtol=0, atol=1e-2)
@@ -299,6 +302,30 @@ def test_a_short_context_is_dense_through_the_fastest_kernel(backend):
     out = rr_attention(q, k, v, tau=0.1, min_length=301, backend=backend)
     assert attention.calls["dense"] == before + 1
     assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), oracle.pairs(causal(), 2, 4, 300, 300))
+
+
+@pytest.mark.parametrize("keys", [4096, 1300])
+def test_a_chunk_is_dense_through_the_fastest_kernel(keys):
+    """FlashAttention 4 from 4,096 keys on, where it is installed."""
+    q, k, v = on_gpu(Shape(B=2, Hq=4, Hkv=2, Lq=300, Lk=keys + 50, D=64), dtype=torch.bfloat16)
+    before = attention.calls["dense"]
+    out = rr_attention(q, k, v, q_offset=keys - 300, min_length=10**6)
+    assert attention.calls["dense"] == before + 1
+    seen = (q.cpu(), k[:, :, :keys].cpu(), v[:, :, :keys].cpu())
+    assert_attends(out.cpu(), *seen, oracle.pairs(causal(keys - 300), 2, 4, 300, keys))
+
+
+def test_a_pack_is_each_prompt_alone():
+    lengths, keys = [1500, 1, 640, 3000], [1500, 900, 2560, 3000]
+    q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=sum(lengths), Lk=sum(keys), D=64), dtype=torch.bfloat16)
+    for least, dense in ((10**6, 4), (2000, 2)):
+        chosen = {"tau": 0.5, "min_length": least}
+        before = attention.calls["dense"]
+        out = rr_flex.rr_attention_packed(q, k, v, lengths, key_lengths=keys, **chosen)
+        assert attention.calls["dense"] == before + dense
+        prompts = zip(q.split(lengths, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
+        alone = torch.cat([rr_attention(*prompt, **chosen) for prompt in prompts], 2)
+        torch.testing.assert_close(out, alone, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("chosen", [{}, {"block_size": (128, 64), "order": 2}, {"min_length": 1301}])
@@ -380,7 +407,7 @@ def test_chunks_with_a_state_and_offsets_of_their_own(backend):
     shape = Shape(B=1, Hq=4, Hkv=2, Lq=4096, Lk=4096, D=64)
     q, k, v = on_gpu(shape, dtype=torch.bfloat16)
     state, chosen = rr_flex.PrefillState(), {"tau": 0.4, "dense_last_rows": 0}
-    for start, end in ((0, 1024), (1024, 2048), (2048, 2560), (2560, 4000), (4000, 4096)):
+    for start, end in ((0, 1024), (1024, 2048), (2048, 2560), (2560, 3968), (3968, 4096)):
         own = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
         out = rr_attention(*own, q_offset=start, state=state, backend=backend, **chosen)
         allowed = allowed_pairs(*own[:2], q_offset=start, **chosen)

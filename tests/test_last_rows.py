@@ -79,7 +79,9 @@ def test_rows_apart_change_nothing(shape, seed, rows, name, whole):
         mask = lambda b, h, q, kv: (kv <= q + offset) & ((q + kv) % (h + 2) != 0)  # noqa: E731
     else:
         mask = None if name == "causal" else mask_by_name(name, shape, seed)[0]
+    # A position that only the device knows: rows begin with the first query, as those of select_blocks.
     chosen = {"mask_mod": mask, "causal": mask is None, "tau": 0.4, "dense_last_rows": rows}
+    chosen |= {"q_offset": torch.tensor(offset), "min_length": 0}
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "choose_kernel", lambda *_, **__: "triton")
@@ -108,7 +110,7 @@ def test_rows_apart_ask_for_no_query_past_the_last(monkeypatch):
         return torch.zeros_like(q), torch.zeros(q.shape[:3])
 
     monkeypatch.setattr(flex, "flex", ask_for_whole_blocks)
-    rr_attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx], causal=True)
+    rr_attention(q, k, v, mask_mod=lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx], causal=True, min_length=0)
 
 
 def test_a_short_chunk_is_all_in_pieces():

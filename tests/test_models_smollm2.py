@@ -17,7 +17,7 @@ try:
 except FileNotFoundError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-SETTINGS = {"block_size": 64, "dense_last_rows": 0}
+SETTINGS = {"block_size": 64, "dense_last_rows": 0, "min_length": 0}
 
 
 @pytest.fixture(scope="module")

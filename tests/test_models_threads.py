@@ -24,7 +24,7 @@ from rr_flex.models.records import LayerRecord
 from rr_flex.models.switches import SWITCHES
 
 SHORT = IDS[:1, :40]
-DENSE = {"min_length": 1000, **SETTINGS}
+DENSE = SETTINGS | {"min_length": 1000}
 
 
 def times(factor):

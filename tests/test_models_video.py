@@ -20,7 +20,7 @@ from rr_flex.models import enable, register, report
 from rr_flex.tasks import video_mme
 from rr_flex.tasks.answers import Asked
 
-SETTINGS = {"block_size": 64, "dense_last_rows": 0}
+SETTINGS = {"block_size": 64, "dense_last_rows": 0, "min_length": 0}
 START, END, IMAGE, VIDEO = 60, 61, 62, 63
 GRID = (8, 12, 12)  # patches: frame pairs, height, width; 2 × 2 patches a token
 TOKENS = 8 * 6 * 6

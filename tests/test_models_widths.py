@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 import transformers as hf
 from model_families import IDS, SETTINGS, SHAPE, logits, make
 
-from rr_flex import rr_attention
+from rr_flex.attention import answer
 from rr_flex.models import enable, forward
 
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
@@ -37,20 +37,20 @@ def test_autocast_is_what_it_is_to_sdpa():
     exact = logits(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         dense = logits(model, ids)
-        with enable(model, min_length=1000, **SETTINGS):
+        with enable(model, **SETTINGS | {"min_length": 1000}):
             assert torch.equal(logits(model, ids), dense)
         seen = []
-        with enable(model, tau=1.0, **SETTINGS) as on, patch.object(forward, "rr_attention", seeing(seen)):
+        with enable(model, tau=1.0, **SETTINGS) as on, patch.object(forward, "answer", seeing(seen)):
             whole = logits(model, ids)
-    assert on.report().sparse == 1 and seen == [torch.bfloat16]
+    assert on.report().sparse == 1 and seen == [(torch.bfloat16, False)]
     error = (whole.float() - exact).abs().max()
     assert error <= 2 * (dense.float() - exact).abs().max()
 
 
 def seeing(seen):
-    def attention(q, k, v, **options):
+    def attention(q, k, v, asked, **options):
         assert q.dtype == k.dtype == v.dtype
-        seen.append(q.dtype)
-        return rr_attention(q, k, v, **options)
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return answer(q, k, v, asked, **options)
 
     return attention

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import chunk_suite, server_tables, work_suite
+from benchmarks import chunk_suite, packed_suite, server_tables, work_suite
 from benchmarks.server import Server, sdpa
 from benchmarks.server_suites import write_rows
 from benchmarks.timing import Progress
@@ -67,6 +67,20 @@ def test_costs_are_found_again_from_times_that_they_explain():
     assert work_suite.work_of(rows[0]) == Work(
         batch=1, heads=32, kv_heads=8, queries=512, keys=8192, first_position=8192 - 512
     )
+
+
+def test_a_cell_says_how_the_costs_take_it():
+    row = {"batch": 1, "queries": 16384, "keys": 16384, "backend": "auto", "density": 0.2, "capability": None}
+    row |= {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "float32"}
+    assert work_suite.taken(row) == "sparse" and work_suite.taken(row | {"density": 1.0}) == "dense"
+    assert work_suite.taken(row | {"capability": "0.0"}) is None
+
+
+def test_a_pack_is_called_as_it_is(monkeypatch):
+    monkeypatch.setattr(packed_suite, "PACKS", ((3, (20, 40)), (2, (5000, 6000))))
+    (row,) = packed_suite.rows(server(), SimpleNamespace(prompts=None, densities=[0.25]))
+    assert row["prompts"] == 3 and 60 <= row["tokens"] <= 120 and row["sparse_prompts"] == 0
+    assert row["ms"] > 0 and row["dense_ms"] > 0 and row["dense"] == "sdpa, a call a prompt"
 
 
 def test_a_cost_that_would_be_negative_is_none():

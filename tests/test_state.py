@@ -1,10 +1,12 @@
 """With a state between chunks a call gives what it gives without one, wherever the prompt is cut."""
 
 import warnings
+from functools import partial
 
+import oracle
 import pytest
 import torch
-from cases import FREE, Shape, no_compile, seeds, tensors
+from cases import FREE, Shape, assert_attends, no_compile, seeds, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +62,27 @@ def test_attention_with_a_state_is_attention():
             torch.testing.assert_close(out, rr_attention(*own, q_offset=start, tau=0.4, **FREE), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("chosen", [{"tau": 0.4}, {"preset": "best", "threshold": 0.1}, {"tau": 0.4, "causal": False}])
+def test_whole_rows_of_a_chunk_off_the_grid_are_those_of_one_shot(chosen):
+    """Rows lie on absolute positions; in the row that is cut its own queries stand in for those before them."""
+    q, k, v = (x[:, :, :600] for x in tensors(Shape(Lq=640, Lk=640)))
+    chosen = chosen | FREE
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
+        whole = rr_attention(q, k, v, **chosen)
+        for start in (100, 130, 383, 500):
+            before, own = start % 128, q[:, :, start:]
+            out = rr_attention(own, k, v, q_offset=start, **chosen)
+            rest = 128 - before
+            torch.testing.assert_close(out[:, :, rest:], whole[:, :, start + rest :], rtol=0, atol=1e-5)
+            filled = torch.cat([own[:, :, torch.arange(before) % min(rest, 600 - start)], own], 2)
+            found = select_blocks(filled, k, q_offset=start - before, **chosen)
+            allowed = oracle.expand(found.kept, (filled.shape[2], 600), found.block_size)[:, :, before:]
+            if "causal" not in chosen:
+                allowed = allowed & oracle.pairs(oracle.causal_element(start), 2, 4, 600 - start, 600)
+            assert_attends(out, own, k, v, allowed)
+
+
 def test_only_new_keys_are_pooled_and_a_new_length_compiles_nothing():
     q, k, _ = tensors(Shape(Lq=700, Lk=700))
     state = PrefillState()
@@ -92,7 +115,7 @@ def test_trimmed_copied_and_reordered():
 def test_what_a_state_is_not_for_is_refused():
     q, k, v = tensors(Shape(Lq=256, Lk=256))
     state = PrefillState()
-    for call in (lambda **chosen: select_blocks(q, k, **chosen), lambda **chosen: rr_attention(q, k, v, **chosen)):
+    for call in (partial(select_blocks, q, k), partial(rr_attention, q, k, v, min_length=0)):
         with pytest.raises(TypeError, match=r"^state must be a PrefillState, got dict"):
             call(state={})
         with pytest.raises(ValueError, match=r"^state must be None with pool='queries'"):

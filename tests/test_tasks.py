@@ -145,7 +145,12 @@ def test_ruler_by_lm_eval(task, tmp_path, monkeypatch):
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<end>", pad_token="<end>")
     model = make("llama", vocab_size=257, eos_token_id=256, pad_token_id=256, max_position_embeddings=4096)
 
-    cells = {"tasks": [task], "lengths": [4096], "configs": [RRConfig(tau=0.4)], "same": Setting(model="m", samples=2)}
+    cells = {
+        "tasks": [task],
+        "lengths": [4096],
+        "configs": [RRConfig(tau=0.4, min_length=0)],
+        "same": Setting(model="m", samples=2),
+    }
     plan = Plan(suite="ruler", scores=ruler.scores, **cells)
     (found,) = run(model, tokenizer, plan, tmp_path / "cells.jsonl")
     assert found.score == 0 and found.density < 1 and 4000 < found.tokens <= 2 * 4096

@@ -14,7 +14,9 @@ from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 from rr_flex.attention import rr_attention
-from rr_flex.kernels.flash import check_flash
+from rr_flex.config import RRConfig
+from rr_flex.kernels.deciding import shortest_sparse
+from rr_flex.kernels.flash import check_flash, flash_is_installed
 from rr_flex.kernels.options import TUNED
 from rr_flex.serving.vllm.support import found_here
 
@@ -47,6 +49,7 @@ def examine(*, attempt: bool = True) -> Iterator[Finding]:
     yield from on_a_gpu() if torch.cuda.is_available() else on_a_cpu()
     if attempt:
         yield attempted()
+    yield break_even()
     for package, (purpose, install) in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             yield Finding(package, "optional", f"none, for {purpose}", install)
@@ -86,23 +89,6 @@ def on_a_gpu() -> Iterator[Finding]:
     yield Finding("device", "ok", "; ".join(names))
     yield needed("Triton", version_of("triton"), "pip install triton   (Windows: triton-windows)")
     yield flash_backend()
-    entries = TUNED.get(f"{cards[0].major}.{cards[0].minor}", {})
-    tuned = [
-        f"head dim {width}, {dtype}" + (f", pays from {entry['min_length']:,} tokens" if "min_length" in entry else "")
-        for width, dtypes in entries.items()
-        for dtype, entry in dtypes.items()
-        if is_head_dim(entry)
-    ]
-    if tuned:
-        yield Finding("tuned options", "ok", "; ".join(tuned))
-    else:
-        remedy = "rr-flex tune   (in a clone of the repository, about half an hour)"
-        yield Finding("tuned options", "optional", "none for this card: the compiler's own; no break-even", remedy)
-
-
-def is_head_dim(entry: dict[str, dict]) -> bool:
-    """An entry of the estimate alone is the width of its features (order 2 has 2 · D), not a head dim."""
-    return "attention" in entry
 
 
 def flash_backend() -> Finding:
@@ -136,6 +122,25 @@ def attempted() -> Finding:
     if error > (ERROR_BOUND if where == "cpu" else 1e-2):
         return Finding("compiled attention", "missing", found, "report this as a bug")
     return Finding("compiled attention", "ok", found)
+
+
+def break_even() -> Finding:
+    """Lengths from which on a prompt is sparse by default, of the first card or the CPU."""
+    card, kernel, where = "cpu", "cpu", "cpu"
+    if torch.cuda.is_available():
+        card, where = "{}.{}".format(*torch.cuda.get_device_capability(0)), "cuda"
+        kernel = "flash" if flash_is_installed() else "triton"
+    lengths = []
+    for head_dim, dtypes in TUNED.get(card, {}).items():
+        for dtype, entry in dtypes.items():
+            if {"costs", "min_length"}.intersection(entry):
+                q = torch.empty(1, 32, 1, int(head_dim), dtype=getattr(torch, dtype), device=where)
+                tokens = shortest_sparse(kernel, q, 8, RRConfig())
+                lengths.append(f"{tokens:,} tokens (32/8 heads of {head_dim}, {dtype})")
+    if not lengths:
+        remedy = "rr-flex tune   (in a clone of the repository, about half an hour)"
+        return Finding("break-even", "optional", "not measured for this card", remedy)
+    return Finding("break-even", "ok", "sparse from " + ", ".join(lengths))
 
 
 def version_of(package: str) -> str | None:

@@ -134,7 +134,7 @@ SETTINGS = {
     "sink_blocks": (int, "key blocks always kept at the start", "1"),
     "local_blocks": (int, "key blocks always kept up to the diagonal", "1"),
     "dense_last_rows": (int, "block rows at the end that keep every visible block", "1"),
-    "min_length": (int, "keys under which attention is dense", "0, in tasks the card's break-even"),
+    "min_length": (int, "keys under which attention is dense", "0; in tasks dense where that is faster"),
 }
 
 

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mask_mods import hides_keys, visible_keys
-from rr_flex.attention import shortest_sparse
 from rr_flex.distributed.asked import Asked, check_asked
 from rr_flex.distributed.attend import attend, attend_with_flash, kernel_for
 from rr_flex.distributed.choosing import (
@@ -33,6 +32,8 @@ from rr_flex.distributed.fetch import Deliveries
 from rr_flex.distributed.local import Local
 from rr_flex.distributed.shards import HEADS, Shards
 from rr_flex.distributed.transfer import gather_tokens
+from rr_flex.kernels.break_even import Work
+from rr_flex.kernels.deciding import decide_call
 from rr_flex.request import make_request
 from rr_flex.runtime.head_slices import head_slices
 
@@ -91,7 +92,15 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Lo
     options = {"causal": False, "scale": asked.scale, "softcap": asked.softcap, "q_offset": 0}
     options["head_offset"] = shards.rank(HEADS) * Hq
     request = make_request(q, shape_of_keys(q, Hkv, count), config, options)
-    if count < shortest_sparse(q, config, plain_softmax=request.plain_softmax):
+    kernel = kernel_for(q, v, request, asked.backend, plain_mask=asked.mask_mod is None)
+    ranks, layout = shards.ranks(HEADS), shards.layout
+    first = layout.first_query if asked.causal else None
+    # As one process would, so the same on every rank.
+    work = Work(
+        batch=B, heads=ranks * Hq, kv_heads=ranks * Hkv, queries=layout.queries, keys=count, first_position=first
+    )
+    fused = asked.mask_mod is None and request.plain_softmax
+    if not decide_call(kernel, q, work, asked.config, fused=fused).sparse:
         request = replace(request, estimate="none")
     # The same on every rank, though their shards differ: whole groups, at least as many strips as memory asks for.
     most = max(shards.layout.queries_on(rank) for rank in range(shards.layout.ranks))
@@ -99,7 +108,6 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Lo
     least, group = max(STRIPS, len(by_memory)), Hq // Hkv
     width = max(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (Hkv // n >= least or n == 1))
     strips = [(slice(h * group, (h + width) * group), slice(h, h + width)) for h in range(0, Hkv, width)]
-    kernel = kernel_for(q, v, request, asked.backend, plain_mask=asked.mask_mod is None)
     return Local(q, k, v, shards, asked, request, strips, kernel)
 
 

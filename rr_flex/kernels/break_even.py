@@ -8,15 +8,12 @@ A block is 128 × 128 tokens of one query head; other block sizes count by their
 that ends after all others: in a chunk of 512 queries, whose rows do not fill a card, most of the time.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 BLOCK = 128  # tokens per side
 # Share of dense attention's time that sparse may take at most: predictions are off by some percent, and a wrong
 # "dense" costs nothing that the caller had before.
 WORTH = 0.95
-# Assumed of a budget that does not say its density: what a default setting keeps at most where it is worth asking.
-EXPECTED_DENSITY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +56,16 @@ class Work:
             raise ValueError(f"pooled_keys must lie in [0, {self.keys}], got {self.pooled_keys}")
 
     @property
+    def pairs(self) -> int:
+        """Of one head: those that the causal mask shows."""
+        if self.first_position is None:
+            return self.queries * self.keys
+        return visible_pairs(self.queries, self.keys, self.first_position)
+
+    @property
     def visible_blocks(self) -> float:
         """Pairs that the causal mask shows, in blocks, over batch and query heads."""
-        pairs = self.queries * self.keys
-        if self.first_position is not None:
-            pairs = visible_pairs(self.queries, self.keys, self.first_position)
-        return self.batch * self.heads * pairs / BLOCK**2
+        return self.batch * self.heads * self.pairs / BLOCK**2
 
     @property
     def blocks_of_row(self) -> float:
@@ -121,7 +122,7 @@ def break_even_density(work: Work, costs: Costs) -> float:
     return min(1.0, max(0.0, left / attention)) if attention > 0 else float(left > 0)
 
 
-def decide(work: Work, costs: Costs, density: float = EXPECTED_DENSITY) -> Decision:
+def decide(work: Work, costs: Costs, density: float) -> Decision:
     """Sparse where `density` lies under the break-even; ValueError for a density outside [0, 1]."""
     if not 0 <= density <= 1:
         raise ValueError(f"density must lie in [0, 1], got {density}")
@@ -130,8 +131,3 @@ def decide(work: Work, costs: Costs, density: float = EXPECTED_DENSITY) -> Decis
     times = f"dense {dense_ms(work, costs):.2f} ms, sparse {sparse_ms(work, costs, density):.2f} ms"
     sides = f"{times} expected at density {density:.2f}; sparse pays below {most:.2f}"
     return Decision(density < most, f"{size}: {sides}")
-
-
-def costs_from(entry: Mapping[str, float] | None) -> Costs | None:
-    """The costs of a table's entry; None where nothing was measured."""
-    return None if entry is None else Costs(**entry)

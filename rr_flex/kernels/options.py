@@ -1,11 +1,14 @@
 """Options of the flex_attention kernels: plain data, looked up by card, head dim and dtype."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rr_flex.kernels.break_even import Costs
 
 # Compute capability -> head dim -> dtype -> options, as `python -m benchmarks tune` writes it.
 TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
@@ -70,9 +73,23 @@ def estimate_columns(sampled: Tensor, keys_per_block: int, tile: int) -> int:
     return max(columns, tile // keys_per_block)
 
 
-def break_even(q: Tensor) -> int:
-    """Keys from which on sparse attention was measured to pay on q's card; 0 where nothing was measured."""
-    return tuned(q.device, q.shape[-1], q.dtype).get("min_length", 0)
+def costs_of(q: Tensor, kernel: str) -> Costs | None:
+    """What was measured for q's card, head dim and dtype and the kernel of that name; None where nothing was.
+
+    Of a CPU those of heads of 64 stand for all head dims, and float32's for a dtype without its own.
+    """
+    if q.device.type == "cpu":
+        dtypes = TUNED.get("cpu", {}).get("64", {})
+        entry = dtypes.get(str(q.dtype).removeprefix("torch."), dtypes.get("float32", {}))
+    else:
+        entry = tuned(q.device, q.shape[-1], q.dtype)
+    found = entry.get("costs", {}).get(kernel)
+    return None if found is None else _costs(tuple(found.items()))
+
+
+@lru_cache
+def _costs(entry: tuple[tuple[str, float], ...]) -> Costs:
+    return Costs(**dict(entry))
 
 
 def tuned(device: torch.device, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:

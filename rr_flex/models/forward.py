@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mask_mods.spans import SpanMask
-from rr_flex.attention import rr_attention
+from rr_flex.attention import Answer, Asked, answer
 from rr_flex.checks import as_autocast_says
 from rr_flex.models import records
 from rr_flex.models.layer_call import LayerCall, heads_of, why_dense
@@ -46,8 +46,6 @@ def _prefill(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
 ) -> tuple[Tensor, None]:
     holder, plan = after_update(module, k), plan_of(module)
-    # Norms on q and k leave these in float32 beside a v in half precision.
-    q, k, v = as_autocast_says(lambda *tensors: tensors)(q, k, v)
     call = LayerCall(module, q, k, v, mask, options)
     mask_mod, reason = None, why_dense(call, plan.config(call.layer), plan)
     if reason is None:
@@ -55,17 +53,19 @@ def _prefill(
     if reason is not None:
         plan.record(call.layer).add_dense(reason)
         return dense_attention(module, q, k, v, mask, **options)
-    out, density = _select_and_attend(call, mask_mod, plan, holder)
+    found = _select_and_attend(call, mask_mod, plan, holder)
     # While an exporter records there is no density yet. (A program that it makes dense is counted above, with why.)
     if not traced():
-        plan.record(call.layer).add_sparse(density)
-    return out.transpose(1, 2).contiguous(), None
+        record = plan.record(call.layer)
+        if found.decision.sparse:
+            record.add_sparse(found.density)
+        else:
+            record.add_dense(records.FASTER, found.decision.reason)
+    return found.out.transpose(1, 2).contiguous(), None
 
 
-def _select_and_attend(
-    call: LayerCall, mask_mod: SpanMask | None, plan: Plan, holder: DynamicLayer | None
-) -> tuple[Tensor, Tensor]:
-    """(out [B,Hq,Lq,Dv], density, 0-dim)."""
+def _select_and_attend(call: LayerCall, mask_mod: SpanMask | None, plan: Plan, holder: DynamicLayer | None) -> Answer:
+    """Sparse, or dense where that is faster."""
     q, k, v = call.q, call.k, call.v
     if q.device.type == "cpu":
         # A compiled graph holds for one order of strides, and caches, rotary embeddings and fused projections leave
@@ -73,22 +73,20 @@ def _select_and_attend(
         q, k, v = (x.contiguous() for x in (q, k, v))
     heads = heads_of(call.module, q.shape[1])
     config = plan.of_heads(call.layer, heads)
-    return rr_attention(
+    sinks, state = call.options.get("s_aux"), state_of(holder, call, config)
+    # Norms on q and k leave these in float32 beside a v in half precision.
+    return as_autocast_says(answer)(
         q,
         k,
         v,
-        config=config,
+        Asked(config, sinks, state, ("density",), plan.backend),
         mask_mod=mask_mod,
         # transformers' mask is the whole of it; a plain causal one is None.
         causal=mask_mod is None,
         scale=call.number("scaling"),
         softcap=call.number("softcap"),
-        sinks=call.options.get("s_aux"),
         q_offset=call.mask.offset,
         head_offset=0 if heads is None else heads.start,
-        state=state_of(holder, call, config),
-        return_density=True,
-        backend=plan.backend,
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rr_flex.attention import shortest_sparse
 from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
@@ -77,8 +76,7 @@ def _by_mask(call: LayerCall, mask: PrefillMask, plan: Plan) -> str | None:
 
 
 def _by_length(call: LayerCall, config: RRConfig) -> str | None:
-    plain_softmax = call.options.get("softcap") is None and call.options.get("s_aux") is None
-    if is_short(call.k, shortest_sparse(call.q, config, plain_softmax=plain_softmax)):
+    if is_short(call.k, config.min_length):
         return records.SHORT
     rows = ceil_div(call.q.shape[2], config.block_sizes[0])
     return records.LAST_ROWS if rows <= config.dense_last_rows else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 DECODE = "decode"
 SHORT = "shorter than min_length"
+FASTER = "dense is faster"
 LAST_ROWS = "all rows are dense last rows"
 DENSE_LAYER = "layer set to dense"
 SLIDING = "sliding layer set to dense"
@@ -34,10 +35,12 @@ class LayerRecord:
     sparse: int = 0  # prefill calls with a selection
     dense: Counter[str] = field(default_factory=Counter)  # calls by reason
     density_sum: Tensor | float = 0.0  # over the sparse calls; a tensor stays on its device until it is read
+    faster: str | None = None  # the last call for which dense attention was faster: its size, and what was expected
 
-    def add_dense(self, reason: str) -> None:
+    def add_dense(self, reason: str, faster: str | None = None) -> None:
         with _COUNTING:
             self.dense[reason] += 1
+            self.faster = faster or self.faster
 
     def add_sparse(self, density: Tensor) -> None:
         density = density.detach()
@@ -67,6 +70,7 @@ class Report:
                 total = layers.setdefault(layer, LayerRecord())
                 total.sparse += record.sparse
                 total.dense += record.dense
+                total.faster = record.faster or total.faster
                 added = record.density_sum
                 # Layers of one number (an encoder's, a decoder's) may lie on two cards.
                 if isinstance(added, Tensor) and isinstance(total.density_sum, Tensor):
@@ -91,7 +95,12 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         layers = {
-            str(layer): {"sparse": record.sparse, "dense": dict(record.dense), "density": record.density}
+            str(layer): {
+                "sparse": record.sparse,
+                "dense": dict(record.dense),
+                "density": record.density,
+                "faster": record.faster,
+            }
             for layer, record in sorted(self.layers.items())
         }
         return {"sparse": self.sparse, "dense": dict(self.dense), "density": self.density, "layers": layers}
@@ -101,7 +110,8 @@ class Report:
         for layer, record in sorted(self.layers.items()):
             lines.append(f"{layer:5d}" + _row(record.sparse, record.density, record.dense))
         lines.append("  all" + _row(self.sparse, self.density, self.dense))
-        return "\n".join(lines)
+        faster = next((record.faster for record in self.layers.values() if record.faster), None)
+        return "\n".join(lines if faster is None else [*lines, f"{FASTER}: {faster}"])
 
 
 def _row(sparse: int, density: float | None, dense: Counter[str]) -> str:

@@ -1,7 +1,7 @@
 """What happens once at start: each layer gets its settings, the counters are opened, and the graphs are compiled."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
-from rr_flex.kernels.options import break_even
+from rr_flex.kernels.deciding import shortest_sparse
 from rr_flex.serving.settings import ServingSettings, described, settings_of_environment
 from rr_flex.serving.step import Layer
 from rr_flex.serving.vllm.counters import FOLDER, Counters
@@ -62,7 +62,7 @@ def start(builder: Any, layer_names: list[str], vllm_config: Any) -> Started:
     if first.side is not None:
         started.pooled_stride = first.side.stride
     sample = torch.empty(1, 1, 1, first.head_size, dtype=vllm_config.model_config.dtype, device=builder.device)
-    started.min_length = break_even(sample) if settings.min_length is None else settings.min_length
+    started.min_length = shortest_prompt(first, sample, settings)
     if get_tensor_model_parallel_rank() == 0:
         started.counts = not _counters
         started.counters = _counters_of_process(builder.device)
@@ -81,6 +81,14 @@ def _give_settings(impl: Any, name: str, settings: ServingSettings) -> str | Non
         config=config, scale=impl.scale, softcap=impl.logits_soft_cap or None, head_offset=impl.first_head
     )
     return None
+
+
+def shortest_prompt(impl: Any, sample: torch.Tensor, settings: ServingSettings) -> int:
+    """Keys under which a block row is dense. Of a prompt that comes at once and alone, since a row's way must not
+    depend on how the prompt was cut."""
+    q = sample.expand(1, impl.num_heads, 1, impl.head_size)
+    config = replace(impl.layer_settings.config, min_length=settings.min_length, dense_last_rows=1)
+    return shortest_sparse("cpu" if q.device.type == "cpu" else "triton", q, impl.num_kv_heads, config)
 
 
 def _counters_of_process(device: torch.device) -> Counters:
