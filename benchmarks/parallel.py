@@ -6,153 +6,25 @@ rank's, from a barrier to its end.
 """
 
 import argparse
-import json
+import os
 import statistics
 import sys
-import time
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.environment import describe
-from benchmarks.workloads import Shape, structured
-from rr_flex import RRConfig, rr_attention
-from rr_flex.distributed import Account, Shards, context_parallel, head_parallel, make_mesh, ring, ulysses, zigzag
-from rr_flex.distributed.asked import check_asked
-from rr_flex.distributed.context import Local, attend_strip, choose_blocks, prepare
+from benchmarks.parallel_ways import RULES, Prompt, Run, dense_ways, density_of, exact_part, ways
+from rr_flex import RRConfig, rr_attention, select_blocks
+from rr_flex.distributed import Account
+from rr_flex.distributed.context import attend_strip, choose_blocks
+from rr_flex.distributed.far_rows import attend_far_rows
 from rr_flex.distributed.fetch import Deliveries
-from rr_flex.kernels.dense import dense_attention
 
 K = 1024
-RULES = {
-    "coarse": RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold", min_length=0),
-    "best": RRConfig.from_preset("best", min_length=0),
-}
-BISECTIONS = 8
-SAME_KERNEL = "triton"
-
-
-class Run:
-    """The processes, their clock and where rows go."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = torch.device(options.device)
-        self.sequence = make_mesh(sequence=int(options.world), device=options.device, timeout=120)
-        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.start = time.perf_counter()
-        self.about = describe(self.device, options.commit) | {"ranks": self.ranks}
-        if self.device.type == "cuda":
-            self.about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-
-    def largest(self, *values: float) -> list[float]:
-        """Of all ranks."""
-        x = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-        return x.tolist()
-
-    def total(self, *values: float) -> list[float]:
-        x = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(x)
-        return x.tolist()
-
-    @property
-    def over(self) -> bool:
-        """Whether the time is spent, the same on every rank."""
-        return self.largest(time.perf_counter() - self.start)[0] > self.options.seconds
-
-    def time(self, call: Callable[[], Any]) -> tuple[Any, list[float]]:
-        """The call's result and milliseconds of some calls, each the slowest rank's, after one that compiles."""
-        result, times = call(), []
-        self.synchronize()
-        while len(times) < 3 and not (times and sum(times) > 3000):
-            result = None
-            dist.barrier()
-            self.synchronize()
-            begin = time.perf_counter()
-            result = call()
-            self.synchronize()
-            times.append(self.largest(1000 * (time.perf_counter() - begin))[0])
-        return result, times
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self.rank == 0:
-            with Path(self.options.output).open("a") as stream:
-                stream.write(json.dumps(self.about | row) + "\n")
-            shown = {name: value for name, value in row.items() if value is not None}
-            print(f"{time.perf_counter() - self.start:4.0f} s {shown}", file=sys.stderr, flush=True)
-
-
-class Prompt:
-    """One length's tensors: the whole ones while some way needs them, and each way's part."""
-
-    def __init__(self, run: Run, length: int) -> None:
-        Hq, Hkv = run.options.heads
-        self.run, self.length, self.shape = run, length, (Hq, Hkv, run.options.head_dim)
-        dtype = getattr(torch, run.options.dtype)
-        whole = structured(Shape(length, Hq, Hkv, run.options.head_dim), dtype=dtype, device=run.device, seed=0)
-        self.layout = zigzag(length, run.ranks)
-        self.shards = Shards(run.sequence, self.layout)
-        self.part = [self.layout.take(x, self.shards.place).contiguous() for x in whole]
-        # One card and head parallelism work on whole sequences; very long ones leave no room for both.
-        self.whole = list(whole) if length <= run.options.most_whole else None
-
-    def local(self, config: RRConfig, **options: Any) -> Local:
-        asked = check_asked(*self.part, self.shards, {"config": config, **options}, {"fetch"})
-        return prepare(*self.part, self.shards, asked)
-
-    def at_density(self, config: RRConfig, wanted: float) -> RRConfig:
-        """The threshold that keeps `wanted` of the first strip's visible blocks, all ranks together."""
-        low, high = 1e-7, 0.5
-        for _ in range(BISECTIONS):
-            config = replace(config, threshold=(low * high) ** 0.5)
-            account = Account()
-            local = self.local(config, account=account)
-            choose_blocks(local._replace(strips=local.strips[:1]))
-            kept, visible = self.run.total(account.kept[0].item(), account.visible[0].item())
-            low, high = (config.threshold, high) if kept / visible > wanted else (low, config.threshold)
-        return config
-
-
-def ways(prompt: Prompt) -> dict[str, Callable[[RRConfig, Account], Tensor]]:
-    """Each way as a call of a config and an account."""
-    run, found = prompt.run, {}
-    if prompt.whole is not None:
-        for backend in ("auto", SAME_KERNEL) if run.device.type == "cuda" else ("auto",):
-            name = "one card" if backend == "auto" else f"one card, {backend}"
-            found[name] = lambda c, a, b=backend: rr_attention(*prompt.whole, config=c, backend=b)
-        heads = Shards(init_device_mesh(run.device.type, (run.ranks,), mesh_dim_names=("heads",)))
-        own = [heads.heads(x).contiguous() for x in prompt.whole]
-        found["heads"] = lambda c, a: head_parallel(*own, heads, config=c)
-    found["ulysses"] = lambda c, a: ulysses(*prompt.part, prompt.shards, config=c, account=a)
-    for fetch in ("kept", "all"):
-        for backend in ("auto", SAME_KERNEL) if run.device.type == "cuda" else ("auto",):
-            name = fetch if backend == "auto" else f"{fetch}, {backend}"
-            how = {"fetch": fetch, "backend": backend}
-            found[name] = lambda c, a, how=how: context_parallel(
-                *prompt.part, prompt.shards, config=c, account=a, **how
-            )
-    if run.device.type == "cuda" and prompt.length <= run.options.most_ring:
-        found["ring"] = lambda c, a: ring(*prompt.part, prompt.shards, config=c, account=a)
-    if run.ranks >= 4 and prompt.whole is not None:
-        mesh = init_device_mesh(run.device.type, (2, run.ranks // 2), mesh_dim_names=("heads", "sequence"))
-        plane = Shards(mesh, zigzag(prompt.length, run.ranks // 2))
-        quarter = [plane.layout.take(plane.heads(x), plane.place).contiguous() for x in prompt.whole]
-        found["2 heads × sequence"] = lambda c, a: context_parallel(*quarter, plane, config=c, account=a)
-    return {name: way for name, way in found.items() if name in run.options.ways or not run.options.ways}
 
 
 def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[str, Any]:
@@ -172,12 +44,14 @@ def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[
     peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
     moved = run.largest(peak, account.fetched, account.selecting, account.all_gather)
     row |= dict(zip(("peak_bytes", "fetched_bytes", "selecting_bytes", "all_gather_bytes"), moved, strict=True))
-    if account.attended:
-        own = float(sum(account.attended))
+    if account.ways:
+        own = float(sum(account.kept))
         row["balance"] = run.largest(own)[0] / (run.total(own)[0] / run.ranks)
         row["strips_by_block"] = account.ways.count("kept") / max(1, len(account.ways))
-    if prompt.exact is not None and out is not None and out.shape == prompt.exact.shape:
-        off, size = run.total((out - prompt.exact).float().square().sum(), prompt.exact.float().square().sum())
+    exact = exact_part(prompt, name)
+    if exact is not None:
+        out = exact if out is None else out
+        off, size = run.total((out - exact).float().square().sum(), exact.float().square().sum())
         row["error"] = (off / size) ** 0.5
     return row
 
@@ -191,93 +65,87 @@ def stages(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
         local = prompt.local(config, fetch=fetch)
 
         def travel(local=local):
-            sent = Deliveries(local, chosen, all_keys)
-            return [[x.shape for x in sent.start(place)()] for place in range(len(local.strips))]
+            sent = Deliveries(local, [kept for kept, _ in chosen], all_keys)
+            return [[x.shape for x in sent.start(number)()] for number in range(len(local.strips))]
 
         found[f"{fetch}_transfer_ms"] = statistics.median(run.time(travel)[1])
-    local = prompt.local(config, fetch="all")
     heads = local.strips[0][0]
-    keys, values = Deliveries(local, chosen, all_keys).start(0)()
-    _, times = run.time(lambda: attend_strip(local, heads, (keys, values), chosen[0]))
-    found["attend_strip_ms"] = statistics.median(times)
+    kv = Deliveries(local, [], all_keys).start(0)()
+
+    def attend() -> list[Tensor]:
+        return [attend_strip(local, heads, kv, *each) for each in zip(local.chunks, chosen, strict=True)]
+
+    found["attend_strip_ms"] = statistics.median(run.time(attend)[1])
+    if local.first_far < local.count:
+        out = torch.empty_like(local.q)
+        found["far_rows_ms"] = statistics.median(run.time(lambda: attend_far_rows(local, out))[1])
     return found | {"way": "stages", "strips": len(local.strips)}
 
 
-def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:
-    """Dense attention over the same ranks: all-to-all to heads and the fastest dense kernel, and on one card."""
-    from benchmarks.parallel_dense import dense_context, dense_ulysses
-
-    found = {"dense ulysses": lambda c, a: dense_ulysses(*prompt.part, prompt.shards)}
-    if prompt.run.device.type == "cuda":
-        found["dense context"] = lambda c, a: dense_context(*prompt.part, prompt.shards)
-    if prompt.whole is not None and prompt.length <= prompt.run.options.most_dense:
-        whole = {"causal": True, "scale": None, "flash": prompt.run.device.type == "cuda"}
-        found["one card, dense"] = lambda c, a: dense_attention(*prompt.whole, **whole)
-    return found
+def blocks_that_differ(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
+    """How many blocks all ranks together keep otherwise than one card does."""
+    local, size = prompt.local(config), config.block_sizes[0]
+    expected = select_blocks(*prompt.whole[:2], config=config).kept
+    differing = 0
+    for chunk, (kept, _) in zip(local.chunks, choose_blocks(local)[0], strict=True):
+        rows = expected[:, :, chunk.start // size : -(-chunk.stop // size)]
+        differing += int((rows[..., : kept.shape[3]] != kept).sum()) + int(rows[..., kept.shape[3] :].sum())
+    differ, kept = prompt.run.total(float(differing), float(expected.sum()))
+    return {"way": "blocks that differ", "differ": differ, "of_kept": kept / prompt.run.ranks}
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
-    torch._dynamo.config.automatic_dynamic_shapes = False  # a graph of its own for every shape
     run = Run(parser().parse_args(arguments))
     if run.options.eager:
         torch.compiler.set_stance("force_eager")
     for length in run.options.lengths:
-        torch._dynamo.reset()
-        prompt = Prompt(run, length)
-        shape = dict(zip(("heads", "kv_heads", "head_dim"), prompt.shape, strict=True))
-        shape |= {"length": length, "dtype": run.options.dtype, "rule": run.options.rule}
-        prompt.exact = None
-        for wanted in run.options.densities:
-            config = prompt.at_density(RULES[run.options.rule], wanted)
-            facts = shape | {"wanted_density": wanted, "threshold": config.threshold}
-            prompt.exact = exact_part(prompt, config) if length <= run.options.most_checked else None
-            account = Account()
-            choose_blocks(prompt.local(config, account=account))
-            kept, visible = run.total(float(sum(account.kept)), float(sum(account.visible)))
-            facts["density"] = kept / visible
-            run.write(facts | stages(prompt, config))
-            for name, way in ways(prompt).items():
-                if run.over:
-                    return finish(run)
-                run.write(facts | attempt(prompt, name, way, config))
-        prompt.exact = None
-        for name, way in dense_ways(prompt).items() if run.options.dense else ():
+        for row in rows_of(Prompt(run, length)):
+            run.write(row)
             if run.over:
-                return finish(run)
-            run.write(shape | attempt(prompt, name, way, RULES[run.options.rule]))
-        del prompt
-    return finish(run)
+                return finish()
+    return finish()
 
 
-def attempt(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[str, Any]:
+def rows_of(prompt: Prompt) -> Iterator[dict[str, Any]]:
+    """Of one length: every density and way, then dense attention."""
+    options = prompt.run.options
+    shape = dict(zip(("heads", "kv_heads", "head_dim"), prompt.shape, strict=True))
+    shape |= {"length": prompt.length, "dtype": options.dtype, "rule": options.rule}
+    checked = prompt.length <= options.most_checked and prompt.whole is not None
+    found = ways(prompt)
+    for wanted in options.densities:
+        config = prompt.at_density(RULES[options.rule], wanted)
+        facts = shape | {"wanted_density": wanted} | density_of(prompt, config)
+        if checked:
+            yield facts | attempt("blocks that differ", lambda c=config: blocks_that_differ(prompt, c))
+            prompt.exact = rr_attention(*prompt.whole, config=config)
+        for name, way in found.items():
+            yield facts | attempt(name, lambda n=name, w=way, c=config: measure(prompt, n, w, c))
+        if options.stages:
+            yield facts | attempt("stages", lambda c=config: stages(prompt, c))
+    prompt.exact, found = None, {}
+    for name, way in dense_ways(prompt).items() if options.dense else ():
+        yield shape | attempt(name, lambda n=name, w=way: measure(prompt, n, w, RULES[options.rule]))
+
+
+def attempt(name: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The row, or what stopped it, on all ranks alike: memory that runs out, a kernel that is not installed."""
     try:
-        return measure(prompt, name, way, config)
+        return call()
     except Exception as error:
         traceback.print_exc()
         first_line = (str(error).strip().splitlines() or [""])[0][:200]
         return {"way": name, "stopped": f"{type(error).__name__}: {first_line}"}
 
 
-def exact_part(prompt: Prompt, config: RRConfig) -> Tensor | None:
-    """This rank's part of what one card gives by the same kernel."""
-    if prompt.whole is None:
-        return None
-    backend = SAME_KERNEL if prompt.run.device.type == "cuda" else "auto"
-    out = rr_attention(*prompt.whole, config=config, backend=backend)
-    return prompt.layout.take(out, prompt.shards.place)
-
-
-def finish(run: Run) -> int:
+def finish() -> int:
     dist.barrier()
     dist.destroy_process_group()
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    import os
-
     parser = argparse.ArgumentParser(prog="torchrun ... -m benchmarks.parallel", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[128 * K, 512 * K, 1024 * K])
@@ -290,7 +158,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-dense", dest="dense", action="store_false")
     parser.add_argument("--most-whole", type=int, default=1024 * K, help="tokens up to which one card holds all")
     parser.add_argument("--most-checked", type=int, default=128 * K, help="tokens up to which outputs are compared")
-    parser.add_argument("--most-ring", type=int, default=512 * K)
+    parser.add_argument("--calls", type=int, default=3, help="timed ones at most")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds that a rank waits for another")
+    parser.add_argument("--no-stages", dest="stages", action="store_false")
     parser.add_argument("--most-dense", type=int, default=512 * K, help="tokens up to which one card is dense")
     parser.add_argument("--seconds", type=float, default=500, help="no way begins after so many")
     parser.add_argument("--eager", action="store_true", help="uncompiled: a dry run, no times to report")

@@ -4,24 +4,18 @@ import torch
 from torch import Tensor
 
 from rr_flex.distributed import Shards
-from rr_flex.distributed.by_heads import split_heads
-from rr_flex.distributed.shards import SEQUENCE
-from rr_flex.distributed.transfer import exchange, gather_tokens, in_order
+from rr_flex.distributed.by_heads import split_heads, to_heads, to_tokens
+from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.kernels.dense import dense_attention
 
 
 def dense_ulysses(q: Tensor, k: Tensor, v: Tensor, shards: Shards) -> Tensor:
     """All-to-all to whole sequences of some heads, the fastest dense kernel, and back."""
-    layout, ranks, me = shards.layout, shards.ranks(SEQUENCE), shards.place
-    parts = split_heads(q.shape[1], k.shape[1], ranks)
-    whole = []
-    for x, of in ((q, 0), (k, 1), (v, 1)):
-        heads = parts[me][of].stop - parts[me][of].start
-        shapes = [(x.shape[0], heads, layout.keys_on(rank), x.shape[3]) for rank in range(ranks)]
-        whole.append(in_order(exchange([x[:, part[of]] for part in parts], shapes, shards)[0], layout, 1, 1))
+    query_heads, key_heads = split_heads(q.shape[1], k.shape[1], shards.layout.ranks)
+    parts = (q, query_heads), (k, key_heads), (v, key_heads)
+    whole = [to_heads(x, heads, shards.layout, shards)[0] for x, heads in parts]
     out = dense_attention(*whole, causal=True, scale=None, flash=q.device.type == "cuda")
-    shapes = [(q.shape[0], part[0].stop - part[0].start, q.shape[2], v.shape[3]) for part in parts]
-    return torch.cat(exchange([layout.take(out, rank) for rank in range(ranks)], shapes, shards)[0], 1)
+    return to_tokens(out, query_heads, shards.layout, shards)[0]
 
 
 def dense_context(q: Tensor, k: Tensor, v: Tensor, shards: Shards) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
 from rr_flex.distributed import Layout, balanced, contiguous, zigzag
-from rr_flex.distributed.choosing import wanted_blocks
+from rr_flex.distributed.fetch import wanted_blocks
 from rr_flex.mass import row_share
 
 RULE = RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold")
@@ -45,7 +45,8 @@ def fetched_share(kept: Bool[Tensor, "B Hq nQ nK"], Hkv: int, layout: Layout) ->
     shares = []
     for rank in range(layout.ranks):
         foreign = owner != rank
-        shares.append(wanted_blocks(kept[:, :, ~foreign], Hkv)[..., foreign].float().mean().item())
+        wanted = wanted_blocks([kept[:, :, ~foreign]], (kept.shape[0], Hkv), kept.shape[3])
+        shares.append(wanted[..., foreign].float().mean().item())
     return shares
 
 

@@ -68,16 +68,21 @@ def select_blocks(
         request = replace(request, estimate="none")
     elif state is not None:
         request = state.pool(q, k, request)
-    # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
-    choose = _select_compiled if q.device.type != "cpu" and not traced() else select
-    with torch.no_grad():
-        parts = [choose(*qk, own) for _, own, qk in in_head_slices(request, q, k)]
-    return parts[0] if len(parts) == 1 else join(parts, request.mask_mod)
+    return select_in_slices(q, k, request)
 
 
 def is_short(k: Tensor, min_length: int | None) -> bool:
     """Whether k has fewer keys than `min_length`, if that is given: then nothing is dropped."""
     return min_length is not None and k.shape[2] < min_length
+
+
+def select_in_slices(q: Float[Tensor, "B Hq Lq D"], k: Float[Tensor, "B Hkv Lk D"], request: Request) -> Selection:
+    """`select` of as many heads at a time as memory takes, in a graph where kernels are worth their compilation."""
+    # On the CPU single operations serve as well.
+    choose = _select_compiled if q.device.type != "cpu" and not traced() else select
+    with torch.no_grad():
+        parts = [choose(*qk, own) for _, own, qk in in_head_slices(request, q, k)]
+    return parts[0] if len(parts) == 1 else join(parts, request.mask_mod)
 
 
 def select(q: Float[Tensor, "B Hq Lq D"], k: Float[Tensor, "B Hkv Lk D"], request: Request) -> Selection:

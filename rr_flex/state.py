@@ -92,7 +92,7 @@ class PrefillState:
             raise ValueError(f"k must hold the state's {self.tokens} tokens, got {Lk}; `state.trim` takes tokens back")
         self._layout, start = layout, self._whole * stride
         valid = valid_keys_of(request, q, k)
-        new = _pool(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
+        new = pool_new(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
         strides = ceil_div(Lk, stride)
         self._make_room(strides)
         self._pooled[self._whole : strides] = rearrange(new, "b h n e -> n b h e")
@@ -118,10 +118,10 @@ def check_state(state: object) -> None:
 
 
 @torch.no_grad()
-def _pool(
+def pool_new(
     k: Float[Tensor, "B Hkv new D"], stride: int, order: int, valid: Bool[Tensor, "#B #Hkv new"] | None
 ) -> Float[Tensor, "B Hkv n E"]:
-    # One kernel on an accelerator, some operations on a CPU.
+    """`pooled_features`: one kernel on an accelerator, some operations on a CPU."""
     pool = _pool_compiled if k.device.type == "cuda" else pooled_features
     return pool(k, stride, order, valid)
 

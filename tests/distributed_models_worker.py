@@ -1,6 +1,5 @@
 """One of several processes that prefill a model's prompt together, against one process: logits, cache, next tokens."""
 
-import sys
 import warnings
 
 import torch
@@ -26,10 +25,10 @@ def greedy(model, logits, cache, steps=3):
 
 
 @torch.no_grad()
-def main(families: list[str]) -> None:
+def main(ranks: int, families: list[str]) -> None:
     torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore")
-    mesh = make_mesh(sequence=int(sys.argv[1]), device="cpu", timeout=60)
+    mesh = make_mesh(sequence=ranks, device="cpu", timeout=60)
     shards = Shards(mesh, zigzag(IDS.shape[1], mesh.size()))
     for family in families:
         model = make(family)
@@ -46,7 +45,3 @@ def main(families: list[str]) -> None:
             print(f"{family}: same logits, cache and tokens", flush=True)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[2:])

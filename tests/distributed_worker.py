@@ -1,12 +1,12 @@
-"""One of several processes: every way of rr_flex.distributed against one process, `torchrun ... worker.py CASES`.
+"""One of several processes: every way of rr_flex.distributed against one process.
 
 Each rank has the whole tensors from a seed, takes its part, and compares with what select_blocks and attention over
 the whole give. Uncompiled: a mask looks its kept blocks up, so eager flex_attention gives the same.
 """
 
 import dataclasses
-import sys
 import warnings
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,9 @@ from rr_flex.distributed import (
     zigzag,
 )
 from rr_flex.distributed.asked import check_asked
-from rr_flex.distributed.context import choose_blocks, prepare
+from rr_flex.distributed.context import choose_blocks
+from rr_flex.distributed.local import prepare
+from rr_flex.distributed.ring import pass_around
 
 SHAPE = Shape(2, 4, 2, 1100, 1100, 16)  # 9 block rows, the last short: fewer key heads than ranks
 TOLERANCE = 1e-5
@@ -98,25 +100,22 @@ def same(found, exact, name):
     assert error <= TOLERANCE, f"{name}: {error}"
 
 
-def rows_of(shards, config):
-    """The block rows of the whole that this rank's queries are."""
-    size = config.block_sizes[0]
-    pieces = shards.layout.queries_of(shards.place)
-    return torch.cat([torch.arange(p.start // size, -(-p.stop // size)) for p in pieces])
-
-
 def check_context(whole, shards, heads, name):
     layout, me = shards.layout, shards.place
     local = [
         layout.take(x[:, part], me).contiguous() for x, part in zip((whole.q, whole.k, whole.v), heads, strict=True)
     ]
     exact = layout.take(whole.out[:, heads[0]], me)
-    asked = check_asked(*local, shards, dict(whole.options), set())
-    prepared = prepare(*local, shards, asked)
-    chosen, _ = choose_blocks(prepared)
-    kept = torch.cat([one.kept for one in chosen], 1)
-    expected = whole.selection.kept[:, heads[0]][:, :, rows_of(shards, whole.config)]
-    assert torch.equal(kept, expected), f"{name}: {(kept != expected).sum()} blocks differ"
+    prepared = prepare(*local, shards, check_asked(*local, shards, dict(whole.options), set()))
+    size = whole.config.block_sizes[0]
+    for chunk, (kept, _) in zip(prepared.chunks, choose_blocks(prepared)[0], strict=True):
+        expected = whole.selection.kept[:, heads[0], chunk.start // size : -(-chunk.stop // size)]
+        assert not expected[..., kept.shape[3] :].any()
+        expected = expected[..., : kept.shape[3]]
+        assert torch.equal(kept, expected), f"{name}: {(kept != expected).sum()} blocks differ"
+    if whole.config.pool == "keys":
+        # What only a GPU's kernels are asked for, in eager mode: parts and their log-sum-exp.
+        same(pass_around(prepared._replace(kernel="triton")), exact, f"{name} ring")
     moved = {}
     for fetch in ("kept", "all", "auto") if name.startswith("window") else ("kept", "auto"):
         account = Account()
@@ -138,16 +137,15 @@ def check_chunks(shards, layout):
     selection = select_blocks(q, whole.k, config=whole.config, q_offset=first)
     exact = attention(q, whole.k, whole.v, selection, {})
     me = sharded.place
-    local = then.take_queries(q, me), then.take(whole.k, me), then.take(whole.v, me)
+    local = then.of_queries.take(q, me), then.take(whole.k, me), then.take(whole.v, me)
     out = context_parallel(*local, sharded, **whole.options)
-    same(out, then.take_queries(exact, me), "chunk by fetch")
+    same(out, then.of_queries.take(exact, me), "chunk by fetch")
     out = ulysses(*local, sharded, **whole.options)
-    same(out, then.take_queries(exact, me), "chunk by ulysses")
+    same(out, then.of_queries.take(exact, me), "chunk by ulysses")
 
 
-def main(names: list[str]) -> None:
-    mesh = make_mesh(sequence=int(sys.argv[1]), device="cpu", timeout=60)
-    ranks = dist.get_world_size()
+def main(ranks: int, names: Iterable[str] = tuple(CASES)) -> None:
+    mesh = make_mesh(sequence=ranks, device="cpu", timeout=60)
     everything = slice(0, SHAPE.Hq), slice(0, SHAPE.Hkv), slice(0, SHAPE.Hkv)
     torch.compiler.set_stance("force_eager")
     warnings.simplefilter("ignore")
@@ -186,7 +184,3 @@ def check_meshes(ranks: int) -> None:
         local = [shards.layout.take(shards.heads(x), shards.place) for x in (whole.q, whole.k, whole.v)]
         exact = shards.layout.take(shards.heads(whole.out), shards.place)
         same(ulysses(*local, shards, **whole.options), exact, "2 × 2 ulysses")
-
-
-if __name__ == "__main__":
-    main(sys.argv[2:] or list(CASES))

@@ -53,6 +53,9 @@ APART = "test_last_rows.py::test_rows_apart_change_nothing"
 LISTS = "test_block_mask.py::test_lists_hold_the_kept_blocks_and_nothing_else"
 COUNTS = "test_selection_symmetries.py::test_equal_keys_have_equal_mass"
 
+TRUE_PLACES = "test_distributed.py::test_places_are_those_of_the_true_flags"
+TO_RANKS = "test_distributed.py::test_tokens_go_to_ranks_and_come_back"
+
 WHOLE_ROWS = "test_serving_rows.py::test_whole_rows_of_a_chunk_are_sparse"
 SHORT_ROWS = "test_serving_rows.py::test_rows_that_end_before_the_shortest_length_are_dense_wherever_the_prompt_is_cut"
 SINGLE_FIRST = "test_serving_rows.py::test_the_dense_batch_has_single_queries_first"
@@ -413,6 +416,8 @@ DEFECTS = [
         "ESTIMATORS[name] = Estimator(estimate, (*reads, 'query_pool'))",
         "test_errors.py::test_a_setting_that_no_rule_reads",
     ),
+    Defect("rr_flex/distributed/fetch.py", "flat.cumsum(0) - 1", "flat.cumsum(0)", TRUE_PLACES),
+    Defect("rr_flex/distributed/transfer.py", "taken[owner] += n", "taken[owner] += 0", TO_RANKS),
 ]
 
 

@@ -1,94 +1,79 @@
 """Several processes keep the blocks that one keeps and give its outputs: 2 and 4 processes, gloo, CPU."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import on_ranks
 
 from rr_flex.distributed import Layout, Piece, balanced, contiguous, zigzag
+from rr_flex.distributed.fetch import places
 from rr_flex.distributed.layout import BLOCK
-from rr_flex.distributed.transfer import in_order, true_places
+from rr_flex.distributed.transfer import in_order
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "rr_flex" / "distributed" / "README.md"
-
-
-def environment(**more):
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+PAGE = Path(__file__).parent.parent / "rr_flex" / "distributed" / "README.md"
 
 
-def torchrun(processes, *program):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, *map(str, program)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_two_processes_give_what_one_gives():
-    """Every rule, mask and layout; chunked; heads alone."""
-    printed = torchrun(2, HERE / "distributed_worker.py", 2)
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Every rule, mask and layout; chunked; heads alone; the ring."""
+    printed = on_ranks(tmp_path, 2, "distributed_worker", 2)[0]
     assert len(printed.splitlines()) >= 10
     moved = re.search(r"window: .*'kept': (\d+), 'all': (\d+)", printed)
     assert int(moved[1]) < int(moved[2])
 
 
-def test_four_processes_give_what_one_gives():
+def test_four_processes_give_what_one_gives(tmp_path):
     """Fewer key heads than ranks, and heads × sequence."""
-    printed = torchrun(4, HERE / "distributed_worker.py", 4, "per head", "best", "window", "right padding")
-    assert len(printed.splitlines()) == 4
+    cases = ["per head", "best", "window", "right padding"]
+    assert len(on_ranks(tmp_path, 4, "distributed_worker", 4, cases)[0].splitlines()) == len(cases)
 
 
-def test_a_models_prompt_on_two_processes():
-    pytest.importorskip("transformers")
-    printed = torchrun(2, HERE / "distributed_models_worker.py", 2, "llama", "gemma3")
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_a_models_prompt_on_two_processes(tmp_path):
+    printed = on_ranks(tmp_path, 2, "distributed_models_worker", 2, ["llama", "gemma3"])[0]
     assert printed.count("same logits, cache and tokens") == 2
+
+
+SMALL = ["--lengths", 640, "--heads", 4, 2, "--head-dim", 16, "--dtype", "float32", "--densities", 0.6]
 
 
 def test_the_benchmark_runs_on_two_processes(tmp_path):
     """Uncompiled, on the CPU: every way gives one process's output, and a row that says how."""
-    shape = ["--lengths", 640, "--heads", 4, 2, "--head-dim", 16, "--dtype", "float32", "--densities", 0.6]
-    rows = bench(tmp_path, 2, "--device", "cpu", "--eager", *shape)
+    rows = bench(tmp_path, 2, "parallel", "--device", "cpu", "--eager", *SMALL)
     assert [row["way"] for row in rows] == [
-        *("stages", "one card", "heads", "ulysses", "kept", "all", "dense ulysses", "one card, dense")
+        *("blocks that differ", "one card", "heads", "ulysses", "kept", "all", "2 heads × sequence", "stages"),
+        *("dense ulysses", "one card, dense"),
     ]
-    assert all(row["error"] < 1e-5 for row in rows if row["way"] in ("ulysses", "kept", "all"))
+    assert not any("stopped" in row for row in rows) and rows[0]["differ"] == 0 < rows[0]["of_kept"]
+    assert all(row["error"] < 1e-5 for row in rows[1:-3])
+
+
+def test_ranks_take_turns_on_one_card(tmp_path):
+    """With what the others sent replayed, each gives the time of what it does itself."""
+    rows = bench(tmp_path, 2, "parallel_turns", "--device", "cpu", "--eager", *SMALL)
+    assert not any("stopped" in row for row in rows) and rows[0]["differ"] == 0
+    assert all(row["error"] < 1e-5 and len(row["rank_ms"]) == 2 for row in rows[2:])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_cards_give_what_one_gives(tmp_path):
-    rows = bench(tmp_path, 2, "--lengths", 16384, "--densities", 0.3, "--no-dense")
-    assert {row["way"] for row in rows} >= {"ulysses", "kept", "all", "ring"}
-    assert all(row["error"] < 1e-2 for row in rows if row["way"] in ("ulysses", "kept", "all", "ring"))
+    rows = bench(tmp_path, 2, "parallel", "--lengths", 16384, "--densities", 0.3, "--no-dense")
+    assert {row["way"] for row in rows if row.get("error", 1) < 1e-2} >= {"heads", "ulysses", "kept", "all", "ring"}
 
 
-def bench(folder, processes, *arguments):
-    torchrun(processes, "-m", "benchmarks.parallel", *arguments, "--output", folder / "rows.jsonl")
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+def bench(folder, ranks, program, *arguments):
+    output = folder / "rows.jsonl"
+    on_ranks(folder, ranks, f"benchmarks.{program}", [*map(str, arguments), "--output", str(output)])
+    return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_errors_on_every_rank_and_a_rank_that_dies():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    program = [sys.executable, HERE / "distributed_lost_worker.py"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [
-        subprocess.Popen(program, env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), **streams)
-        for rank in range(2)
-    ]
-    printed = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], printed
+def test_errors_on_every_rank_and_a_rank_that_dies(tmp_path):
+    printed = on_ranks(tmp_path, 2, "distributed_errors_worker")
     assert "got an error on another one" in printed[0] and "v must have k's batch" in printed[1]
     assert all("settings must be the same on every rank" in text for text in printed)
     assert "got one that is gone or late" in printed[0]
@@ -100,7 +85,7 @@ def test_the_pages_script_runs(tmp_path):
     assert len(script.splitlines()) <= 40
     program = tmp_path / "prefill.py"
     program.write_text(script)
-    assert "1024 tokens on 2 ranks" in torchrun(2, program)
+    assert "1024 tokens on 2 ranks" in on_ranks(tmp_path, 2, str(program))[0]
 
 
 layouts = st.builds(
@@ -116,9 +101,7 @@ layouts = st.builds(
 def test_tokens_go_to_ranks_and_come_back(layout, stride):
     x = torch.arange(layout.tokens, dtype=torch.float64).view(1, 1, -1, 1)
     parts = [layout.take(x, rank)[:, :, ::stride] for rank in range(layout.ranks)]
-    assert torch.equal(in_order(parts, layout, stride, 1), x[:, :, ::stride])
-    padded = in_order(parts, layout, stride, 7)
-    assert padded.shape[2] % 7 == 0 and not padded[:, :, x[:, :, ::stride].shape[2] :].any()
+    assert torch.equal(in_order(parts, layout, stride), x[:, :, ::stride])
     assert torch.equal(torch.cat([layout.positions(rank) for rank in range(layout.ranks)]).sort()[0], x.flatten())
     owners, places = layout.owner_of_blocks(64)
     assert len(set(zip(owners, places, strict=True))) == len(owners) == -(-layout.tokens // 64)
@@ -145,10 +128,10 @@ def test_balanced_shares_tokens_and_cost_better_than_runs(ranks, cost):
     assert worst(layout) <= worst(runs) + max(cost)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=50))
-def test_true_places(flags):
-    flags = torch.tensor(flags)
-    assert torch.equal(true_places(flags, int(flags.sum())), flags.nonzero()[:, 0])
+@given(st.integers(0, 2**16), st.sampled_from([(3,), (2, 3), (2, 1, 5)]))
+def test_places_are_those_of_the_true_flags(seed, shape):
+    flags = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+    assert torch.equal(torch.stack(places(flags, int(flags.sum())), 1), flags.nonzero())
 
 
 @pytest.mark.parametrize(

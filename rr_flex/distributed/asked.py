@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mask_mods import bidirectional, both, causal
 from mask_mods.spans import MaskMod
 from rr_flex.checks import DTYPES, check_flag, check_numbers, check_queries_and_keys, check_values, gradient_wanted
 from rr_flex.config import RRConfig
@@ -41,13 +40,6 @@ class Asked:
         own = {name: value for name, value in options.items() if name in names and value is not None}
         settings = {name: value for name, value in options.items() if name not in names}
         return cls(config=RRConfig.resolve(own.pop("config", None), settings), **own)
-
-    @property
-    def mask(self) -> MaskMod:
-        """The one mask that holds, by positions."""
-        if self.mask_mod is None:
-            return causal() if self.causal else bidirectional()
-        return both(causal(), self.mask_mod) if self.causal else self.mask_mod
 
     def config_of(self, shards: Shards, Hq: int) -> RRConfig:
         """The settings for this rank's `Hq` heads: its part of levels by head."""

@@ -16,7 +16,7 @@ from rr_flex.attention import rr_attention
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked, of_heads
 from rr_flex.distributed.layout import Layout
-from rr_flex.distributed.position_masks import at_positions
+from rr_flex.distributed.positions import from_query
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards
 from rr_flex.distributed.transfer import exchange, in_order
 
@@ -55,51 +55,55 @@ def ulysses(
     `head_parallel`, sinks those of the heads that this rank has before and after.
     """
     asked = check_asked(q, k, v, shards, options, TAKES)
-    layout, ranks, me = shards.layout, shards.ranks(SEQUENCE), shards.place
-    parts = split_heads(q.shape[1], k.shape[1], ranks)
-    mine = parts[me][0]
-    sizes = [layout.queries_on(rank) for rank in range(ranks)], [layout.keys_on(rank) for rank in range(ranks)]
-    chunk = Layout(
-        tuple(
-            p._replace(start=p.start - layout.first_query, stop=p.stop - layout.first_query)
-            for p in layout.pieces
-            if p.start >= layout.first_query
-        ),
-        ranks,
-    )
-    account = asked.account
+    layout, ranks, account = shards.layout, shards.ranks(SEQUENCE), asked.account
+    query_heads, key_heads = split_heads(q.shape[1], k.shape[1], ranks)
     whole = []
-    for x, of, counts, order in ((q, 0, sizes[0], chunk), (k, 1, sizes[1], layout), (v, 1, sizes[1], layout)):
-        heads = parts[me][of].stop - parts[me][of].start
-        shapes = [(x.shape[0], heads, count, x.shape[3]) for count in counts]
-        received, moved = exchange([x[:, part[of]] for part in parts], shapes, shards)
-        whole.append(in_order(received, order, 1, 1))
+    for x, heads, order in ((q, query_heads, layout.of_queries), (k, key_heads, layout), (v, key_heads, layout)):
+        own, moved = to_heads(x, heads, order, shards)
+        whole.append(own)
         account.fetched += moved
-    account.all_gather += (
-        (ranks - 1) * layout.most_keys * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
-    )
+    of_token = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+    account.all_gather += (ranks - 1) * layout.most_keys * of_token
 
+    mine = query_heads[shards.place]
     config = of_heads(asked.config_of(shards, q.shape[1]), mine)
     asked = replace(asked, sinks=None if asked.sinks is None else asked.sinks[mine])
-    first_head = shards.rank(HEADS) * q.shape[1] + mine.start
-    out = _attend(*whole, asked, config, first_head)
-    back = [chunk.take(out, rank) for rank in range(ranks)]
-    shapes = [(q.shape[0], part[0].stop - part[0].start, q.shape[2], v.shape[3]) for part in parts]
-    received, moved = exchange(back, shapes, shards)
+    out = _attend(*whole, asked, config, shards.rank(HEADS) * q.shape[1] + mine.start)
+    out, moved = to_tokens(out, query_heads, layout.of_queries, shards)
     account.fetched += moved
-    return torch.cat(received, 1)
+    return out
 
 
-def split_heads(Hq: int, Hkv: int, ranks: int) -> list[tuple[slice, slice]]:
+def to_heads(
+    x: Float[Tensor, "B H n D"], heads: list[slice], layout: Layout, shards: Shards
+) -> tuple[Float[Tensor, "B h L D"], int]:
+    """This rank's tokens of all heads to all tokens of its `heads`, and the bytes that came from other ranks."""
+    own = heads[shards.place]
+    shapes = [(x.shape[0], own.stop - own.start, layout.keys_on(rank), x.shape[3]) for rank in range(layout.ranks)]
+    received, moved = exchange([x[:, part] for part in heads], shapes, shards)
+    return in_order(received, layout), moved
+
+
+def to_tokens(
+    x: Float[Tensor, "B h L D"], heads: list[slice], layout: Layout, shards: Shards
+) -> tuple[Float[Tensor, "B H n D"], int]:
+    """The way back."""
+    n = layout.keys_on(shards.place)
+    shapes = [(x.shape[0], part.stop - part.start, n, x.shape[3]) for part in heads]
+    received, moved = exchange([layout.take(x, rank) for rank in range(layout.ranks)], shapes, shards)
+    return torch.cat(received, 1), moved
+
+
+def split_heads(Hq: int, Hkv: int, ranks: int) -> tuple[list[slice], list[slice]]:
     """Each rank's query heads and the key heads that they need; ValueError where they don't fit the mesh."""
     group, size = Hq // Hkv, Hq // ranks
     if Hq % ranks or (size % group and group % size):
         raise ValueError(
             f"query heads ({Hq}, {group} a key head) must fit {ranks} sequence ranks, got no whole part each"
         )
-    return [
-        (slice(first, first + size), slice(first // group, -(-(first + size) // group))) for first in range(0, Hq, size)
-    ]
+    firsts = range(0, Hq, size)
+    of_keys = [slice(first // group, -(-(first + size) // group)) for first in firsts]
+    return [slice(first, first + size) for first in firsts], of_keys
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, config: RRConfig, first_head: int) -> Tensor:
@@ -107,9 +111,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, config: RRConfig, fir
     Lq, Lk = q.shape[2], k.shape[2]
     own = {"scale": asked.scale, "softcap": asked.softcap, "sinks": asked.sinks, "backend": asked.backend}
     own |= {"q_offset": None if Lq == Lk else Lk - Lq, "head_offset": first_head, "config": config}
-    if asked.mask_mod is None:
-        return rr_attention(q, k, v, causal=asked.causal, **own)
-    position = torch.arange(Lk - Lq, Lk, device=q.device)
-    head = torch.full((), first_head, dtype=torch.int64, device=q.device)
-    mask = at_positions(from_head(asked.mask, head), position, (q.shape[0], q.shape[1], Lk))
-    return rr_attention(q, k, v, causal=False, mask_mod=mask, **own)
+    if asked.mask_mod is not None:
+        first_query, head = (torch.full((), x, dtype=torch.int64, device=q.device) for x in (Lk - Lq, first_head))
+        own["mask_mod"] = from_head(from_query(asked.mask_mod, first_query), head)
+    return rr_attention(q, k, v, causal=asked.causal, **own)

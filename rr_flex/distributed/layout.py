@@ -56,9 +56,12 @@ class Layout:
         return self.pieces[-1].stop
 
     @property
-    def queries(self) -> int:
-        """Tokens that ask: of the last chunk."""
-        return self.tokens - self.first_query
+    def of_queries(self) -> "Layout":
+        """Of the tokens that ask alone, counted from the first of them."""
+        first = self.first_query
+        return Layout(
+            tuple(Piece(p.owner, p.start - first, p.stop - first) for p in self.pieces if p.start >= first), self.ranks
+        )
 
     def of(self, rank: int) -> list[Piece]:
         """The pieces of a rank's keys, ascending."""
@@ -84,11 +87,8 @@ class Layout:
 
     def take(self, x: Tensor, rank: int, dim: int = 2) -> Tensor:
         """The rank's part of a tensor that holds all tokens."""
-        return _parts(x, self.of(rank), dim, 0)
-
-    def take_queries(self, x: Tensor, rank: int, dim: int = 2) -> Tensor:
-        """The rank's part of a tensor that holds the tokens from `first_query` on."""
-        return _parts(x, self.queries_of(rank), dim, self.first_query)
+        parts = [x.narrow(dim, piece.start, piece.stop - piece.start) for piece in self.of(rank)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def owner_of_blocks(self, size: int) -> tuple[list[int], list[int]]:
         """For each block of `size` keys its rank, and which of that rank's own blocks it is."""
@@ -163,8 +163,3 @@ def _layout(edges: list[int], owners: list[int], tokens: int, ranks: int) -> Lay
             start = pieces.pop().start
         pieces.append(Piece(owner, start, stop))
     return Layout(tuple(pieces), ranks)
-
-
-def _parts(x: Tensor, pieces: list[Piece], dim: int, first: int) -> Tensor:
-    parts = [x.narrow(dim, piece.start - first, piece.stop - piece.start) for piece in pieces]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -12,14 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mask_mods.spans import MaskMod
 from rr_flex.distributed.asked import check_asked
-from rr_flex.distributed.attend import attend
-from rr_flex.distributed.choosing import Chosen, for_strip, needs_every_key
-from rr_flex.distributed.context import choose_blocks, prepare
-from rr_flex.distributed.local import Local
+from rr_flex.distributed.attend import Blocks, attend
+from rr_flex.distributed.context import choose_blocks, needs_every_key
+from rr_flex.distributed.far_rows import attend_far_rows
+from rr_flex.distributed.local import Chunk, Local, prepare
+from rr_flex.distributed.positions import at_keys
 from rr_flex.distributed.shards import SEQUENCE, Shards, answering
-from rr_flex.distributed.transfer import Owners
 
 
 def ring(
@@ -31,37 +30,45 @@ def ring(
 ) -> Float[Tensor, "B Hq n Dv"]:
     """What `context_parallel` gives, by passing shards of keys and values around the ranks of "sequence".
 
-    Options are config or its fields, mask_mod, causal, scale, softcap, account. NotImplementedError on every rank on
-    the CPU, whose compiled kernel has no log-sum-exp, and for rules that need every key at once (pool="queries",
-    "both").
+    Options are config or its fields, mask_mod, causal, scale, softcap, backend, account. NotImplementedError on every
+    rank on the CPU, whose compiled kernel has no log-sum-exp, and for rules that need every key at once
+    (pool="queries", "both").
     """
-    asked = check_asked(q, k, v, shards, options, set())
+    asked = check_asked(q, k, v, shards, options, {"backend"})
     if q.device.type == "cpu":
         raise NotImplementedError("q must be on CUDA for ring, since the CPU's kernel has no log-sum-exp, got the CPU")
     if needs_every_key(asked.config):
         raise NotImplementedError(
             f"pool must be 'keys' for ring, got {asked.config.pool!r}, which scores every key; use context_parallel"
         )
-    local = prepare(q, k, v, shards, asked)
+    return pass_around(prepare(q, k, v, shards, asked))
+
+
+def pass_around(local: Local) -> Float[Tensor, "B Hq n Dv"]:
+    """The ring itself, by a kernel that gives its log-sum-exp."""
+    q, shards, account = local.q, local.shards, local.asked.account
     chosen, _ = choose_blocks(local)
-    size, ranks, me = local.config.block_sizes[1], shards.ranks(SEQUENCE), shards.place
-    owners = Owners(shards.layout, size, q.device)
-    longest = max(len(columns) for columns in owners.columns) * size
-    here = [F.pad(x, (0, 0, 0, longest - x.shape[2])).contiguous() for x in (k, v)]
-    asked.account.all_gather += (ranks - 1) * sum(x.nbytes for x in here)
-    total, lse = None, None
+    layout, ranks, me = shards.layout, shards.ranks(SEQUENCE), shards.place
+    here = [F.pad(x, (0, 0, 0, layout.most_keys - x.shape[2])).contiguous() for x in (local.k, local.v)]
+    account.all_gather += (ranks - 1) * sum(x.nbytes for x in here)
+    total = [(q.new_zeros((), dtype=torch.float32), q.new_full((), -torch.inf, dtype=torch.float32))] * len(chosen)
     for step in range(ranks):
-        coming, works = pass_on(here, shards) if step + 1 < ranks else (None, [])
+        coming, works = pass_on(here, shards) if step + 1 < ranks else ([], [])
         owner = (me - step) % ranks
-        out, own_lse = _attend_shard(local, chosen, here, owners.columns[owner], owner)
-        total, lse = (out.float(), own_lse) if total is None else merge(total, lse, out, own_lse)
+        for number, (chunk, blocks) in enumerate(zip(local.chunks, chosen, strict=True)):
+            part = attend_shard(local, chunk, blocks, here, owner)
+            total[number] = total[number] if part is None else merge(total[number], part)
         for work in works:
             with answering():
                 work.wait()
-        if coming is not None:
-            asked.account.fetched += sum(x.nbytes for x in coming)
+        account.fetched += sum(x.nbytes for x in coming)
         here = coming
-    return total.to(q.dtype)
+    out = q.new_empty(*q.shape[:3], local.v.shape[3])
+    for chunk, (own, _) in zip(local.chunks, total, strict=True):
+        out[:, :, chunk.rows] = own.to(out.dtype)
+    if local.first_far < local.count:
+        attend_far_rows(local, out)
+    return out
 
 
 def pass_on(here: list[Tensor], shards: Shards) -> tuple[list[Tensor], list[dist.Work]]:
@@ -75,41 +82,37 @@ def pass_on(here: list[Tensor], shards: Shards) -> tuple[list[Tensor], list[dist
         return coming, dist.batch_isend_irecv(sends + receives)
 
 
-def merge(total: Tensor, lse: Tensor, out: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+Part = tuple[Float[Tensor, "B Hq n Dv"], Float[Tensor, "B Hq n"]]  # output and log-sum-exp
+
+
+def merge(total: Part, part: Part) -> Part:
     """Attention over two disjoint sets of keys from that over each; float32. Nothing seen has a log-sum-exp of −∞."""
-    both = torch.logaddexp(lse, own)
+    both = torch.logaddexp(total[1], part[1])
     floor = torch.where(both == -torch.inf, 0, both)
     parts = [
-        torch.where((w == -torch.inf)[..., None], 0, x * torch.exp(w - floor)[..., None])
-        for x, w in ((total, lse), (out.float(), own))
+        torch.where((lse == -torch.inf)[..., None], 0, out.float() * torch.exp(lse - floor)[..., None])
+        for out, lse in (total, part)
     ]
     return parts[0] + parts[1], both
 
 
-def _attend_shard(local: Local, chosen: list[Chosen], here: list[Tensor], columns: Tensor, owner: int):
-    """This rank's queries over the shard of `owner`: (out, lse)."""
-    size = local.config.block_sizes[1]
-    blocks = here[0].shape[2] // size
-    position = torch.full((blocks * size,), local.count, dtype=torch.int64, device=columns.device)
-    own = torch.cat([torch.arange(p.start, p.stop, device=columns.device) for p in local.shards.layout.of(owner)])
-    position[: len(own)] = own  # pieces begin at whole blocks, so only the last key block is short
-    outs, sums = [], []
-    for (heads, key_heads), one in zip(local.strips, chosen, strict=True):
-        pad = (0, blocks - len(columns))
-        kept, visible, whole = (F.pad(x.index_select(-1, columns), pad) for x in one[:3])
-        mask = at_keys(one.mask_mod, position)
-        seen = Chosen(kept, visible, whole, one.block_size, (local.q.shape[2], blocks * size), mask)
-        request = replace(for_strip(local.request, heads, mask), returns=("lse",))
-        out, lse, _ = attend(local.q[:, heads], *(x[:, key_heads] for x in here), seen, request)
-        outs.append(out)
-        sums.append(lse)
-    return torch.cat(outs, 1), torch.cat(sums, 1)
-
-
-def at_keys(mask_mod: MaskMod, position: Tensor) -> MaskMod:
-    """`mask_mod` whose key j stands at position[j]."""
-
-    def moved_mask(b, h, q_idx, kv_idx):
-        return mask_mod(b, h, q_idx, position[kv_idx])
-
-    return moved_mask
+def attend_shard(local: Local, chunk: Chunk, blocks: Blocks, here: list[Tensor], owner: int) -> Part | None:
+    """A chunk's queries over those keys of `owner` that it may see; None where there are none such."""
+    layout, size, device = local.shards.layout, local.config.block_sizes[1], local.q.device
+    pieces = [(p.start, min(p.stop, chunk.keys)) for p in layout.of(owner) if p.start < chunk.keys]
+    if not pieces:
+        return None
+    count = sum(stop - start for start, stop in pieces)
+    columns = torch.cat([torch.arange(a // size, -(-b // size), device=device) for a, b in pieces])
+    request = replace(local.of_chunk(chunk), returns=("lse",))
+    if request.own_mask is not None or not request.causal:
+        position = torch.cat([torch.arange(*piece, device=device) for piece in pieces])
+        request = replace(request, own_mask=at_keys(request.mask_mod, position), causal=False)
+    else:
+        # Pieces lie before the chunk, where it sees all, or are its own: the first keys of both are what it sees.
+        before = sum(min(stop, chunk.start) - start for start, stop in pieces if start < chunk.start)
+        request = replace(request, q_offset=local.request.q_offset + before)
+    kept, whole = (x.index_select(-1, columns) for x in blocks)
+    kernel = "triton" if request.own_mask is not None else local.kernel
+    qkv = local.q[:, :, chunk.rows], *(x[:, :, :count] for x in here)
+    return attend(kernel, qkv, (kept, whole), request)[:2]

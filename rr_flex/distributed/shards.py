@@ -26,10 +26,9 @@ class Account:
     selecting: int = 0  # bytes of pooled keys and of what is wanted
     all_gather: int = 0  # bytes that an all-gather of keys and values would have moved
     ways: list[str] = field(default_factory=list)  # for each strip of key heads: "kept", "all"
-    kept: list[Tensor] = field(default_factory=list)  # blocks of this rank's queries, 0-dim, a strip each
+    # Blocks of this rank's queries, 0-dim, a chunk each; without dense last rows that all ranks share.
+    kept: list[Tensor] = field(default_factory=list)
     visible: list[Tensor] = field(default_factory=list)
-    # Of the kept ones those that this rank attended to by itself: without dense last rows, which all ranks share.
-    attended: list[Tensor] = field(default_factory=list)
 
     def add_blocks(self, kept: Tensor, visible: Tensor) -> None:
         self.kept.append(kept.sum())

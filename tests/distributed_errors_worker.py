@@ -1,4 +1,4 @@
-"""One of two processes that are asked for what cannot be, and of which the second then dies: RANK decides which."""
+"""One of two processes that are asked for what cannot be, and of which the second then dies."""
 
 import os
 import sys
@@ -45,7 +45,3 @@ def main() -> None:
     print(f"after {time.perf_counter() - start:.1f} s", flush=True)
     sys.stdout.flush()
     os._exit(0)  # not to wait for the other in destroy_process_group
-
-
-if __name__ == "__main__":
-    main()

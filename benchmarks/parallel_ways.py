@@ -1,0 +1,188 @@
+"""The ranks of a benchmark run, one length's tensors on them, and every way to attend to these."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks.environment import describe
+from benchmarks.workloads import Shape, structured
+from rr_flex import RRConfig, rr_attention
+from rr_flex.distributed import Account, Shards, context_parallel, head_parallel, make_mesh, ring, ulysses, zigzag
+from rr_flex.distributed.asked import check_asked
+from rr_flex.distributed.context import choose_blocks
+from rr_flex.distributed.local import Local, prepare
+from rr_flex.kernels.dense import dense_attention
+
+RULES = {
+    "coarse": RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold", min_length=0),
+    "best": RRConfig.from_preset("best", min_length=0),
+}
+BISECTIONS = 8
+LONGEST = 1500  # milliseconds of timed calls after which no further one begins
+
+
+class Run:
+    """The processes, their clock and where rows go."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.sequence = make_mesh(sequence=int(options.world), device=options.device, timeout=options.timeout)
+        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+        self.heads = init_device_mesh(options.device, (self.ranks,), mesh_dim_names=("heads",))
+        self.plane = None
+        if self.ranks % 2 == 0:
+            sizes = 2, self.ranks // 2
+            self.plane = init_device_mesh(options.device, sizes, mesh_dim_names=("heads", "sequence"))
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.start = time.perf_counter()
+        self.about = describe(self.device, options.commit) | {"ranks": self.ranks}
+        if self.device.type == "cuda":
+            self.about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+
+    def largest(self, *values: float) -> list[float]:
+        """Of all ranks."""
+        x = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x.tolist()
+
+    def total(self, *values: float) -> list[float]:
+        x = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(x)
+        return x.tolist()
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is spent, the same on every rank."""
+        return self.largest(time.perf_counter() - self.start)[0] > self.options.seconds
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, list[float]]:
+        """The call's result and milliseconds of some calls, each the slowest rank's, after one that compiles."""
+        result, times = call(), []
+        self.synchronize()
+        while len(times) < self.options.calls and sum(times) <= LONGEST:
+            result = None
+            dist.barrier()
+            self.synchronize()
+            begin = time.perf_counter()
+            result = call()
+            self.synchronize()
+            times.append(self.largest(1000 * (time.perf_counter() - begin))[0])
+        return result, times
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with Path(self.options.output).open("a") as stream:
+                stream.write(json.dumps(self.about | row) + "\n")
+            shown = {name: value for name, value in row.items() if value is not None}
+            print(f"{time.perf_counter() - self.start:4.0f} s {shown}", file=sys.stderr, flush=True)
+
+
+class Prompt:
+    """One length's tensors: the whole ones while some way needs them, and each way's part."""
+
+    def __init__(self, run: Run, length: int) -> None:
+        Hq, Hkv = run.options.heads
+        self.run, self.length, self.shape = run, length, (Hq, Hkv, run.options.head_dim)
+        dtype = getattr(torch, run.options.dtype)
+        whole = structured(Shape(length, Hq, Hkv, run.options.head_dim), dtype=dtype, device=run.device, seed=0)
+        self.layout = zigzag(length, run.ranks)
+        self.shards = Shards(run.sequence, self.layout)
+        self.part = [self.layout.take(x, self.shards.place).contiguous() for x in whole]
+        # One card and head parallelism work on whole sequences; very long ones leave no room for both.
+        self.whole = list(whole) if length <= run.options.most_whole else None
+        self.exact = None  # one card's output, where outputs are compared
+
+    def local(self, config: RRConfig, **options: Any) -> Local:
+        asked = check_asked(*self.part, self.shards, {"config": config, **options}, {"fetch"})
+        return prepare(*self.part, self.shards, asked)
+
+    def at_density(self, config: RRConfig, wanted: float) -> RRConfig:
+        """The threshold that keeps `wanted` of the visible blocks, all ranks together."""
+        low, high = 1e-7, 0.5
+        for _ in range(BISECTIONS):
+            config = replace(config, threshold=(low * high) ** 0.5)
+            more = density_of(self, config)["density"] > wanted
+            low, high = (config.threshold, high) if more else (low, config.threshold)
+        return config
+
+
+def density_of(prompt: Prompt, config: RRConfig) -> dict[str, float]:
+    """Of all ranks' blocks together, and the threshold that gave it."""
+    account = Account()
+    choose_blocks(prompt.local(config, account=account))
+    kept, visible = prompt.run.total(float(sum(account.kept)), float(sum(account.visible)))
+    return {"threshold": config.threshold, "density": kept / visible}
+
+
+def ways(prompt: Prompt) -> dict[str, Callable[[RRConfig, Account], Tensor]]:
+    """Each way as a call of a config and an account."""
+    run, found = prompt.run, {}
+    backends = ("auto", "triton") if run.device.type == "cuda" else ("auto",)
+    if prompt.whole is not None:
+        for backend in backends:
+            found[named("one card", backend)] = lambda c, a, b=backend: rr_attention(*prompt.whole, config=c, backend=b)
+        heads = Shards(run.heads)
+        own = [heads.heads(x).contiguous() for x in prompt.whole]
+        found["heads"] = lambda c, a: head_parallel(*own, heads, config=c)
+    found["ulysses"] = lambda c, a: ulysses(*prompt.part, prompt.shards, config=c, account=a)
+    for backend in backends:
+        for fetch in ("kept", "all"):
+            how = {"fetch": fetch, "backend": backend}
+            found[named(fetch, backend)] = lambda c, a, how=how: context_parallel(
+                *prompt.part, prompt.shards, config=c, account=a, **how
+            )
+        if run.device.type == "cuda":
+            found[named("ring", backend)] = lambda c, a, b=backend: ring(
+                *prompt.part, prompt.shards, config=c, account=a, backend=b
+            )
+    if run.plane is not None and prompt.length <= run.options.most_checked and prompt.whole is not None:
+        plane = prompt.of_plane = Shards(run.plane, zigzag(prompt.length, run.ranks // 2))
+        part = [plane.layout.take(plane.heads(x), plane.place).contiguous() for x in prompt.whole]
+        found["2 heads × sequence"] = lambda c, a: context_parallel(*part, plane, config=c, account=a)
+    return {name: way for name, way in found.items() if name in run.options.ways or not run.options.ways}
+
+
+def named(way: str, backend: str) -> str:
+    return way if backend == "auto" else f"{way}, {backend}"
+
+
+def exact_part(prompt: Prompt, name: str) -> Tensor | None:
+    """What the way's output should be: one card's, of this rank's heads or tokens."""
+    if prompt.exact is None or name.startswith("one card"):
+        return prompt.exact
+    if name == "heads":
+        count = prompt.exact.shape[1] // prompt.run.ranks
+        return prompt.exact[:, prompt.run.rank * count : (prompt.run.rank + 1) * count]
+    plane = prompt.of_plane if name == "2 heads × sequence" else prompt.shards
+    return plane.layout.take(plane.heads(prompt.exact), plane.place)
+
+
+def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:
+    """Dense attention over the same ranks: all-to-all to heads and the fastest dense kernel, and on one card."""
+    from benchmarks.parallel_dense import dense_context, dense_ulysses
+
+    run, found = prompt.run, {}
+    if prompt.length <= run.options.most_dense:
+        found["dense ulysses"] = lambda c, a: dense_ulysses(*prompt.part, prompt.shards)
+    if run.device.type == "cuda" and prompt.length <= run.options.most_whole:
+        found["dense context"] = lambda c, a: dense_context(*prompt.part, prompt.shards)
+    if prompt.whole is not None and prompt.length <= run.options.most_dense:
+        whole = {"causal": True, "scale": None, "flash": run.device.type == "cuda"}
+        found["one card, dense"] = lambda c, a: dense_attention(*prompt.whole, **whole)
+    return found
