@@ -16,8 +16,8 @@ from rr_flex import RRConfig, Selection, select_blocks
 from rr_flex.evaluation.measures import density, recalled_mass
 from rr_flex.evaluation.texts import sample_text
 from rr_flex.evaluation.true_mass import true_block_mass
+from rr_flex.mass import row_share
 from rr_flex.models.loading import EMBEDDED_MODEL, load_causal_lm
-from rr_flex.view.cells import row_share
 from rr_flex.view.plots.style import DROPPED, KEPT, LINES, share_norm, token_axes
 
 TOKENS, LAYER, HEAD = 8192, 9, 4  # a head that looks at single places far back, beside the sink and its neighbours

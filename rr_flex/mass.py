@@ -138,7 +138,7 @@ def stride_visible(samples: Samples, index: Indices, *, last_query: Index, Lk: I
     return fold(or_, seen)
 
 
-def row_share(mass: Float[Tensor, "B Hq nQ nK"]) -> Float[Tensor, "B Hq nQ nK"]:
+def row_share(mass: Float[Tensor, "... nQ nK"]) -> Float[Tensor, "... nQ nK"]:
     """Each block's share of its row; 0 in a row without mass, NaN in one that has NaN."""
     total = mass.sum(-1, keepdim=True)
     return mass / torch.where(total == 0, 1, total)

@@ -28,6 +28,7 @@ def demo_document(*, layers: int = 3, length: int = 1000, tokens: list[str] | No
         layer: [(layer + 1) * (head + 1) / (layers * HEADS) for head in range(HEADS)] for layer in range(layers)
     }
     return {
+        "title": f"tiny, {length:,} tokens",
         "model": "tiny",
         "texts": ["my.txt"],
         "tokens": length,

@@ -358,7 +358,7 @@ DEFECTS = [
         "test_tasks.py::test_a_run_resumes",
     ),
     Defect(
-        "rr_flex/cli/arguments.py",
+        "rr_flex/cli/flags.py",
         "lambda value: 0 < value <= 1)",
         "lambda value: True)",
         "test_evaluation_cli.py::test_calibrate_checks_before_it_loads",
@@ -392,8 +392,8 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/models/hf_masks.py",
-        "q_idx + offset - (window - 1)",
-        "q_idx + offset - window",
+        "q_idx + at.offset - (sliding_window - 1)",
+        "q_idx + at.offset - sliding_window",
         "test_models_masks.py::test_masks_are_read_as_they_are",
     ),
     Defect(

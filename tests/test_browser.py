@@ -135,12 +135,13 @@ def test_a_click_on_a_head_shows_its_map(opened):
 
 
 def test_a_heading_sorts_its_table(opened):
-    heading = opened.find_elements(By.CSS_SELECTOR, "th button")[0]
-    rows = "return [...document.querySelectorAll('.table tbody')][0].innerText.split('\\n').map(x => x.split('\\t')[0])"
-    assert opened.execute_script(rows) == ["0", "1", "2"]
+    table = next(each for each in opened.find_elements(By.TAG_NAME, "table") if each.text.startswith("layers"))
+    heading = table.find_element(By.TAG_NAME, "button")
+    rows = "return [...arguments[0].tBodies[0].rows].map(row => row.cells[0].textContent)"
+    assert opened.execute_script(rows, table) == ["0", "1", "2"]
     heading.click()
     heading.click()
-    assert opened.execute_script(rows) == ["2", "1", "0"]
+    assert opened.execute_script(rows, table) == ["2", "1", "0"]
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])

@@ -46,11 +46,13 @@ def test_the_command(tmp_path, capsys):
 
 def test_predictions_beside_measured_rows(tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    from benchmarks import plan_check
+
     shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "length": 1 << 17, "density": 0.1, "ranks": 2}
     rows = [shape | {"way": way, "ms": 50.0, "peak_bytes": 1e9} for way in ("kept", "all, triton", "unknown")]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert main(["plan", "--check", str(path), "--plot", str(tmp_path / "check.png")]) == 0
+    assert plan_check.main([str(path), "--plot", str(tmp_path / "check.png")]) == 0
     assert "mean of |off| over 2 rows" in capsys.readouterr().out
 
 

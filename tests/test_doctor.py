@@ -1,8 +1,8 @@
-"""`rr-flex doctor`, `completion` and `tune`: what they say, their exit codes, and shells that use the completion."""
+"""`rr-flex doctor` and `tune`: what they say, and their exit codes; what holds for the help of every command."""
 
+import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +12,6 @@ import torch
 
 from rr_flex.cli import COMMANDS, main, make_parser, tune
 from rr_flex.cli import diagnosis as doctor
-from rr_flex.cli.completion import SHELLS, subcommands
-from rr_flex.registry import BUDGETS
 
 
 def findings(capsys, *arguments: str) -> tuple[int, dict]:
@@ -72,6 +70,11 @@ def test_an_old_torch_is_refused(monkeypatch):
     assert doctor.torch_version().state == "ok"
 
 
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return action.choices
+
+
 def test_every_command_has_examples_that_parse():
     """An example is a promise as a README line is: its flags must exist."""
     parser = make_parser()
@@ -113,56 +116,6 @@ def test_tune_hands_over(tmp_path, monkeypatch, capsys):
     assert main(["tune", "--head-dims", "64"]) == 7
 
 
-@pytest.fixture
-def script(capsys):
-    """The completion script of a shell."""
-    shtab = pytest.importorskip("shtab", reason="needs the extra demo")
-    assert set(shtab.SUPPORTED_SHELLS) >= set(SHELLS)
-
-    def script(shell: str) -> str:
-        assert main(["completion", shell]) == 0
-        return capsys.readouterr().out
-
-    return script
-
-
-def test_bash_completes(script, tmp_path):
-    if shutil.which("bash") is None:
-        pytest.skip("needs bash")
-    (tmp_path / "script").write_text(script("bash"))
-    (tmp_path / "mine.txt").touch()
-
-    def offered(line: str) -> set[str]:
-        words = " ".join(f"'{word}'" for word in line.split(" "))
-        state = f"COMP_WORDS=({words}); COMP_CWORD={line.count(' ')}"
-        program = f'source ./script; {state}; _shtab_rr_flex; printf "%s\\n" "${{COMPREPLY[@]}}"'
-        ran = subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True, cwd=tmp_path)
-        return {word.strip() for word in ran.stdout.split("\n")} - {""}
-
-    assert offered("rr-flex ") >= {"demo", "page", "doctor", "tune", "completion"}
-    assert offered("rr-flex doc") == {"doctor"}
-    assert offered("rr-flex demo --dty") == {"--dtype"}
-    assert offered("rr-flex demo --dtype ") >= {"auto", "float32", "bfloat16", "float16"}
-    assert offered("rr-flex demo --budget ") == set(BUDGETS)
-    assert offered("rr-flex demo --text mi") == {"mine.txt"}
-    assert offered("rr-flex completion z") == {"zsh"}
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_scripts_name_every_command(shell, script):
-    text = script(shell)
-    assert all(command in text for command in subcommands(make_parser()))
-    if shutil.which(shell) and shell in ("bash", "zsh", "fish"):
-        subprocess.run([shell, "-n"], input=text, text=True, check=True)
-
-
-def test_completion_without_shtab_names_its_extra(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    with pytest.raises(SystemExit) as stopped:
-        main(["completion", "bash"])
-    assert stopped.value.code == 2 and "pip install 'rr-flex[demo]'" in capsys.readouterr().err
-
-
 def test_help_waits_for_no_torch():
     """`--help` of any command, and a wrong flag, in the half second that Python itself leaves."""
     program = (
@@ -176,8 +129,3 @@ def test_help_waits_for_no_torch():
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **where)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert ran.stderr == "rr-flex demo: error: --tau: invalid float value: 'x'   (rr-flex demo --help)\n"
-
-
-def test_feature_widths_are_no_head_dims():
-    both, estimate = {"bfloat16": {"attention": {}, "estimate": {}}}, {"bfloat16": {"estimate": {}}}
-    assert doctor.is_head_dim(both) and not doctor.is_head_dim(estimate)

@@ -17,15 +17,14 @@ from transformers import masking_utils
 from mask_mods import SpanMask
 from rr_flex.models import enable, hf_masks
 from rr_flex.models.hf_masks import (
+    COMPOSED,
     NOT_READ,
-    READ,
+    SPANS,
     TESTED_TRANSFORMERS,
     UNRECOGNISED,
-    has_window,
-    is_causal,
-    spans_of,
-    term_of,
-    why_unread,
+    Place,
+    made_by,
+    read,
 )
 from rr_flex.models.prefill_mask import prefill_mask
 from rr_flex.models.records import OWN_MASK
@@ -60,10 +59,12 @@ def test_masks_are_read_as_they_are(name, offsets):
     b, h = torch.arange(2).view(2, 1, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.long)
     q, k = torch.arange(Lq).view(1, 1, Lq, 1), torch.arange(Lk).view(1, 1, 1, Lk)
     theirs = function(b, h, q + q_offset, k + kv_offset)
-    mask = spans_of(function, q_offset, kv_offset, torch.device("cpu"))
-    assert isinstance(mask, SpanMask)
+    reading = read(function)
+    mask = reading.spans(Place(torch.as_tensor(q_offset - kv_offset), kv_offset, torch.device("cpu")))
+    assert isinstance(mask, SpanMask) and reading.unread is None
     assert torch.equal(mask(b, h, q, k).expand(2, 1, Lq, Lk), theirs.expand(2, 1, Lq, Lk))
-    assert (is_causal(function), has_window(function)) == (causes, window)
+    assert (reading.causal, reading.sliding) == (causes, window)
+    assert reading.causal_window == {"causal": hf_masks.FAR, "sliding": 5}.get(name)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -91,9 +92,9 @@ def test_an_unknown_mask_is_not_guessed_at():
         return (q + k) % 2 == 0
 
     either = masking_utils.or_masks(causal, strange)
-    assert spans_of(strange, 0, 0, torch.device("cpu")) is None
-    assert spans_of(either, 0, 0, torch.device("cpu")) is None and not is_causal(either)
-    assert why_unread(strange) == why_unread(either) == OWN_MASK and why_unread(sliding) is None
+    assert read(strange).unread == read(either).unread == OWN_MASK and not read(either).causal
+    # Positions that start anew say nothing where the documents are not told.
+    assert read(remap(causal, positions)).unread == (OWN_MASK if remap(causal, positions) is not causal else None)
 
 
 def factories():
@@ -104,7 +105,7 @@ def factories():
             yield name, function
 
 
-def made_by(factory):
+def example_of(factory):
     parameters = inspect.signature(factory).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return factory(causal, sliding)
@@ -116,13 +117,12 @@ def test_each_mask_factory_of_this_transformers_is_known():
     found = dict(factories())
     assert len(found) >= 8, f"{NEWS} annotates its mask factories in another way: {sorted(found)}"
     for name, factory in found.items():
-        mask = made_by(factory)
-        reason = why_unread(mask)
+        reason = read(example_of(factory), packed=True).unread
         assert reason != UNRECOGNISED, f"{NEWS} has a mask that rr_flex.models.hf_masks does not recognise: {name}"
         assert reason is None or name in NOT_READ, f"{NEWS}: {name} is read no longer"
     composed = {"sliding_window_causal_mask_function", "chunked_causal_mask_function"}
     composed |= {"sliding_window_bidirectional_mask_function"}
-    new = set(found) - set(READ) - set(NOT_READ) - composed
+    new = set(found) - set(SPANS) - set(COMPOSED) - set(NOT_READ) - composed
     assert not new, f"{NEWS} has new mask factories: {sorted(new)}"
 
 
@@ -156,7 +156,7 @@ def test_a_mask_of_another_form_is_dense_and_counted(factory, monkeypatch):
     dense = logits(model)
     monkeypatch.setattr(masking_utils, "sliding_window_overlay", factory)
     mask = masking_utils.sliding_window_causal_mask_function(4)
-    assert term_of(factory(4)).name == "" and why_unread(mask) == UNRECOGNISED
+    assert made_by(factory(4)) == ("", {}) and read(mask).unread == UNRECOGNISED
     assert transformers.__version__ in UNRECOGNISED
     with enable(model, tau=0.3, **SETTINGS) as on:
         torch.testing.assert_close(logits(model), dense)

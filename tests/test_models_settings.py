@@ -14,7 +14,7 @@ from model_families import SETTINGS, logits, make
 from rr_flex import RRConfig
 from rr_flex.models import enable, register, report
 from rr_flex.models.choices import Choices, make_plan
-from rr_flex.models.head_shards import heads_of
+from rr_flex.models.layer_call import heads_of
 from rr_flex.models.layer_plan import Plan, plan_of
 from rr_flex.profiles import load_profile
 
@@ -51,11 +51,11 @@ def test_by_name(llama):
 def test_enabled_shows_what_it_does(llama):
     with enable(llama, tau=[0.3, 0.4], dense_layers=[1], order=2) as on:
         assert repr(on) == (
-            "Enabled(LlamaForCausalLM, on: order=2, tau=0.95; 1 layers set apart, 1 dense; 0 calls sparse; 0 dense)"
+            "Enabled(LlamaForCausalLM, on: tau=0.95; 1 layers set apart, 1 dense; 0 calls sparse; 0 dense)"
         )
     assert "LlamaForCausalLM, restored" in repr(on)
     with enable(llama, budget="threshold", threshold=[0.1] * 4) as on:
-        assert "on: budget=threshold, threshold=4 levels; 0 calls" in repr(on)
+        assert "on: threshold=(0.1, 0.1, 0.1, 0.1); 0 calls" in repr(on)
 
 
 def test_levels_by_head_are_split_as_the_heads_are():

@@ -190,8 +190,8 @@ def test_states_end_with_their_cache_and_hooks_with_enable(llama):
     with enable(llama, **SPARSE):
         for first in range(0, 192, 64):
             call(llama, cache, IDS[:1, first : first + 64])
-        assert len(states._states) == before + 1
-        assert [kept.state.tokens for kept in states._states[cache].values()] == [192, 192]
+        assert len(states._states) == before + 2
+        assert [states._states[layer].state.tokens for layer in cache.layers] == [192, 192]
     assert not any(module._forward_pre_hooks for module in llama.modules())
     del cache
     gc.collect()

@@ -18,6 +18,7 @@ from mask_mods import both, causal, frames
 from rr_flex import select_blocks
 from rr_flex.models import enable, register, report
 from rr_flex.tasks import video_mme
+from rr_flex.tasks.answers import Asked
 
 SETTINGS = {"block_size": 64, "dense_last_rows": 0, "min_length": 0}
 START, END, IMAGE, VIDEO = 60, 61, 62, 63
@@ -68,7 +69,7 @@ def question_in(folder, name):
     asked = " ".join(f"w{i % 20}" for i in range(n_words - len(video_mme.ASK.split()) - 4 - 4))
     row = {"videoID": "v1", "duration": "short", "question": asked, "options": [*"ABCD"], "answer": "B"}
     (folder / "videomme.jsonl").write_text(json.dumps(row))
-    return video_mme.questions(folder, "short", 1)[0]
+    return video_mme.questions(Asked("short", 0, 1, data=folder))[0]
 
 
 def by_hand(name, question):
@@ -141,7 +142,7 @@ def test_video_mme_through_the_real_processor(name, tmp_path, monkeypatch):
         for key, value in expected.items():
             torch.testing.assert_close(inputs[key], value, atol=1e-5, rtol=1e-5, check_dtype=False)
     with enable(model, tau=0.4, **SETTINGS) as on:
-        (score,), tokens = video_mme.scores_in(tmp_path, frames=16)(model, processor, "short", 0, 1)
+        (score,), tokens = video_mme.scores(model, processor, Asked("short", 0, 1, data=tmp_path), frames=16)
     assert tokens == 384 and score in (0.0, 1.0)
     assert on.report().sparse == 2 and on.report().density < 1
 

@@ -16,6 +16,7 @@ from model_families import make
 from rr_flex import RRConfig
 from rr_flex.cli.tasks import check, import_suite
 from rr_flex.tasks import answers, helmet, recall, results, video_mme
+from rr_flex.tasks.answers import Asked
 from rr_flex.tasks.results import DENSE, Cell, Setting, describe
 from rr_flex.tasks.run import Plan, run
 
@@ -48,14 +49,10 @@ class Oracle:
 @pytest.mark.parametrize("task", recall.TASKS)
 def test_recall_samples_fit_and_can_be_answered(task):
     tokenizer = Letters()
-    sample = recall.fit(task, 3000, 7, tokenizer)
+    sample, again, other = (recall.fit(task, 3000, seed, tokenizer) for seed in (7, 7, 8))
     size = len(sample.prompt) + sample.new_tokens
-    assert 2000 < size <= 3000 and sample == recall.fit(task, 3000, 7, tokenizer) != recall.fit(
-        task, 3000, 8, tokenizer
-    )
-    assert all(answer in sample.prompt for answer in sample.answers)
-    assert answers.recall(" ".join(sample.answers), sample.answers) == 1
-    assert answers.recall("no idea", sample.answers) == 0
+    assert 2000 < size <= 3000 and sample.prompt == again.prompt != other.prompt
+    assert sample.score(sample.prompt) == 1 and sample.score("no idea") == 0
     with pytest.raises(ValueError, match="length must hold a sample"):
         recall.fit(task, 50, 7, tokenizer)
 
@@ -72,14 +69,14 @@ def test_scores():
 def test_a_run_resumes(tmp_path):
     path, calls = tmp_path / "cells.jsonl", []
 
-    def score(model, tokenizer, task, length, samples, *, chat):
-        calls.append((task, length))
+    def scores(model, tokenizer, asked):
+        calls.append((asked.task, asked.length))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return [1.0, 0.0], 100
 
     same = Setting(model="m", samples=2)
-    plan = Plan(suite="s", score=score, tasks=["a", "b"], lengths=[8, 16], configs=[None], same=same)
+    plan = Plan(suite="s", scores=scores, tasks=["a", "b"], lengths=[8, 16], configs=[None], same=same)
     with pytest.raises(KeyboardInterrupt):
         list(run(None, None, plan, path))
     assert [cell.task for cell in results.read(path)] == ["a", "b"]
@@ -154,7 +151,7 @@ def test_ruler_by_lm_eval(task, tmp_path, monkeypatch):
         "configs": [RRConfig(tau=0.4, min_length=0)],
         "same": Setting(model="m", samples=2),
     }
-    plan = Plan(suite="ruler", score=ruler.scores, **cells)
+    plan = Plan(suite="ruler", scores=ruler.scores, **cells)
     (found,) = run(model, tokenizer, plan, tmp_path / "cells.jsonl")
     assert found.score == 0 and found.density < 1 and 4000 < found.tokens <= 2 * 4096
 
@@ -162,7 +159,7 @@ def test_ruler_by_lm_eval(task, tmp_path, monkeypatch):
         return torch.cat([input_ids, input_ids], 1)
 
     monkeypatch.setattr(model, "generate", says_all_of_it)
-    scores, tokens = ruler.scores(model, tokenizer, task, 4096, 2)
+    scores, tokens = ruler.scores(model, tokenizer, Asked(task, 4096, 2))
     assert scores == [1.0, 1.0] and tokens == found.tokens
 
 
@@ -206,20 +203,20 @@ def helmet_data(tmp_path):
     ],
 )
 def test_helmet_rows(helmet_data, task, right, wrong, holds):
-    (question,) = helmet.questions(helmet_data, task, 8192, 10)
+    asked = Asked(task, 8192, 10, data=helmet_data)
+    (question,) = helmet.questions(asked)
     assert holds in question.prompt
     if task in ("kilt_nq", "msmarco_rerank"):
         assert question.prompt.count("Answer: Bob" if task == "kilt_nq" else "Ranking: 2 > 1 > 0") == 2
-    scores = helmet.scores_in(helmet_data)
-    assert scores(Oracle(right), Letters(), task, 8192, 1)[0] == [1.0]
-    assert scores(Oracle(wrong), Letters(), task, 8192, 1)[0] == [0.0]
+    for says, score in ((right, 1.0), (wrong, 0.0)):
+        assert helmet.scores(Oracle(says), Letters(), asked) == ([score], len(question.prompt))
     with pytest.raises(ValueError, match="HELMET's"):
-        helmet.questions(helmet_data, task, 1000, 1)
+        helmet.questions(replace(asked, length=1000))
 
 
 def test_missing_data_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="HELMET's data"):
-        helmet.questions(tmp_path, "json_kv", 8192, 1)
+        helmet.questions(Asked("json_kv", 8192, 1, data=tmp_path))
 
 
 class Processor:
@@ -250,20 +247,19 @@ class VideoOracle(Oracle):
 def test_video_mme_rows(tmp_path):
     row = {"videoID": "v1", "question": "What moves?", "options": ["A. sun", "B. cat", "C. sea", "D. car"]}
     rows(tmp_path / "videomme.jsonl", row | {"answer": "B", "duration": "long"}, row | {"duration": "short"})
+    asked = Asked("long", 0, 5, data=tmp_path)
     with pytest.raises(FileNotFoundError, match="must hold the video v1"):
-        video_mme.questions(tmp_path, "long", 5)
+        video_mme.questions(asked)
     (tmp_path / "data").mkdir()
     np.save(tmp_path / "data" / "v1.npy", np.zeros((9, 4, 6, 3), dtype=np.uint8))
-    (question,) = video_mme.questions(tmp_path, "long", 5)
+    (question,) = video_mme.questions(asked)
     assert question.prompt.splitlines()[1:] == ["What moves?", *row["options"], "The best answer is:"]
-    scores, processor = video_mme.scores_in(tmp_path, frames=3), Processor()
-    assert scores(VideoOracle(" B. cat"), processor, "long", 0, 1)[0] == [1.0]
+    processor = Processor()
+    assert video_mme.scores(VideoOracle(" B. cat"), processor, asked, frames=3)[0] == [1.0]
     assert processor.videos[0].shape == (3, 3, 4, 6) and processor.options["do_sample_frames"] is False
-    assert scores(VideoOracle("C"), processor, "long", 0, 1)[0] == [0.0]
-    with pytest.raises(ValueError, match="must be one of short"):
-        video_mme.questions(tmp_path, "endless", 1)
+    assert video_mme.scores(VideoOracle("C"), processor, asked)[0] == [0.0]
     with pytest.raises(ValueError, match="--lengths must be 0"):
-        scores(VideoOracle("C"), processor, "long", 8192, 1)
+        video_mme.questions(replace(asked, length=8192))
 
 
 def test_letters():

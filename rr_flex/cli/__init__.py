@@ -4,10 +4,11 @@ import argparse
 import importlib.metadata
 import sys
 
-from rr_flex.cli import calibrate, completion, demo, doctor, evaluate, page, plan, tasks, tune
-from rr_flex.cli.arguments import INTERRUPTED, Parser
+from rr_flex.cli import calibrate, demo, doctor, evaluate, page, plan, tasks, tune
+from rr_flex.cli.flags import Parser
+from rr_flex.cli.output import INTERRUPTED
 
-COMMANDS = (demo, evaluate, calibrate, tasks, page, tune, plan, doctor, completion)
+COMMANDS = (demo, evaluate, calibrate, tasks, page, tune, plan, doctor)
 
 EPILOG = """\
 start here:
@@ -34,7 +35,6 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         command.add_to(commands)
-    parser.set_defaults(parser=parser)
     return parser
 
 

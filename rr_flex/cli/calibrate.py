@@ -2,19 +2,8 @@
 
 import argparse
 
-from rr_flex.cli.arguments import (
-    DONE,
-    Progress,
-    add_command,
-    add_model,
-    add_texts,
-    new_file,
-    positive,
-    share,
-    told,
-    whole,
-)
-from rr_flex.cli.config_flags import PRESETS
+from rr_flex.cli import flags
+from rr_flex.cli.output import DONE, Progress, told
 
 EXAMPLES = """
 examples:
@@ -24,29 +13,27 @@ examples:
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    calibrate = add_command(
-        commands,
-        "calibrate",
-        run,
-        EXAMPLES,
-        help="find a threshold for every layer and head, and save them as a profile",
-        description="Measures a model on texts and writes a profile: a threshold for every layer and head.",
-    )
-    calibrate.add_argument("profile", type=new_file, metavar="FILE", help="JSON file to write")
-    add_model(calibrate)
-    add_texts(calibrate, ("prose:0", "code:0"))
-    calibrate.add_argument("--length", type=whole(2), default=2048, metavar="TOKENS", help="of each text [%(default)s]")
-    target = calibrate.add_mutually_exclusive_group(required=True)
-    target.add_argument("--target-density", type=share, metavar="SHARE", help="kept / visible blocks, in (0, 1]")
-    target.add_argument("--target-recall", type=share, metavar="SHARE", help="of the true attention mass, in (0, 1]")
-    target.add_argument("--target-error", type=positive, metavar="ERROR", help="relative output error of a layer")
-    target.add_argument("--target-kl", type=positive, metavar="NATS", help="divergence from the dense model a token")
-    calibrate.add_argument("--preset", default="best", choices=PRESETS, help="[%(default)s]")
-    calibrate.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    about = "measure a model on texts and write a profile: a threshold for every layer and head"
+    parser = flags.add_command(commands, run, about, EXAMPLES)
+    parser.add_argument("profile", type=flags.new_file, metavar="FILE", help="JSON file to write")
+    flags.add_model(parser)
+    flags.add_texts(parser, ("prose:0", "code:0"))
+    length = {"type": flags.whole(2), "default": 2048, "metavar": "TOKENS"}
+    parser.add_argument("--length", help="of each text [%(default)s]", **length)
+    target = parser.add_mutually_exclusive_group(required=True)
+    for name, kind, unit, text in (
+        ("density", flags.share, "SHARE", "kept / visible blocks, in (0, 1]"),
+        ("recall", flags.share, "SHARE", "of the true attention mass, in (0, 1]"),
+        ("error", flags.positive, "ERROR", "relative output error of a layer"),
+        ("kl", flags.positive, "NATS", "divergence from the dense model a token"),
+    ):
+        target.add_argument(f"--target-{name}", type=kind, metavar=unit, help=text)
+    flags.add_preset(parser, "best")
+    flags.add_quiet(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    progress = Progress(arguments.quiet)
+    progress = Progress(arguments)
     progress("importing torch and transformers")
     with told():
         from rr_flex.calibration.thresholds import calibrate
@@ -55,11 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         texts = {source: read_text(source) for source in arguments.text}
         prompts = load(arguments, texts, lambda config: None, progress)
-        targets = {name: getattr(arguments, name) for name in vars(arguments) if name.startswith("target_")}
         profile = calibrate(
             prompts.model,
             list(prompts.ids.values()),
-            **targets,
+            **{name: value for name, value in vars(arguments).items() if name.startswith("target_")},
             config=RRConfig.from_preset(arguments.preset),
             names=[f"{source}, {arguments.length} tokens" for source in texts],
             progress=progress,

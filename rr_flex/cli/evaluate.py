@@ -1,24 +1,11 @@
 """`rr-flex evaluate`. torch, transformers and matplotlib are imported only when it runs."""
 
 import argparse
-import importlib.util
+from collections import defaultdict
+from statistics import mean
 
-from rr_flex.cli.arguments import (
-    DONE,
-    Progress,
-    add_command,
-    add_json,
-    add_model,
-    add_output,
-    add_texts,
-    listed,
-    save_figure,
-    share,
-    show,
-    told,
-    whole,
-    write_json,
-)
+from rr_flex.cli import flags
+from rr_flex.cli.output import DONE, Progress, need, save_figure, show, told, write_json
 
 DEFAULT_RULES = (
     "rr",
@@ -39,39 +26,33 @@ examples:
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    evaluate = add_command(
-        commands,
-        "evaluate",
-        run,
-        EXAMPLES,
-        help="output error and predictions of selection rules against density",
-        description="Compares selection rules at equal density on a real model and texts of several kinds.",
-    )
-    add_model(evaluate)
-    add_texts(evaluate, TEXTS)
-    evaluate.add_argument("--rules", nargs="+", default=list(DEFAULT_RULES), metavar="RULE", help="[%(default)s]")
-    evaluate.add_argument("--list-rules", action="store_true", help="print the names of all rules and exit")
-    length = {"type": whole(256, 128), "default": 2048, "metavar": "TOKENS"}
-    evaluate.add_argument("--length", help="a multiple of 128 [%(default)s]", **length)
-    evaluate.add_argument("--layers", type=listed(whole(0)), metavar="N,...", help="[three, one a third of the model]")
-    densities = {"type": listed(share), "default": (0.25, 0.3, 0.4, 0.5), "metavar": "D,..."}
-    evaluate.add_argument("--densities", help="[.25,.3,.4,.5]", **densities)
-    evaluate.add_argument("--no-predictions", action="store_true", help="no runs of the model with sparse attention")
-    evaluate.add_argument("--quantize", choices=QUANTIZATIONS, help="the model's linear layers, by torchao")
-    add_output(evaluate, help="curves of error; beside it NAME-predictions.png")
-    add_json(evaluate)
+    about = "compare selection rules at equal density on a real model and texts of several kinds"
+    parser = flags.add_command(commands, run, about, EXAMPLES)
+    flags.add_model(parser)
+    flags.add_texts(parser, TEXTS)
+    parser.add_argument("--rules", nargs="+", default=list(DEFAULT_RULES), metavar="RULE", help="[%(default)s]")
+    parser.add_argument("--list-rules", action="store_true", help="print the names of all rules and exit")
+    length = {"type": flags.whole(256, 128), "default": 2048, "metavar": "TOKENS"}
+    parser.add_argument("--length", help="a multiple of 128 [%(default)s]", **length)
+    layers = {"type": flags.listed(flags.whole(0)), "metavar": "N,..."}
+    parser.add_argument("--layers", help="[three, one a third of the model]", **layers)
+    densities = {"type": flags.listed(flags.share), "default": (0.25, 0.3, 0.4, 0.5), "metavar": "D,..."}
+    parser.add_argument("--densities", help="[.25,.3,.4,.5]", **densities)
+    parser.add_argument("--no-predictions", action="store_true", help="no runs of the model with sparse attention")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="the model's linear layers, by torchao")
+    flags.add_output(parser, help="curves of error; beside it NAME-predictions.png")
+    flags.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    progress = Progress(arguments.quiet)
+    progress = Progress(arguments)
     with told("quant" if arguments.quantize else "demo"):
         if arguments.quantize and arguments.no_predictions:
             raise ValueError(
                 "--quantize must come without --no-predictions: only predictions are of the quantized model"
             )
-        for package, wanted in (("torchao", arguments.quantize), ("matplotlib", arguments.output)):
-            if wanted and importlib.util.find_spec(package) is None:
-                raise ModuleNotFoundError(f"this needs {package}", name=package)
+        need("torchao", arguments.quantize)
+        need("matplotlib", arguments.output)
         progress("importing torch and transformers")
         from rr_flex.cli.inputs import load, read_text
         from rr_flex.evaluation.rules import RULES
@@ -93,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
                 raise ValueError(f"--layers must lie in [0, {config.num_hidden_layers}), got {layers}")
 
         prompts = load(arguments, texts, check, progress)
-        title = f"{prompts.name}, {arguments.length:,} tokens, layers {', '.join(map(str, layers))}"
+        title = f"{prompts.about['model']}, {arguments.length:,} tokens, layers {', '.join(map(str, layers))}"
         about = {"title": title, **prompts.about, "layers": list(layers), "quantization": arguments.quantize}
         found = Evaluation(
             rules={name: RULES[name] for name in arguments.rules},
@@ -137,20 +118,17 @@ def table(found, title: str) -> str:
         if kept[rule][d].mean > d + 0.01
     ]
     if missed:
-        lines.append(
-            f"densities out of reach, where mandatory blocks alone are more, and what was kept: {'; '.join(missed)}"
-        )
+        lines.append(f"out of reach, where mandatory blocks alone are more, and what was kept: {'; '.join(missed)}")
     if found.predictions:
         heading = f"{'the model itself, mean over texts':<42}{'level':>8}{'density':>9}{'KL':>11}{'agreement':>11}"
         lines += ["", heading + f"{'perplexity':>12}"]
-        by_run: dict[tuple, list] = {}
+        runs = defaultdict(list)
         for each in found.predictions:
-            by_run.setdefault((each.rule, each.level), []).append(each)
-        for (rule, level), runs in by_run.items():
-            fields = ("density", "kl", "agreement", "perplexity_ratio")
-            density, kl, agreement, ratio = (sum(getattr(x, field) for x in runs) / len(runs) for field in fields)
-            shown = "" if level is None else f"{level:g}"
-            lines.append(f"{rule:<42}{shown:>8}{density:>9.3f}{kl:>11.2e}{agreement:>11.2%}{ratio - 1:>+12.2%}")
+            shown = "" if each.level is None else f"{each.level:g}"
+            runs[each.rule, shown].append((each.density, each.kl, each.agreement, each.perplexity_ratio - 1))
+        for (rule, level), values in runs.items():
+            cells = "{:>9.3f}{:>11.2e}{:>11.2%}{:>+12.2%}".format(*map(mean, zip(*values, strict=True)))
+            lines.append(f"{rule:<42}{level:>8}{cells}")
     return "\n".join(lines)
 
 

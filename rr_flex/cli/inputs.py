@@ -24,25 +24,10 @@ EMBEDDED = SimpleNamespace(num_hidden_layers=30, num_attention_heads=9, max_posi
 class Prompts:
     """A model and what it is to read."""
 
-    name: str
     model: torch.nn.Module
     tokenizer: Any
     ids: dict[str, Tensor]  # by the text's name, [1, length]
-    device: str
-    dtype: torch.dtype
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a result file says of its run."""
-        return {
-            "model": self.name,
-            "texts": list(self.ids),
-            "tokens": next(iter(self.ids.values())).shape[1],
-            "device": loading.device_name(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "rr_flex": installed_version(),
-        }
+    about: dict[str, Any]  # what a result file says of its run
 
 
 def read_text(source: str) -> str:
@@ -56,9 +41,8 @@ def read_text(source: str) -> str:
     try:
         text = Path(source).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--text must be a file in UTF-8, got {source!r}: {error.reason} at byte {error.start}"
-        ) from error
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"--text must be a file in UTF-8, got {source!r}: {where}") from error
     except OSError as error:
         kinds = ", ".join(KINDS)
         raise ValueError(f"--text must be a file or one of {kinds}, got {source!r}: {error.strerror}") from error
@@ -89,53 +73,43 @@ def load(
     Loading bars of others are not shown. ValueError or OSError on what the user can mend.
     """
     where = device_and_dtype(arguments)
-    name = arguments.model or loading.embedded_gguf().stem
+    name, length = arguments.model or loading.embedded_gguf().stem, arguments.length
+
+    def check_all(config: Any) -> None:
+        longest = getattr(config, "max_position_embeddings", length)
+        if not 2 <= length <= longest:
+            raise ValueError(f"--length must lie in [2, {longest}] for {name}, got {length}")
+        check(config)
+
     early = model_config(arguments.model)
     if early is not None:
-        check_length(arguments, early, name)
-        check(early)
+        check_all(early)
     progress(f"loading {name}")
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = loading.load_tokenizer(arguments.model)
-        ids = {source: loading.tokenize(tokenizer, text, arguments.length) for source, text in texts.items()}
+        ids = {source: loading.tokenize(tokenizer, text, length).to(where["device"]) for source, text in texts.items()}
         model, _ = loading.load_causal_lm(arguments.model, tokenizer=tokenizer, **where)
     if early is None:
-        check_length(arguments, model.config.get_text_config(), name)
-        check(model.config.get_text_config())
-    ids = {source: each.to(where["device"]) for source, each in ids.items()}
-    return Prompts(name=name, model=model, tokenizer=tokenizer, ids=ids, **where)
-
-
-def check_length(arguments: argparse.Namespace, config: Any, name: str) -> None:
-    longest = getattr(config, "max_position_embeddings", arguments.length)
-    if not 2 <= arguments.length <= longest:
-        raise ValueError(f"--length must lie in [2, {longest}] for {name}, got {arguments.length}")
+        check_all(model.config.get_text_config())
+    hardware = loading.device_name(where["device"])
+    about = {
+        "model": name,
+        "texts": list(ids),
+        "tokens": length,
+        # A CPU's times depend on its threads.
+        "device": f"CPU, {torch.get_num_threads()} threads" if hardware == "CPU" else hardware,
+        "dtype": str(where["dtype"]).removeprefix("torch."),
+        "torch": torch.__version__,
+        "rr_flex": installed_version(),
+    }
+    return Prompts(model=model, tokenizer=tokenizer, ids=ids, about=about)
 
 
 def model_config(name: str | None) -> Any:
-    """The text model's config without its weights; None for a .gguf file, whose header is read with the rest.
-
-    ValueError in one line for a name that neither the cache nor the hub has, without the hub client's retries.
-    """
+    """The text model's config without its weights; None for a .gguf file, whose header is read with the rest."""
     from transformers import AutoConfig
 
     if name is None:
         return EMBEDDED
     source = loading.source_of(name)
-    if "gguf_file" in source:
-        return None
-    if not Path(source["pretrained_model_name_or_path"]).exists():
-        check_hub(name)
-    return AutoConfig.from_pretrained(**source).get_text_config()
-
-
-def check_hub(name: str) -> None:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    rule = "--model must be a folder, a .gguf file or a name on the Hugging Face hub"
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=10)
-    except Exception as error:  # whatever the network, the hub or the name's check may raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{rule}, got {name!r}: {reason}") from error
+    return None if "gguf_file" in source else AutoConfig.from_pretrained(**source).get_text_config()

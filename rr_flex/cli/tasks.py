@@ -2,30 +2,15 @@
 
 import argparse
 import importlib
-import importlib.util
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 
-from rr_flex.cli.arguments import (
-    DONE,
-    Progress,
-    add_command,
-    add_json,
-    add_model,
-    add_output,
-    listed,
-    name,
-    new_file,
-    save_figure,
-    show,
-    told,
-    whole,
-    write_json,
-)
-from rr_flex.cli.config_flags import add_settings, config_of
+from rr_flex.cli import flags
+from rr_flex.cli.output import DONE, Progress, need, save_figure, show, told
 
-SUITES = ("ruler", "recall", "helmet", "video-mme")
+NEED_DATA = ("helmet", "video-mme")
+SUITES = ("ruler", "recall", *NEED_DATA)
 
 EXAMPLES = """
 examples:
@@ -36,58 +21,50 @@ examples:
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    tasks = add_command(
-        commands,
-        "tasks",
-        run,
-        EXAMPLES,
-        help="score a model on long-context tasks, dense and with RRAttention",
-        description="Long-context tasks, each sample dense and with RRAttention. A run that was cut off goes on.",
+    about = (
+        "score a model on long-context tasks, each sample dense and with RRAttention; a run that was cut off goes on"
     )
-    tasks.add_argument("--suite", choices=SUITES, default="ruler", help="[%(default)s]")
-    tasks.add_argument("--tasks", type=listed(name), metavar="TASK,...", help="of the suite [those without a download]")
-    tasks.add_argument(
-        "--lengths", type=listed(whole(64)), metavar="TOKENS,...", help="of each prompt [2048,4096; helmet: 8192]"
-    )
-    tasks.add_argument("--samples", type=whole(1), default=10, metavar="N", help="a task and length [%(default)s]")
-    tasks.add_argument("--batch-size", type=whole(1), default=1, metavar="N", help="at once, for ruler [%(default)s]")
-    add_model(tasks)
-    tasks.add_argument("--data", type=Path, metavar="DIR", help="folder of the data, for helmet and video-mme")
-    tasks.add_argument("--chat-template", action="store_true", help="prompts through the model's chat template")
-    tasks.add_argument("--no-dense", action="store_true", help="leave the dense baseline out")
-    results = {"type": new_file, "default": Path("rr-flex-tasks.jsonl"), "metavar": "FILE"}
-    tasks.add_argument("--results", help="one JSON line a cell, added to [%(default)s]", **results)
-    add_output(tasks, help="heat map of all cells in the results")
-    add_json(tasks)
-    add_settings(tasks)
+    parser = flags.add_command(commands, run, about, EXAMPLES)
+    parser.add_argument("--suite", choices=SUITES, default="ruler", help="[%(default)s]")
+    parser.add_argument("--tasks", type=flags.listed(str), metavar="TASK,...", help="[those without a download]")
+    lengths = {"type": flags.listed(flags.whole(64)), "metavar": "TOKENS,..."}
+    parser.add_argument("--lengths", help="of each prompt [2048,4096; helmet: 8192]", **lengths)
+    number = {"type": flags.whole(1), "metavar": "N"}
+    parser.add_argument("--samples", default=10, help="a task and length [%(default)s]", **number)
+    parser.add_argument("--batch-size", default=1, help="at once, for ruler [%(default)s]", **number)
+    flags.add_model(parser)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data, for helmet and video-mme")
+    parser.add_argument("--chat-template", action="store_true", help="prompts through the model's chat template")
+    parser.add_argument("--no-dense", action="store_true", help="leave the dense baseline out")
+    results = {"type": flags.new_file, "default": Path("rr-flex-tasks.jsonl"), "metavar": "FILE"}
+    parser.add_argument("--results", help="one JSON line a cell, added to [%(default)s]", **results)
+    flags.add_output(parser, help="heat map of all cells in the results")
+    flags.add_json(parser)
+    flags.add_settings(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    progress = Progress(arguments.quiet)
-    video = arguments.suite == "video-mme"
+    progress = Progress(arguments)
     with told("tasks"):
         check(arguments)
         progress("importing torch and transformers")
-        config = config_of(arguments)
-        score, tasks, lengths = import_suite(arguments)
+        config = flags.config_of(arguments)
+        suite, tasks, lengths = import_suite(arguments)
         from rr_flex.cli.inputs import device_and_dtype, model_config
         from rr_flex.models import loading
         from rr_flex.tasks import results, run
 
         results.read(arguments.results)
         where = device_and_dtype(arguments)
-        if not video:
-            model_config(arguments.model)
         progress("loading the model")
-        if video:
-            from rr_flex.tasks import video_mme
-
-            model, tokenizer = video_mme.load(arguments.model, **where)
+        if arguments.suite == "video-mme":
+            model, tokenizer = suite.load(arguments.model, **where)
         else:
+            model_config(arguments.model)
             model, tokenizer = loading.load_causal_lm(arguments.model, **where)
     plan = run.Plan(
         suite=arguments.suite,
-        score=score,
+        scores=suite.scores,
         tasks=tasks,
         lengths=lengths,
         configs=[config] if arguments.no_dense else [None, config],
@@ -99,14 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
             device=loading.device_name(where["device"]),
             dtype=str(where["dtype"]).removeprefix("torch."),
         ),
+        data=arguments.data,
     )
     for cell in run.run(model, tokenizer, plan, arguments.results, progress):
         progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
     progress.done()
     cells = [cell for cell in results.read(arguments.results) if cell.suite == arguments.suite]
-    document = [asdict(cell) for cell in cells]
-    write_json(arguments, document)
-    show(arguments, document, results.table(cells))
+    show(arguments, [asdict(cell) for cell in cells], results.table(cells))
     if arguments.output:
         save_figure(arguments.output, results.heat_map(cells))
     return DONE
@@ -114,32 +90,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> None:
     """What can be wrong between arguments, before anything is imported."""
-    suite = arguments.suite
+    suite, data = arguments.suite, arguments.data
     if arguments.batch_size > 1 and suite != "ruler":
         raise ValueError(f"--batch-size must be 1 but for --suite ruler, got {arguments.batch_size}")
-    if suite in ("helmet", "video-mme") and (arguments.data is None or not arguments.data.is_dir()):
-        raise ValueError(f"--data must be the data's folder for --suite {suite}, got {arguments.data}")
-    if suite in ("ruler", "recall") and arguments.data is not None:
+    if suite in NEED_DATA and (data is None or not data.is_dir()):
+        raise ValueError(f"--data must be the data's folder for --suite {suite}, got {data}")
+    if suite not in NEED_DATA and data is not None:
         raise ValueError(f"--data must come with --suite helmet or video-mme, got it with {suite}")
     if suite == "video-mme" and arguments.model is None:
         raise ValueError("--model must name a vision-language model for --suite video-mme, got none")
     if suite == "video-mme" and arguments.lengths is not None:
-        raise ValueError(
-            f"--lengths must not be given for --suite video-mme, whose videos decide, got {arguments.lengths}"
-        )
-    if suite == "ruler" and importlib.util.find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("--suite ruler needs lm_eval", name="lm_eval")
-    if arguments.output and importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--output needs matplotlib", name="matplotlib")
+        raise ValueError(f"--lengths must not be given for video-mme, whose videos decide, got {arguments.lengths}")
+    need("lm_eval", suite == "ruler")
+    need("matplotlib", arguments.output)
 
 
-def import_suite(arguments: argparse.Namespace):
-    """(the suite's function that scores a task, tasks, lengths); ValueError for a task or length that it lacks."""
+def import_suite(arguments: argparse.Namespace) -> tuple[ModuleType, tuple[str, ...], tuple[int, ...]]:
+    """(the suite's module, tasks, lengths); ValueError for a task or length that it lacks."""
     suite = importlib.import_module(f"rr_flex.tasks.{arguments.suite.replace('-', '_')}")
-    if arguments.data is not None:
-        score = suite.scores_in(arguments.data)
-    else:
-        score = partial(suite.scores, batch_size=arguments.batch_size) if arguments.suite == "ruler" else suite.scores
     tasks, allowed = arguments.tasks or getattr(suite, "USUAL", tuple(suite.TASKS)), getattr(suite, "LENGTHS", None)
     lengths = arguments.lengths or (allowed[:1] if allowed else (2048, 4096))
     unknown = set(tasks) - set(suite.TASKS)
@@ -147,4 +115,4 @@ def import_suite(arguments: argparse.Namespace):
         raise ValueError(f"--tasks must be among {', '.join(suite.TASKS)}, got {', '.join(sorted(unknown))}")
     if allowed and not set(lengths) <= set(allowed):
         raise ValueError(f"--lengths must be of {arguments.suite}'s, {sorted(allowed)}, got {lengths}")
-    return score, tasks, lengths
+    return suite, tasks, lengths

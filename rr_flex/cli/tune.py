@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rr_flex.cli.arguments import add_command, told
+from rr_flex.cli import flags
+from rr_flex.cli.output import told
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,18 +20,10 @@ examples:
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    tune = add_command(
-        commands,
-        "tune",
-        run,
-        EXAMPLES,
-        help="find kernel options and the break-even for this GPU (in a clone of the repository)",
-        description="Finds kernel options and the break-even with dense attention for this GPU.",
-        # Options are the other program's: here they are words like any other.
-        add_help=False,
-        prefix_chars="+",
-    )
-    tune.add_argument("options", nargs="*", help=argparse.SUPPRESS)
+    about = "find kernel options and the break-even with dense attention for this GPU (in a clone of the repository)"
+    # Options are the other program's: here they are words like any other.
+    parser = flags.add_command(commands, run, about, EXAMPLES, add_help=False, prefix_chars="+")
+    parser.add_argument("options", nargs="*", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:

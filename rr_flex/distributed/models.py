@@ -20,7 +20,7 @@ from rr_flex.config import RRConfig
 from rr_flex.distributed.context import context_parallel
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards, answering
 from rr_flex.distributed.transfer import gather_tokens
-from rr_flex.models.hf_masks import FAR, causal_window
+from rr_flex.models.hf_masks import FAR, read
 from rr_flex.models.layer_plan import plan_of
 
 NAME = "rr_flex_context_parallel"
@@ -94,7 +94,7 @@ def _attending_across(model: PreTrainedModel, shards: Shards) -> Iterator[None]:
     """The model's attention over all ranks' tokens, for the while."""
 
     def mask(*_: Any, mask_function: Any = None, attention_mask: Any = None, **__: Any) -> Window:
-        keys = causal_window(mask_function)
+        keys = read(mask_function).causal_window
         if keys is None or not (attention_mask is None or bool(attention_mask.all())):
             raise NotImplementedError("masks must be causal or sliding windows without padding for a sharded prompt")
         return Window(shards, keys)

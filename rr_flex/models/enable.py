@@ -1,7 +1,6 @@
 """Switch rr_flex on in a Hugging Face model, and off again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ class Enabled:
 
     def __repr__(self) -> str:
         plan, found = self.plan, self.report()
-        about = [_said(plan.default)]
+        about = [f"{plan.default.level_field}={plan.default.level}"]
         if plan.layers:
             dense = sum(config is None for config in plan.layers.values())
             about.append(f"{len(plan.layers) - dense} layers set apart, {dense} dense")
@@ -154,20 +153,6 @@ class Enabled:
         about.append(f"{sum(found.dense.values())} dense")
         state = "on" if self._is_on else "restored"
         return f"Enabled({type(self._root).__name__}, {state}: {'; '.join(about)})"
-
-
-def _said(config: RRConfig) -> str:
-    """The fields that are not the defaults of their rules, and the budget's number in any case."""
-    rules = {"budget": config.budget, "pool": config.pool, "order": config.order}
-    plain = RRConfig(**rules)
-    shown = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name == config.level_field:
-            shown.append(f"{field.name}={value if isinstance(value, float | int) else f'{len(value)} levels'}")
-        elif value != (field.default if field.name in rules else getattr(plain, field.name)):
-            shown.append(f"{field.name}={value}")
-    return ", ".join(shown)
 
 
 def report(model: nn.Module) -> Report:

@@ -1,7 +1,6 @@
 """One prefill call of one attention layer, and the rules that keep it dense."""
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from rr_flex.checks import DTYPES
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.models import records
-from rr_flex.models.layer_plan import Plan
+from rr_flex.models.layer_plan import Plan, layer_of
 from rr_flex.models.prefill_mask import PrefillMask
 from rr_flex.pipeline import is_short
 
@@ -31,41 +30,33 @@ class LayerCall:
     def layer(self) -> int:
         return layer_of(self.module)
 
-    @property
-    def causal(self) -> bool:
-        said = self.options.get("is_causal")
-        return getattr(self.module, "is_causal", True) if said is None else said
-
     def number(self, name: str) -> float | None:
         """The option as a float; None where it is not given."""
         value = self.options.get(name)
         return None if value is None else float(value)
 
-    def as_autocast_would(self) -> "LayerCall":
-        """Under torch.autocast, q, k and v in its dtype: what it does to scaled_dot_product_attention's. Norms on q and
-        k leave these in float32 beside a v in half precision."""
-        kind = self.q.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self
-        dtype = torch.get_autocast_dtype(kind)
-        # Autocast leaves double precision alone.
-        parts = {name: x.to(dtype) for name in "qkv" if (x := getattr(self, name)).dtype != torch.float64}
-        return replace(self, **parts)
 
-    def without_autocast(self) -> AbstractContextManager:
-        """For the selection, whose dtypes are its own."""
-        kind = self.q.device.type
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+def heads_of(module: nn.Module, Hq: int) -> range | None:
+    """Under tensor parallelism, global indices of this process's `Hq` query heads; None where it holds all.
 
-
-def layer_of(module: nn.Module) -> int:
-    layer = getattr(module, "layer_idx", None)
-    return -1 if layer is None else layer
+    NotImplementedError where heads are sharded and no mesh says which these are.
+    """
+    heads = getattr(getattr(module, "config", None), "num_attention_heads", Hq)
+    if Hq >= heads:
+        return None
+    mesh = getattr(module.q_proj.weight, "device_mesh", None) if hasattr(module, "q_proj") else None
+    if mesh is None:
+        raise NotImplementedError(
+            f"sharded query heads must come with a device mesh at q_proj, got {Hq} of {heads} heads and no mesh"
+        )
+    first = mesh.get_local_rank() * Hq
+    return range(first, first + Hq)
 
 
 def why_dense(call: LayerCall, config: RRConfig | None, plan: Plan) -> str | None:
     """The first rule that keeps this call dense, or None. `config`: the layer's settings, None for dense."""
-    if not call.causal:
+    said = call.options.get("is_causal")
+    if not (getattr(call.module, "is_causal", True) if said is None else said):
         return records.NOT_CAUSAL
     if config is None:
         return records.DENSE_LAYER
@@ -75,13 +66,13 @@ def why_dense(call: LayerCall, config: RRConfig | None, plan: Plan) -> str | Non
 
 
 def _by_mask(call: LayerCall, mask: PrefillMask, plan: Plan) -> str | None:
-    if mask.unread is not None:
-        return mask.unread
-    if not mask.causal:
+    if mask.reading.unread is not None:
+        return mask.reading.unread
+    if not mask.reading.causal:
         return records.NOT_CAUSAL
     if mask.kv_length != call.k.shape[2] or mask.q_length != call.q.shape[2]:
         return records.MASK_LENGTH
-    return records.SLIDING if mask.sliding and plan.sliding_layers == "dense" else None
+    return records.SLIDING if mask.reading.sliding and plan.sliding_layers == "dense" else None
 
 
 def _by_length(call: LayerCall, config: RRConfig) -> str | None:
@@ -92,7 +83,7 @@ def _by_length(call: LayerCall, config: RRConfig) -> str | None:
 
 
 def _by_options(call: LayerCall) -> str | None:
-    q, k, v = call.q, call.k, call.v
+    q, k, v, sinks = call.q, call.k, call.v, call.options.get("s_aux")
     if call.options.get("dropout"):
         return records.DROPOUT
     if call.options.get("position_bias") is not None:
@@ -101,8 +92,5 @@ def _by_options(call: LayerCall) -> str | None:
         return records.DTYPE
     if not all(16 <= x.shape[3] <= 256 for x in (q, v)):
         return records.HEAD_DIM
-    sinks = call.options.get("s_aux")
-    differentiable = (q, k, v) if sinks is None else (q, k, v, sinks)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
-        return records.GRADIENT
-    return None
+    differentiable = any(x is not None and x.requires_grad for x in (q, k, v, sinks))
+    return records.GRADIENT if q.device.type == "cpu" and torch.is_grad_enabled() and differentiable else None

@@ -87,6 +87,11 @@ def plan_of(module: nn.Module) -> Plan:
     return plan
 
 
+def layer_of(module: nn.Module) -> int:
+    layer = getattr(module, "layer_idx", None)
+    return -1 if layer is None else layer
+
+
 def set_plan(module: nn.Module, plan: Plan | None) -> None:
     """None takes the module's plan away."""
     if plan is not None:

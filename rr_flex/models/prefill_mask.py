@@ -6,14 +6,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from mask_mods import SpanMask, both
-from rr_flex.models.hf_masks import FAR, causal_window, has_window, is_causal, spans_of, why_unread
-from rr_flex.models.real_tokens import causal_run, real_run
-from rr_flex.models.records import OWN_MASK, PADDING_BETWEEN
+from mask_mods.spans import per_batch
+from rr_flex.models.hf_masks import FAR, Place, Reading, read
+from rr_flex.models.records import PADDING_BETWEEN
 
 
 @dataclass(eq=False, repr=False)
@@ -52,17 +53,8 @@ class PrefillMask(BlockMask):
         return self.q_offset - self.kv_offset
 
     @cached_property
-    def unread(self) -> str | None:
-        """Why the mask can't be read, as a reason to stay dense; None where nothing speaks against it."""
-        return why_unread(self.mask_function)
-
-    @cached_property
-    def causal(self) -> bool:
-        return is_causal(self.mask_function)
-
-    @cached_property
-    def sliding(self) -> bool:
-        return has_window(self.mask_function)
+    def reading(self) -> Reading:
+        return read(self.mask_function)
 
     @cached_property
     def padded(self) -> bool:
@@ -77,9 +69,9 @@ class PrefillMask(BlockMask):
         return self._built[key]
 
     def _spans(self, device: torch.device) -> tuple[SpanMask | None, str | None]:
-        window = causal_window(self.mask_function)
-        if window == FAR and not self.padded:
-            return None, None
+        window = self.reading.causal_window
+        if self.reading.unread or (window == FAR and not self.padded):
+            return None, self.reading.unread
 
         def on_device(x: int | Tensor) -> Tensor:
             return x.to(device) if isinstance(x, Tensor) else torch.full((), x, device=device)
@@ -89,36 +81,50 @@ class PrefillMask(BlockMask):
             first, last, is_one_run = real_run(self.attention_mask.to(device), self.kv_offset)
         if not bool(is_one_run):
             return None, PADDING_BETWEEN
+        offset = on_device(self.offset)
         if window is not None:
-            return causal_run(first, last, on_device(window), on_device(self.offset)), None
-        mask = spans_of(self.mask_function, self.q_offset, self.kv_offset, device)
-        if mask is None:
-            return None, OWN_MASK
-        if self.padded:
-            mask = both(mask, causal_run(first, last, on_device(FAR), on_device(self.offset)))
-        return mask, None
+            return causal_run(first, last, on_device(window), offset), None
+        mask = self.reading.spans(Place(offset, self.kv_offset, device))
+        return both(mask, causal_run(first, last, on_device(FAR), offset)) if self.padded else mask, None
 
     def pairs(self, device: torch.device, *, may_be_none: bool) -> Tensor | None:
         """transformers' own mask for sdpa, bool [B, 1, Lq, Lk], or None where sdpa's is_causal means the same."""
         key = ("pairs", device, may_be_none)
         if key not in self._built:
-            arguments = dict(self.arguments)
+            arguments = {name: getattr(self, name) for name in OWN} | self.arguments
             if not may_be_none:
                 arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            mask = sdpa_mask(
-                q_length=self.q_length,
-                kv_length=self.kv_length,
-                q_offset=self.q_offset,
-                kv_offset=self.kv_offset,
-                mask_function=self.mask_function,
-                attention_mask=self.attention_mask,
-                **arguments,
-            )
+            mask = sdpa_mask(**arguments)
             self._built[key] = mask if mask is None else mask.to(device)
         return self._built[key]
 
 
 OWN = ("q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask")
+
+
+def real_run(padding_mask: Bool[Tensor, "B total"], kv_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last real key [B] of a mask over positions, and whether all between are real (0-dim)."""
+    total = padding_mask.shape[1]
+    first = padding_mask.int().argmax(1)
+    last = total - 1 - padding_mask.flip(1).int().argmax(1)
+    return first - kv_offset, last - kv_offset, (padding_mask.sum(1) == last - first + 1).all()
+
+
+def causal_run(first: Int[Tensor, " b"], last: Int[Tensor, " b"], window: Tensor, offset: Tensor) -> SpanMask:
+    """Causal within `window` tokens among the real tokens first[b] … last[b]; a padded query sees nothing.
+
+    Tensors only, 0-dim or [B]: other windows, paddings and offsets run the same compiled graph.
+    """
+
+    def spans(b, h, q_idx):
+        start, stop, position = per_batch(first, b), per_batch(last, b), q_idx + offset
+        low = torch.maximum(position - (window - 1), start)
+        return ((low, torch.where((start <= position) & (position <= stop), position, -1)),)
+
+    def keys(b, h, kv_idx):
+        return (per_batch(first, b) <= kv_idx) & (kv_idx <= per_batch(last, b))
+
+    return SpanMask(spans, keys, label=lambda: "causal_run()")
 
 
 def prefill_mask(*, q_length: int, **arguments: Any) -> PrefillMask | Tensor | None:

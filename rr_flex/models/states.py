@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rr_flex.config import RRConfig
-from rr_flex.models.layer_call import LayerCall, layer_of
+from rr_flex.models.layer_call import LayerCall
+from rr_flex.models.layer_plan import layer_of
 from rr_flex.models.prefill_mask import PrefillMask
 from rr_flex.registry import ESTIMATORS
 from rr_flex.runtime.tracing import traced
 from rr_flex.state import PrefillState
 
 _LOCK = threading.Lock()
-_here = threading.local()  # what the hook of the module that is being called has found
+_here = threading.local()  # the cache that the hook of the module that is being called has found
 
 
 class Seen:
@@ -33,15 +34,17 @@ class Seen:
         self._keys = ref(keys)
         self._version = _version(keys)
 
-    def still_there(self, keys: Tensor) -> int:
+    def still_there(self, keys: Tensor | None) -> int:
         """How many of the first of `keys` are the ones that were seen."""
         seen = self._keys()
+        if seen is None or keys is None or self._version != _version(keys):
+            return 0
         if seen is keys:
-            return keys.shape[2] if self._version == _version(keys) else 0
+            return keys.shape[2]
         # A crop leaves a view of the front.
-        same = seen is not None and _base(seen) is _base(keys) and self._version == _version(keys)
-        same = same and keys.storage_offset() == seen.storage_offset() and keys.stride() == seen.stride()
-        return min(keys.shape[2], seen.shape[2]) if same and keys.shape[:2] == seen.shape[:2] else 0
+        same = _base(seen) is _base(keys) and keys.storage_offset() == seen.storage_offset()
+        same = same and keys.stride() == seen.stride() and keys.shape[:2] == seen.shape[:2]
+        return min(keys.shape[2], seen.shape[2]) if same else 0
 
 
 @dataclass
@@ -54,91 +57,66 @@ class Kept:
     inference: bool  # torch.inference_mode: outside it its tensors can't be added to
 
 
-@dataclass
-class Place:
-    """Where the state of one layer of one cache is."""
-
-    module: nn.Module
-    cache: "ref[Cache]"
-    layer: int
-
-    @property
-    def keys(self) -> Tensor | None:
-        """The cache's keys, if it is of the kind that appends them to a tensor."""
-        layers = getattr(self.cache(), "layers", ())
-        layer = layers[self.layer] if 0 <= self.layer < len(layers) else None
-        return layer.keys if type(layer) is DynamicLayer and isinstance(layer.keys, Tensor) else None
-
-    @property
-    def kept(self) -> Kept | None:
-        return _states.get(self.cache(), {}).get(self.layer)
-
-    def keep(self, kept: Kept | None) -> None:
-        with _LOCK:
-            of_layers = _states.setdefault(self.cache(), {})
-            if kept is None:
-                of_layers.pop(self.layer, None)
-            else:
-                of_layers[self.layer] = kept
+# By the object that holds a layer's keys in its cache.
+_states: "WeakKeyDictionary[DynamicLayer, Kept]" = WeakKeyDictionary()
 
 
-_states: "WeakKeyDictionary[Cache, dict[int, Kept]]" = WeakKeyDictionary()
+def holder_of(cache: Cache | None, layer: int) -> DynamicLayer | None:
+    """None where the cache is not of the kind that appends keys to a tensor, or has none of this layer yet."""
+    layers = getattr(cache, "layers", ())
+    holder = layers[layer] if 0 <= layer < len(layers) else None
+    return holder if type(holder) is DynamicLayer and isinstance(holder.keys, Tensor) else None
 
 
 def before_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The hook, before the cache is given the call's keys: takes back what was cropped, ends what does not go on."""
     if traced():
         return
-    _here.place = None
     cache = kwargs.get("cache")
     cache = kwargs.get("past_key_values") if cache is None else cache  # the name changed within transformers 5
-    if not isinstance(cache, Cache):
-        return
-    place = Place(module, ref(cache), layer_of(module))
-    kept = place.kept
-    if kept is None:
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
-        if isinstance(hidden, Tensor) and hidden.shape[1] == 1:
-            return  # a decoding step begins no state
-    else:
-        keys = place.keys
-        tokens = 0 if keys is None else kept.seen.still_there(keys)
+    _here.called = (module, ref(cache)) if isinstance(cache, Cache) else None
+    holder = holder_of(cache, layer_of(module))
+    kept = _states.get(holder) if holder else None
+    if kept:
+        tokens = kept.seen.still_there(holder.keys)
         kept.state.trim(tokens)
         if tokens == 0:
-            place.keep(None)
-    _here.place = place
+            with _LOCK:
+                _states.pop(holder, None)
 
 
-def after_update(module: nn.Module, k: Tensor) -> Place | None:
-    """Where this call's state is, now that the cache holds the call's keys; None where k [B,Hkv,Lk,D] is none of it."""
-    place = getattr(_here, "place", None)
-    _here.place = None
-    if place is None or place.module is not module or place.keys is not k:
+def after_update(module: nn.Module, k: Tensor) -> DynamicLayer | None:
+    """What holds this call's keys k [B,Hkv,Lk,D], now that the cache has them; None where they are none of it."""
+    called = getattr(_here, "called", None)
+    _here.called = None
+    holder = holder_of(called[1](), layer_of(module)) if called and called[0] is module else None
+    if holder is None or holder.keys is not k:
         return None
-    if place.kept is not None:
-        place.kept.seen = Seen(k)
-    return place
+    if holder in _states:
+        _states[holder].seen = Seen(k)
+    return holder
 
 
-def state_of(place: Place | None, call: LayerCall, config: RRConfig) -> PrefillState | None:
+def state_of(holder: DynamicLayer | None, call: LayerCall, config: RRConfig) -> PrefillState | None:
     """The state for a sparse call by `config`; None where there is none.
 
     It begins where the cache holds at least twice as many earlier keys as the call brings. A prompt that comes at once
     or in two chunks needs none, and pays neither its memory nor its graphs.
     """
     mask = call.mask
-    own = isinstance(mask, PrefillMask) and isinstance(mask.q_offset, int) and mask.kv_offset == 0 and not mask.sliding
-    if place is None or not own or "key_stride" not in ESTIMATORS[config.pool].reads:
+    own = isinstance(mask, PrefillMask) and isinstance(mask.q_offset, int) and mask.kv_offset == 0
+    if holder is None or not own or mask.reading.sliding or "key_stride" not in ESTIMATORS[config.pool].reads:
         return None
-    earlier, Lk = mask.q_offset, call.k.shape[2]
-    if earlier + call.q.shape[2] != Lk:
+    earlier = mask.q_offset
+    if earlier + call.q.shape[2] != call.k.shape[2]:
         return None
-    kept, inference = place.kept, torch.is_inference_mode_enabled()
+    kept, inference = _states.get(holder), torch.is_inference_mode_enabled()
     if kept is None or kept.config is not config or kept.inference != inference:
         if earlier < 2 * call.q.shape[2]:
             return None
-        kept = Kept(PrefillState(), config, Seen(place.keys), inference)
-        place.keep(kept)
+        kept = Kept(PrefillState(), config, Seen(holder.keys), inference)
+        with _LOCK:
+            _states[holder] = kept
     return kept.state
 
 

@@ -3,24 +3,49 @@
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a suite is asked for: one task at one length."""
+
+    task: str
+    length: int  # tokens of prompt and answer
+    samples: int
+    chat: bool = False  # prompts through the model's chat template
+    batch_size: int = 1  # samples generated at once
+    data: Path | None = None  # folder of the suite's data
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: str
+    new_tokens: int  # that the answer may take
+    score: Callable[[str], float]  # of the answer, 0 to 1
+
+
 @torch.no_grad()
-def answer(model, tokenizer, prompt: str, new_tokens: int, *, chat: bool = False) -> tuple[str, int]:
-    """(the greedy continuation, prompt tokens)."""
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat, verbose=False).input_ids
-    ids = ids.to(model.device)
+def answered(model, tokenizer, questions: Iterable[Question], *, chat: bool) -> tuple[list[float], int]:
+    """(each question's score, prompt tokens): greedy answers, one at a time."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
-    )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), ids.shape[1]
+    scores, tokens = [], 0
+    for question in questions:
+        prompt = question.prompt
+        if chat:
+            message = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat, verbose=False).input_ids
+        ids = ids.to(model.device)
+        more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": question.new_tokens, "pad_token_id": pad}
+        out = model.generate(ids, do_sample=False, **more)
+        scores.append(question.score(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+        tokens += ids.shape[1]
+    return scores, tokens
 
 
 def recall(answer: str, references: Sequence[str]) -> float:
@@ -41,8 +66,7 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 def ndcg(ranking: Sequence[str], relevance: dict[str, int], depth: int = 10) -> float:
     """Discounted cumulative gain of the ranking's first `depth` over the best possible one's; repeats count once."""
     seen = list(dict.fromkeys(ranking))[:depth]
-    best = sorted(relevance.values(), reverse=True)[:depth]
-    ideal = _gain(best)
+    ideal = _gain(sorted(relevance.values(), reverse=True)[:depth])
     return _gain([relevance.get(name, 0) for name in seen]) / ideal if ideal else 0.0
 
 

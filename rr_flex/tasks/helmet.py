@@ -8,53 +8,49 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from rr_flex.tasks.answers import answer, ndcg, recall, substring_match, token_f1
-from rr_flex.tasks.helmet_prompts import Question, documents, json_kv, labelled, needle, ranking, story
+from rr_flex.tasks import answers, helmet_prompts
+from rr_flex.tasks.answers import Asked, Question
+from rr_flex.tasks.helmet_prompts import references
 
-KILT_SIZES = {8192: 50, 16384: 105, 32768: 220, 65536: 440, 131072: 1000}
-MARCO_SIZES = {8192: 50, 16384: 130, 32768: 285, 65536: 600, 131072: 1000}
-KV_SIZES = {8192: 105, 16384: 220, 32768: 440, 65536: 900, 131072: 1800}
-ANY_SIZE = dict.fromkeys(KV_SIZES, 0)
-LENGTHS = tuple(KV_SIZES)
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
+# Documents or pairs of a prompt of each length.
+KILT_SIZES = (50, 105, 220, 440, 1000)
+MARCO_SIZES = (50, 130, 285, 600, 1000)
+KV_SIZES = (105, 220, 440, 900, 1800)
 
 
 @dataclass(frozen=True)
 class Task:
     file: str  # below the data folder, {size} or {length} to fill in
-    sizes: dict[int, int]  # documents or pairs by length in tokens
-    question: Callable[[dict, list[dict]], Question]  # of a row and the rows of examples
-    score: Callable[[str, Question], float]
+    prompt: Callable[[dict, list[dict]], str]  # of a row and the rows of examples
+    score: Callable[[str, dict], float]  # of an answer and the row
     new_tokens: int
+    sizes: tuple[int, ...] = LENGTHS  # of LENGTHS
     examples: str | None = None  # file of the examples
     one_line: bool = False  # the answer ends at the first new line
 
 
-def scores_in(folder: Path):
-    """The function that scores one task from `folder`, HELMET's data: see rr_flex.tasks.run.Scores."""
-
-    def scores(model, tokenizer, task: str, length: int, samples: int, *, chat: bool = False):
-        chosen = TASKS[task]
-        found, tokens = [], 0
-        for question in questions(folder, task, length, samples):
-            text, size = answer(model, tokenizer, question.prompt, chosen.new_tokens, chat=chat)
-            tokens += size
-            found.append(chosen.score(text.split("\n")[0] if chosen.one_line else text, question))
-        return found, tokens
-
-    return scores
+def scores(model, tokenizer, asked: Asked) -> tuple[list[float], int]:
+    return answers.answered(model, tokenizer, questions(asked), chat=asked.chat)
 
 
-def questions(folder: Path, task: str, length: int, samples: int) -> list[Question]:
+def questions(asked: Asked) -> list[Question]:
     """At most `samples` questions of a task. ValueError for a length that HELMET does not have."""
-    chosen = TASKS[task]
-    if length not in chosen.sizes:
-        raise ValueError(f"length must be one of HELMET's, {sorted(chosen.sizes)}, got {length}")
-    rows = read_rows(folder / chosen.file.format(size=chosen.sizes[length], length=length))
-    examples = read_rows(folder / chosen.examples) if chosen.examples else []
-    rows = random.Random(42).sample(rows, min(samples, len(rows)))
-    return [chosen.question(row, examples) for row in rows]
+    task = TASKS[asked.task]
+    if asked.length not in LENGTHS:
+        raise ValueError(f"length must be one of HELMET's, {list(LENGTHS)}, got {asked.length}")
+    size = task.sizes[LENGTHS.index(asked.length)]
+    rows = read_rows(asked.data / task.file.format(size=size, length=asked.length))
+    examples = read_rows(asked.data / task.examples) if task.examples else []
+    rows = random.Random(42).sample(rows, min(asked.samples, len(rows)))
+    return [Question(task.prompt(row, examples), task.new_tokens, partial(_score, task, row)) for row in rows]
+
+
+def _score(task: Task, row: dict, text: str) -> float:
+    return task.score(text.split("\n")[0] if task.one_line else text, row)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -64,57 +60,49 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def label_match(text: str, question: Question) -> float:
-    words = text.replace("label:", " ").split()
-    return float(bool(words) and words[0] == question.references[0])
-
-
 def order_of(text: str) -> list[str]:
     """IDs of an answer such as "Ranking: [ID: 3] > ID1 > 2"."""
     text = text.removeprefix("Ranking:")
     return [part.strip(" []\n.").removeprefix("ID").strip(": ") for part in text.split(">") if part.strip(" []\n.")]
 
 
-def _substring(text: str, question: Question) -> float:
-    return substring_match(text, question.references)
+def _ranked(text: str, row: dict) -> float:
+    return answers.ndcg(order_of(text), {passage["id"]: int(passage["label"]) for passage in row["ctxs"]})
 
 
-def _recall(text: str, question: Question) -> float:
-    return recall(text, question.references)
+def _label(text: str, row: dict) -> float:
+    words = text.replace("label:", " ").split()
+    return float(words[:1] == references(row)[:1])
+
+
+def _by(measure: Callable) -> Callable[[str, dict], float]:
+    return lambda text, row: measure(text, references(row))
 
 
 def _rag(name: str, deep: int, test: str = "-dev-multikilt", train: str = "-train-multikilt") -> Task:
-    return Task(
-        f"kilt/{name}{test}_1000_k{{size}}_dep{deep}.jsonl",
-        KILT_SIZES,
-        documents,
-        _substring,
-        20,
-        f"kilt/{name}{train}_1000_k3_dep{deep}.jsonl",
-        one_line=True,
-    )
+    file, examples = f"kilt/{name}{test}_1000_k{{size}}_dep{deep}.jsonl", f"kilt/{name}{train}_1000_k3_dep{deep}.jsonl"
+    score = _by(answers.substring_match)
+    return Task(file, helmet_prompts.documents, score, 20, KILT_SIZES, examples, one_line=True)
 
 
+def _needle(name: str, new_tokens: int) -> Task:
+    file = f"ruler/{name}/validation_{{length}}.jsonl"
+    return Task(file, helmet_prompts.needle, _by(answers.recall), new_tokens)
+
+
+MARCO = "msmarco/test_reranking_data_k{size}_dep3.jsonl", "msmarco/test_reranking_data_k10_dep3.jsonl"
 TASKS = {
-    "json_kv": Task("json_kv/test_k{size}_dep6.jsonl", KV_SIZES, json_kv, _substring, 100),
-    "niah_mk_2": Task("ruler/niah_multikey_2/validation_{length}.jsonl", ANY_SIZE, needle, _recall, 50),
-    "niah_mk_3": Task("ruler/niah_multikey_3/validation_{length}.jsonl", ANY_SIZE, needle, _recall, 100),
-    "niah_mv": Task("ruler/niah_multivalue/validation_{length}.jsonl", ANY_SIZE, needle, _recall, 50),
+    "json_kv": Task(
+        "json_kv/test_k{size}_dep6.jsonl", helmet_prompts.json_kv, _by(answers.substring_match), 100, KV_SIZES
+    ),
+    "niah_mk_2": _needle("niah_multikey_2", 50),
+    "niah_mk_3": _needle("niah_multikey_3", 100),
+    "niah_mv": _needle("niah_multivalue", 50),
     "kilt_nq": _rag("nq", 6),
     "kilt_triviaqa": _rag("triviaqa", 6),
     "kilt_hotpotqa": _rag("hotpotqa", 3),
     "kilt_popqa": _rag("popqa", 6, "_test", "_test"),
-    "msmarco_rerank": Task(
-        "msmarco/test_reranking_data_k{size}_dep3.jsonl",
-        MARCO_SIZES,
-        ranking,
-        lambda text, question: ndcg(order_of(text), question.relevance),
-        200,
-        "msmarco/test_reranking_data_k10_dep3.jsonl",
-        one_line=True,
-    ),
-    "longqa": Task(
-        "exported/longqa_{length}.jsonl", ANY_SIZE, story, lambda text, one: token_f1(text, one.references), 100
-    ),
-    "icl": Task("exported/icl_{length}.jsonl", ANY_SIZE, labelled, label_match, 20, one_line=True),
+    "msmarco_rerank": Task(MARCO[0], helmet_prompts.ranking, _ranked, 200, MARCO_SIZES, MARCO[1], one_line=True),
+    "longqa": Task("exported/longqa_{length}.jsonl", helmet_prompts.story, _by(answers.token_f1), 100),
+    "icl": Task("exported/icl_{length}.jsonl", helmet_prompts.labelled, _label, 20, one_line=True),
 }

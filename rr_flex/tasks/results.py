@@ -11,8 +11,6 @@ from rr_flex.registry import BUDGETS
 from rr_flex.runtime.writing import write_atomically
 
 DENSE = "dense"
-
-
 KEY = ("suite", "task", "length", "attention", "model", "samples", "chat", "device", "dtype")
 
 
@@ -56,17 +54,11 @@ def describe(config: RRConfig | None) -> str:
     """The level by the name of its budget's field, and the settings that differ from the defaults; DENSE for None."""
     if config is None:
         return DENSE
-    usual, levels = RRConfig(), {rule.level for rule in BUDGETS.values()}
-    shown = [f"{config.level_field}={config.level}"]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("budget", *levels) and value not in (
-            None,
-            getattr(usual, field.name),
-            DEFAULTS.get(field.name),
-        ):
-            shown.append(f"{field.name}={value}")
-    return " ".join(shown)
+    usual = {field.name: (None, getattr(RRConfig(), field.name), DEFAULTS.get(field.name)) for field in fields(config)}
+    untold = ("budget", *(rule.level for rule in BUDGETS.values()))
+    said = {name: getattr(config, name) for name in usual if name not in untold}
+    shown = [f"{name}={value}" for name, value in said.items() if value not in usual[name]]
+    return " ".join([f"{config.level_field}={config.level}", *shown])
 
 
 def read(path: Path) -> list[Cell]:
@@ -128,8 +120,7 @@ def heat_map(cells: Iterable[Cell]):
 
     cells = list(cells)
     attentions = _attentions(cells)
-    tasks = sorted({cell.task for cell in cells})
-    lengths = sorted({cell.length for cell in cells})
+    tasks, lengths = (sorted({getattr(cell, name) for cell in cells}) for name in ("task", "length"))
     size = (1.6 + len(attentions) * (0.8 + 0.7 * len(lengths)), 1.2 + 0.4 * len(tasks))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(attentions), squeeze=False)[0]

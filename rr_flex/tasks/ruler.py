@@ -5,30 +5,27 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
-TASKS = {
-    "niah_single_1": "niah_single_1",
-    "niah_single_2": "niah_single_2",
-    "niah_single_3": "niah_single_3",
-    "niah_multikey_1": "niah_multikey_1",
-    "niah_multikey_2": "niah_multikey_2",
-    "niah_multikey_3": "niah_multikey_3",
-    "niah_multivalue": "niah_multivalue",
-    "niah_multiquery": "niah_multiquery",
-    "vt": "ruler_vt",
-    "cwe": "ruler_cwe",
-    "fwe": "ruler_fwe",
-}
+from rr_flex.tasks.answers import Asked
+
+NEEDLES = ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multivalue", "multiquery")
+TASKS = {f"niah_{name}": f"niah_{name}" for name in NEEDLES} | {name: f"ruler_{name}" for name in ("vt", "cwe", "fwe")}
 USUAL = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+# Modules of lm_eval.tasks.ruler and their functions that make 500 samples, whatever the limit.
+MAKERS = {
+    "niah_utils": "generate_samples",
+    "vt_utils": "sys_vartrack_w_noise_random",
+    "cwe_utils": "sys_word_pair_random",
+    "fwe_utils": "sys_kwext",
+}
 
 
-def scores(
-    model, tokenizer, task: str, length: int, samples: int, *, chat: bool = False, batch_size: int = 1
-) -> tuple[list[float], int]:
+def scores(model, tokenizer, asked: Asked) -> tuple[list[float], int]:
     """(each sample's score 0 to 1, prompt tokens) of the first `samples` of lm-eval's samples at `length` tokens.
 
     Tasks whose haystack is essays get Python's own documentation in their place, since essays need a network: their
@@ -37,53 +34,46 @@ def scores(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     import lm_eval
-    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    name, here = TASKS[task], Path(lm_eval.__file__).parent / "tasks" / "ruler"
-    with tempfile.TemporaryDirectory() as folder, _offline(samples):
+    name, here = TASKS[asked.task], Path(lm_eval.__file__).parent / "tasks" / "ruler"
+    with tempfile.TemporaryDirectory() as folder, _offline(asked.samples):
         # The tasks load the tokenizer by name.
         tokenizer.save_pretrained(folder)
-        metadata = {"max_seq_lengths": [length], "tokenizer": folder}
-        results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length),
+        metadata = {"max_seq_lengths": [asked.length], "tokenizer": folder}
+        results = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.batch_size, max_length=asked.length),
             tasks=[name],
             task_manager=TaskManager(include_path=str(here), include_defaults=False, metadata=metadata),
             metadata=metadata,
-            limit=samples,
+            limit=asked.samples,
             bootstrap_iters=0,
-            apply_chat_template=chat,
+            apply_chat_template=asked.chat,
         )
     logged = results["samples"][name]
     tokens = sum(len(tokenizer(sample["arguments"][0][0]).input_ids) for sample in logged)
-    return [float(sample[str(length)]) for sample in logged], tokens
+    return [float(sample[str(asked.length)]) for sample in logged], tokens
 
 
 @contextmanager
 def _offline(samples: int) -> Iterator[None]:
     """lm-eval's makers of samples with a local haystack for essays, making no more samples than are wanted."""
-    import nltk
-
-    plain_download = nltk.download
-    nltk.download = lambda *args, **kwargs: False  # asked for at import, for essays only
-    try:
+    with patch("nltk.download", lambda *args, **kwargs: False):  # asked for at import, for essays only
         modules = {name: import_module(f"lm_eval.tasks.ruler.{name}") for name in (*MAKERS, "prepare_niah")}
-    finally:
-        nltk.download = plain_download
-    replaced = [(modules[name], maker, getattr(modules[name], maker)) for name, maker in MAKERS.items()]
-    replaced += [(modules["niah_utils"], "get_haystack", modules["niah_utils"].get_haystack)]
-    replaced += [(modules["prepare_niah"], "cached_sent_tokenize", modules["prepare_niah"].cached_sent_tokenize)]
-    for module, name, plain in replaced:
-        # lm-eval loads a module anew unless it carries the time of its file.
-        module.__mtime__ = Path(module.__file__).stat().st_mtime_ns
-        setattr(module, name, _fewer(plain, samples) if name in MAKERS.values() else REPLACEMENTS[name](plain))
-    try:
+    plain = modules["niah_utils"].get_haystack
+    replaced = [(name, maker, _fewer(getattr(modules[name], maker), samples)) for name, maker in MAKERS.items()]
+    replaced += [
+        ("niah_utils", "get_haystack", _local_haystack(plain)),
+        ("prepare_niah", "cached_sent_tokenize", sentences),
+    ]
+    with ExitStack() as stack:
+        for name, function, ours in replaced:
+            # lm-eval loads a module anew unless it carries the time of its file.
+            modules[name].__mtime__ = Path(modules[name].__file__).stat().st_mtime_ns
+            stack.enter_context(patch.object(modules[name], function, ours))
         yield
-    finally:
-        for module, name, plain in replaced:
-            setattr(module, name, plain)
 
 
 def _fewer(make: Callable, samples: int) -> Callable:
@@ -101,16 +91,7 @@ def _local_haystack(plain: Callable) -> Callable:
     return haystack
 
 
-# Modules of lm_eval.tasks.ruler and their functions that make 500 samples, whatever the limit.
-MAKERS = {
-    "niah_utils": "generate_samples",
-    "vt_utils": "sys_vartrack_w_noise_random",
-    "cwe_utils": "sys_word_pair_random",
-    "fwe_utils": "sys_kwext",
-}
-REPLACEMENTS = {"get_haystack": _local_haystack, "cached_sent_tokenize": lambda plain: sentences}
-
-
+@cache
 def prose() -> str:
     """Python's own documentation on one line: 460,000 characters of English, in every installation."""
     from pydoc_data.topics import topics

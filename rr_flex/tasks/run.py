@@ -10,9 +10,8 @@ from rr_flex.config import RRConfig
 from rr_flex.models import enable
 from rr_flex.models.records import DECODE
 from rr_flex.tasks import results
+from rr_flex.tasks.answers import Asked
 from rr_flex.tasks.results import Cell, Setting, describe
-
-Scores = Callable[..., tuple[list[float], int]]  # (model, tokenizer, task, length, samples, chat=) -> scores, tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +19,12 @@ class Plan:
     """The cells of a run: every task at every length with every config."""
 
     suite: str
-    score: Scores
+    scores: Callable[..., tuple[list[float], int]]  # (model, tokenizer, Asked) -> each sample's, prompt tokens
     tasks: Sequence[str]
     lengths: Sequence[int]
     configs: Sequence[RRConfig | None]  # None is dense
-    same: Setting  # for all cells; batch size, device and dtype are only recorded
+    same: Setting  # for all cells; device and dtype are only recorded
+    data: Path | None = None  # folder of the suite's data
 
 
 def run(
@@ -36,19 +36,20 @@ def run(
 ) -> Iterator[Cell]:
     """Each cell that `path` does not hold yet, added to it when it is done."""
     done = {cell.key for cell in results.read(path)}
+    same = plan.same
     wanted = [(length, task, config) for length in plan.lengths for task in plan.tasks for config in plan.configs]
     for number, (length, task, config) in enumerate(wanted):
-        facts = {"suite": plan.suite, "task": task, "length": length, "attention": describe(config)}
+        facts = {"suite": plan.suite, "task": task, "length": length, "attention": describe(config)} | asdict(same)
         progress(f"{plan.suite} {task}, {length:,} tokens, {facts['attention']}", number, len(wanted))
-        if results.key_of(**facts, **asdict(plan.same)) in done:
+        if results.key_of(**facts) in done:
             continue
+        asked = Asked(task, length, same.samples, same.chat, same.batch_size, plan.data)
         start = perf_counter()
         with nullcontext() if config is None else enable(model, config=config) as on:
-            found, tokens = plan.score(model, tokenizer, task, length, plan.same.samples, chat=plan.same.chat)
+            found, tokens = plan.scores(model, tokenizer, asked)
             record = on.report() if on else None
         cell = Cell(
             **facts,
-            **asdict(plan.same),
             score=sum(found) / len(found),
             seconds=perf_counter() - start,
             density=record.density if record else None,

@@ -2,12 +2,13 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from rr_flex.tasks.answers import Asked
 
 ASK = (
     "Select the best answer to the following multiple-choice question based on the video. "
@@ -16,34 +17,29 @@ ASK = (
 TASKS = ("short", "medium", "long")
 LENGTHS = (0,)  # the video decides
 SUFFIXES = (".mp4", ".mkv", ".webm", ".npy")
+FRAMES = 64  # of a video
 NEW_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class VideoQuestion:
+class VideoQuestion(NamedTuple):
     video: Path  # a video file, or .npy: uint8 [frames, height, width, 3], one frame a second
     prompt: str
     answer: str  # A, B, C or D
-    duration: str  # one of TASKS
 
 
-def questions(folder: Path, duration: str, samples: int) -> list[VideoQuestion]:
+def questions(asked: Asked) -> list[VideoQuestion]:
     """The first `samples` of one duration: `videomme.jsonl` (fields videoID, question, options, answer, duration),
     one row a line as the data set has them, and `data/{videoID}.mp4`. FileNotFoundError for a video that is not there.
     """
-    if duration not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {duration!r}")
-    lines = (folder / "videomme.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, filter(str.strip, lines)) if row["duration"] == duration]
-    return [
-        VideoQuestion(
-            find_video(folder / "data", row["videoID"]),
-            "\n".join([ASK, row["question"], *row["options"], "The best answer is:"]),
-            row["answer"],
-            duration,
-        )
-        for row in rows[:samples]
-    ]
+    if asked.length:
+        raise ValueError(f"--lengths must be 0 for video-mme, whose videos decide, got {asked.length}")
+    lines = (asked.data / "videomme.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, filter(str.strip, lines)) if row["duration"] == asked.task]
+    found = []
+    for row in rows[: asked.samples]:
+        prompt = "\n".join([ASK, row["question"], *row["options"], "The best answer is:"])
+        found.append(VideoQuestion(find_video(asked.data / "data", row["videoID"]), prompt, row["answer"]))
+    return found
 
 
 def find_video(folder: Path, name: str) -> Path:
@@ -61,30 +57,21 @@ def load(name: str, *, device: str | torch.device, dtype: torch.dtype):
     return model.to(device).eval(), AutoProcessor.from_pretrained(name)
 
 
-def scores_in(folder: Path, frames: int = 64):
-    """The function that scores one duration from `folder`; `frames` a video: see rr_flex.tasks.run.Scores.
-
-    `length` is not a setting here: the video decides, so it must be 0.
-    """
-
-    def scores(model, processor, task: str, length: int, samples: int, *, chat: bool = True):
-        if length:
-            raise ValueError(f"--lengths must be 0 for video-mme, whose videos decide, got {length}")
-        found, tokens = [], 0
-        for question in questions(folder, task, samples):
-            inputs = prepare(processor, question, frames).to(model.device)
-            size = inputs["input_ids"].shape[1]
-            with torch.no_grad():
-                out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-            text = processor.batch_decode(out[:, size:], skip_special_tokens=True)[0]
-            tokens += size
-            found.append(float(letter(text) == question.answer))
-        return found, tokens
-
-    return scores
+@torch.no_grad()
+def scores(model, processor, asked: Asked, frames: int = FRAMES) -> tuple[list[float], int]:
+    """(1 for each right answer, prompt tokens); prompts go through the processor's chat template always."""
+    found, tokens = [], 0
+    for question in questions(asked):
+        inputs = prepare(processor, question, frames).to(model.device)
+        size = inputs["input_ids"].shape[1]
+        out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        text = processor.batch_decode(out[:, size:], skip_special_tokens=True)[0]
+        tokens += size
+        found.append(float(letter(text) == question.answer))
+    return found, tokens
 
 
-def prepare(processor, question: VideoQuestion, frames: int) -> Any:
+def prepare(processor, question: VideoQuestion, frames: int = FRAMES) -> Any:
     """The processor's inputs for one chat turn of video and question; it samples `frames` frames of a video."""
     if question.video.suffix == ".npy":
         clip = np.load(question.video)
@@ -97,9 +84,8 @@ def prepare(processor, question: VideoQuestion, frames: int) -> Any:
         # Qwen3-VL's processor has an fps of its own, which it would not take beside num_frames.
         video, sampling = str(question.video), {"do_sample_frames": True, "num_frames": frames, "fps": None}
     turn = [{"type": "video"}, {"type": "text", "text": question.prompt}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
-    )
+    message = {"role": "user", "content": turn}
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     return processor(text=[text], videos=[video], return_tensors="pt", **sampling)
 
 

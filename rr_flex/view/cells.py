@@ -1,7 +1,8 @@
 """Block maps too large to look at, as maps of cells: squares of `size` × `size` blocks, for pictures and pages."""
 
 import torch
-from jaxtyping import Bool, Float
+from einops import reduce
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,30 +14,30 @@ def cell_size(nQ: int, nK: int, side: int) -> int:
     return max(1, ceil_div(max(nQ, nK), side))
 
 
-def row_share(mass: Float[Tensor, "... nQ nK"]) -> Float[Tensor, "... nQ nK"]:
-    """Each block's share of its row's mass; 0 in a row without mass."""
-    total = mass.sum(-1, keepdim=True)
-    return torch.where(total > 0, mass / total, 0)
-
-
 def shares_of_cells(share: Float[Tensor, "... nQ nK"], size: int) -> Float[Tensor, "... cQ cK"]:
     """The share of a row's mass that lies in each cell's columns, mean over the cell's rows: rows sum to 1."""
-    if size == 1:
-        return share.float()
-    rows = _tiles(torch.ones(share.shape[-2], 1, device=share.device), size).sum((-3, -1))  # cQ 1
-    return _tiles(share.float(), size).sum((-3, -1)) / rows
+    rows = _sum(torch.ones(share.shape[-2], 1, device=share.device), size)  # cQ 1
+    return _sum(share.float(), size) / rows
 
 
 def kept_of_cells(
     kept: Bool[Tensor, "... nQ nK"], visible: Bool[Tensor, "... nQ nK"], size: int
 ) -> Float[Tensor, "... cQ cK"]:
     """The kept share of each cell's visible blocks; −1 where it has none."""
-    seen = _tiles(visible.float(), size).sum((-3, -1))
-    chosen = _tiles((kept & visible).float(), size).sum((-3, -1))
+    seen, chosen = _sum(visible.float(), size), _sum((kept & visible).float(), size)
     return torch.where(seen > 0, chosen / seen.clamp(min=1), -1.0)
 
 
-def _tiles(blocks: Float[Tensor, "... nQ nK"], size: int) -> Float[Tensor, "... cQ size cK size"]:
+def states_of_cells(
+    kept: Bool[Tensor, "nQ nK"], whole: Bool[Tensor, "nQ nK"], visible: Bool[Tensor, "nQ nK"], size: int
+) -> Int[Tensor, "cQ cK"]:
+    """What most of a cell's visible blocks are: 0 hidden, 1 dropped, 2 kept and cut by the mask, 3 kept whole."""
+    parts = (visible & ~kept, kept & ~whole, kept & whole)
+    shares = torch.stack([kept_of_cells(part, visible, size) for part in parts])
+    return torch.where(shares[0] < 0, 0, shares.argmax(0) + 1)
+
+
+def _sum(blocks: Float[Tensor, "... nQ nK"], size: int) -> Float[Tensor, "... cQ cK"]:
     nQ, nK = blocks.shape[-2:]
     padded = F.pad(blocks, (0, -nK % size, 0, -nQ % size))
-    return padded.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    return reduce(padded, "... (Q q) (K k) -> ... Q K", "sum", q=size, k=size)

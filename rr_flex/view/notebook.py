@@ -26,18 +26,20 @@ def explore(draw: Callable[..., Any], **choices: Iterable[Any]) -> None:
 
     Without a kernel (on GitHub, on a page) the picture stays. Needs ipywidgets.
     """
-    import ipywidgets
     from IPython.display import display
+    from ipywidgets import HBox, SelectionSlider
 
-    chosen = {name: list(values) for name, values in choices.items()}
-    for name, values in chosen.items():
-        if not values:
+    sliders = {}
+    for name, values in choices.items():
+        options = list(values)
+        if not options:
             raise ValueError(f"{name} must have at least one choice, got none")
-    sliders = {
-        name: ipywidgets.SelectionSlider(options=values, description=name, continuous_update=False)
-        for name, values in chosen.items()
-    }
-    display(ipywidgets.HBox(list(sliders.values())))
-    picture = display(draw(**{name: values[0] for name, values in chosen.items()}), display_id=True)
+        sliders[name] = SelectionSlider(options=options, description=name, continuous_update=False)
+
+    def drawn() -> Any:
+        return draw(**{name: slider.value for name, slider in sliders.items()})
+
+    display(HBox(list(sliders.values())))
+    picture = display(drawn(), display_id=True)
     for slider in sliders.values():
-        slider.observe(lambda _: picture.update(draw(**{n: s.value for n, s in sliders.items()})), names="value")
+        slider.observe(lambda _: picture.update(drawn()), names="value")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rr_flex.view.cells import cell_size, kept_of_cells, row_share, shares_of_cells
+from rr_flex.mass import row_share
+from rr_flex.view.cells import cell_size, kept_of_cells, shares_of_cells
 
 SIDE = 128  # cells a side, at most
 

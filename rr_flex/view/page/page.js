@@ -10,7 +10,7 @@ const PUOR = ["b35806", "e08214", "fdb863", "f0e6dc", "e4e2ee", "b2abd2", "8073a
 
 const dark = () => darkScreen.matches && !printing;
 // Before a page prints, its styles are still the screen's.
-const PRINTED = { "--quiet": "#5c5c5c", "--rule": "#d5d5d5", "--line5": "#d55e00" };
+const PRINTED = { "--quiet": "#5c5c5c", "--rule": "#d5d5d5", "--mark": "#d55e00" };
 const ink = name => printing ? PRINTED[name] : getComputedStyle(document.documentElement).getPropertyValue(name);
 // The faintest mass is the colour nearest to the page's own.
 const massStops = () => dark() ? VIRIDIS : [...VIRIDIS].reverse();
@@ -106,7 +106,7 @@ function blockMaps(root, maps) {
     pen.restore();
     if (at) {
       const x = place(at.column * cell.k), y = place(at.row * cell.q);
-      pen.lineWidth = 2; pen.strokeStyle = ink("--line5");
+      pen.lineWidth = 2; pen.strokeStyle = ink("--mark");
       pen.strokeRect(left + x, top + y, place(Math.min((at.column + 1) * cell.k, maps.length)) - x,
         place(Math.min((at.row + 1) * cell.q, maps.length)) - y);
     }

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from rr_flex.view.cells import cell_size, kept_of_cells, row_share, shares_of_cells
-from rr_flex.view.plots.style import DIFFERENCE, DROPPED, ERROR, KEPT, MASS, SIDE, share_norm, token_axes
+from rr_flex.mass import row_share
+from rr_flex.view.cells import cell_size, kept_of_cells, shares_of_cells
+from rr_flex.view.plots.style import DIFFERENCE, DROPPED, ERROR, KEPT, MASS, SIDE, edges, share_norm, token_axes
 
 Column = Literal["true", "estimate", "difference", "kept", "error"]
 TITLES = {"true": "true mass", "estimate": "estimated mass", "difference": "estimate − truth"}
@@ -48,19 +49,19 @@ def block_map_figure(
     figure = Figure(figsize=(0.2 + 3.4 * sum(widths), 0.9 + 3.2 * len(heads)), layout="constrained")
     axes = figure.subplots(len(heads), len(columns), squeeze=False, sharey=True, width_ratios=widths)
     size = cell_size(*heads[0].kept.shape, SIDE)
-    edges = [
-        np.minimum(np.arange(-(-blocks // size) + 1) * (size * tokens), length)
-        for blocks, tokens, length in zip(heads[0].kept.shape, block_size, (Lq, Lk), strict=True)
-    ]
+    cells = -(-np.array(heads[0].kept.shape) // size)
+    y, x = edges(cells, [size * tokens for tokens in block_size], (Lq, Lk))
     images = {}
     worst = max((head.row_error.max().item() for head in heads if head.row_error is not None), default=1)
     for row, head in zip(axes, heads, strict=True):
         for axis, column in zip(row, columns, strict=True):
             if column == "error":
-                draw_errors(axis, head, edges[0], size)
+                draw_errors(axis, head, y, size)
                 axis.set(xlim=(0, 1.05 * worst), box_aspect=Lq / Lk / BARS)
             else:
-                images[column] = draw_column(axis, column, head, size, edges)
+                values, look, name = values_of(head, column, size)
+                images[column] = axis.pcolormesh(x, y, values, **look)
+                axis.set_title(name, fontsize=10)
                 token_axes([axis], Lq, Lk)
                 axis.set_xlabel("key (token)")
         row[0].set_ylabel(f"{head.title}\n\nquery (token)")
@@ -72,31 +73,28 @@ def block_map_figure(
     return figure
 
 
-def draw_column(axis: Axes, column: Column, head: HeadMap, size: int, edges: list[np.ndarray]):
-    """One map; returns the image that its colour bar explains."""
-    y, x = edges
-    visible = head.visible.cpu()
-    seen = kept_of_cells(visible, visible, size).numpy()
+def values_of(head: HeadMap, column: Column, size: int) -> tuple[np.ma.MaskedArray, dict, str]:
+    """One map's cells, masked where the mask hides them; their colours; and what stands above them."""
+    kept, visible = head.kept.cpu(), head.visible.cpu()
+    share = kept_of_cells(kept, visible, size).numpy()
     if column == "kept":
-        share = np.ma.masked_less(kept_of_cells(head.kept.cpu(), visible, size).numpy(), 0)
-        axis.set_title(f"kept: {head.kept.sum() / head.visible.sum():.0%} of the visible blocks", fontsize=10)
-        return axis.pcolormesh(x, y, share, cmap=LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT]))
+        look = {"cmap": LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT])}
+        return np.ma.masked_less(share, 0), look, f"kept: {kept.sum() / visible.sum():.0%} of the visible blocks"
     truth, estimate = (shares_of_cells(row_share(mass.cpu()), size) for mass in (head.true_mass, head.estimated_mass))
     values = {"true": truth, "estimate": estimate, "difference": estimate - truth}[column]
-    values = np.ma.masked_where(seen < 0, values.numpy())
-    axis.set_title(TITLES[column], fontsize=10)
+    look = {"cmap": MASS, "norm": share_norm()}
     if column == "difference":
-        return axis.pcolormesh(x, y, values, cmap=DIFFERENCE, norm=Normalize(-0.1, 0.1, clip=True))
-    return axis.pcolormesh(x, y, values, cmap=MASS, norm=share_norm())
+        look = {"cmap": DIFFERENCE, "norm": Normalize(-0.1, 0.1, clip=True)}
+    return np.ma.masked_where(share < 0, values.numpy()), look, TITLES[column]
 
 
-def draw_errors(axis: Axes, head: HeadMap, edges: np.ndarray, size: int) -> None:
+def draw_errors(axis: Axes, head: HeadMap, y: np.ndarray, size: int) -> None:
     """A bar a row of cells: the largest error of its block rows, since a mean would hide the one that is wrong."""
     if head.row_error is None:
         raise ValueError(f"heads must have row_error for the column error, got none in {head.title!r}")
     errors = head.row_error.cpu().numpy()
     errors = np.maximum.reduceat(errors, np.arange(0, len(errors), size))
-    axis.barh(edges[:-1], errors, height=np.diff(edges), align="edge", color=ERROR)
+    axis.barh(y[:-1], errors, height=np.diff(y), align="edge", color=ERROR)
     axis.set_title("output error", fontsize=10)
     axis.set_xlabel("of the block row")
     axis.grid(axis="x", alpha=0.3)

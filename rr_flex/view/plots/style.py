@@ -1,7 +1,8 @@
 """What all pictures share: colours that every kind of sight can tell apart, and axes in tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MultipleLocator
@@ -22,6 +23,12 @@ FAINTEST_SHARE = 1e-4  # of a block row's mass: fainter blocks take the palest c
 
 def share_norm() -> LogNorm:
     return LogNorm(FAINTEST_SHARE, 1, clip=True)
+
+
+def edges(cells: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray]:
+    """Where cells of so many tokens begin and the last one ends, in tokens: for each axis its number of cells + 1."""
+    sizes = zip(cells, tokens, lengths, strict=True)
+    return [np.minimum(np.arange(count + 1) * step, length) for count, step, length in sizes]
 
 
 def token_axes(axes: Iterable[Axes], Lq: int, Lk: int) -> None:
