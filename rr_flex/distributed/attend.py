@@ -5,8 +5,9 @@ from torch import Tensor
 
 from rr_flex.block_mask import build_block_mask, list_partial_and_full
 from rr_flex.kernels import flash
+from rr_flex.kernels.choose import laid_out
 from rr_flex.kernels.flex import Attended, flex
-from rr_flex.kernels.options import attention_options, for_lengths
+from rr_flex.kernels.options import attention_options
 from rr_flex.kernels.score_mods import score_mod_of
 from rr_flex.request import Request
 from rr_flex.runtime.compiling import compile_whole
@@ -22,7 +23,7 @@ def attend(kernel: str, qkv: QKV, blocks: Blocks, request: Request) -> Attended:
         return _attend_with_flash(qkv, blocks, request)
     # The CPU's template (torch 2.13) writes code that does not compile where so many sizes are symbols.
     graph = _for_these_lengths if kernel == "cpu" else _for_any_length
-    return graph(qkv, blocks, request)
+    return graph(qkv, blocks, laid_out(kernel, *qkv[:2], request))
 
 
 def _attend(qkv: QKV, blocks: Blocks, request: Request) -> Attended:
@@ -30,7 +31,7 @@ def _attend(qkv: QKV, blocks: Blocks, request: Request) -> Attended:
     lengths = q.shape[2], k.shape[2]
     block_mask = build_block_mask(kept, whole, request.mask_mod, block_size=size, seq_lengths=lengths)
     score_mod = score_mod_of(request.softcap)
-    options = for_lengths(attention_options(q, size), *lengths)
+    options = attention_options(q, size, whole_tiles=request.whole_tiles)
     settings = {"scale": request.scale, "kernel_options": options, "score_mod": score_mod}
     return Attended(*flex(*qkv, block_mask, settings, lse="lse" in request.returns), None)
 
