@@ -57,9 +57,9 @@ def rr_attention_packed(
         chosen = [sizes[number] for number in together]
         pack = (q, k, v)
         if len(together) < len(sizes):
-            pack = (torch.cat(x, 2) for x in zip(*(prompts[number] for number in together), strict=True))
+            pack = tuple(torch.cat(x, 2) for x in zip(*(prompts[number] for number in together), strict=True))
         flash = which_flash(q, k.shape[2], backend, backward=request.backward)
-        dense = dense_packed(*pack, chosen, causal=request.causal, scale=named.get("scale"), flash=flash)
+        dense = dense_packed(pack, chosen, causal=request.causal, scale=named.get("scale"), flash=flash)
         if len(together) == len(sizes):
             return dense
         out = dict(zip(together, dense.split([length for length, _ in chosen], 2), strict=True))

@@ -149,3 +149,18 @@ def test_no_two_modules_have_one_name():
         if path.stem not in ("__init__", "__main__") and path.parent.name + path.name != "rr_flexnotebook.py":
             places.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+# What users call names all that it takes; vLLM's interface says what `forward` is given.
+LONG_CALLS = (
+    *("any_key_visible", "block_visibility", "calibrate", "enable", "forward", "rr_attention", "rr_attention_packed"),
+    "select_blocks",
+)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_inner_function_has_more_than_six_parameters(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name not in LONG_CALLS:
+            named = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert len([name for name in named if name not in ("self", "cls")]) <= 6, f"{node.name}({', '.join(named)})"

@@ -37,12 +37,12 @@ def _attend(qkv: QKV, blocks: Blocks, request: Request) -> Attended:
 
 
 def _attend_with_flash(qkv: QKV, blocks: Blocks, request: Request) -> Attended:
-    q, _, v = qkv
+    q, k, v = qkv
     settings = {"scale": request.scale, "kernel_options": attention_options(q, flash.BLOCK, "flash")}
     mask = request.mask_at(flash.offset_per_batch(request.q_offset, q.shape[0]))
     want_lse = "lse" in request.returns
     graph = flash.FLEX["any" if request.causal else "one"]
-    out, lse = graph(*qkv, _lists_compiled(*blocks), mask, settings, want_lse)
+    out, lse = graph((q, _lists_compiled(*blocks), mask), k, v, settings, want_lse)
     factor = flash.check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
     return Attended(out, lse * factor if want_lse else None, None)
 

@@ -124,9 +124,7 @@ def _takes_flash(q: Tensor, v: Tensor, flash: Flash, *, packed: bool = False) ->
 
 
 def dense_packed(
-    q: Float[Tensor, "1 Hq queries D"],
-    k: Float[Tensor, "1 Hkv keys D"],
-    v: Float[Tensor, "1 Hkv keys Dv"],
+    qkv: tuple[Float[Tensor, "1 Hq queries D"], Float[Tensor, "1 Hkv keys D"], Float[Tensor, "1 Hkv keys Dv"]],
     lengths: Sequence[tuple[int, int]],
     *,
     causal: bool,
@@ -135,6 +133,7 @@ def dense_packed(
 ) -> Float[Tensor, "1 Hq queries Dv"]:
     """`dense_attention` of sequences that are packed end to end, each of (queries, keys): at once where FlashAttention
     4 may be taken and is right, else one after the other."""
+    q, k, v = qkv
     if _takes_flash(q, v, flash, packed=True):
         return _flash_packed(q, k, v, lengths, causal, scale)
     queries, keys = zip(*lengths, strict=True)

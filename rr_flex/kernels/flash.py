@@ -90,7 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     lengths = "any" if request.own_mask is None and request.causal else "one"
     if pieces is None:
         lists, offset = whole
-        out, lse = FLEX[lengths](q, k, v, lists, mask_at(offset), settings, want_lse)
+        out, lse = FLEX[lengths]((q, lists, mask_at(offset)), k, v, settings, want_lse)
         return Attended(out, lse * in_nats if want_lse else None, density)
     queries, lists_of_pieces, offset_of_pieces = pieces
     of_pieces = (queries, lists_of_pieces, mask_at(offset_of_pieces))
@@ -136,21 +136,21 @@ def block_mask_of(lists: Lists, mask_mod: MaskMod, Lq: int, Lk: int) -> BlockMas
     )
 
 
-def _flex(q, k, v, lists, mask_mod, settings, lse):
+def _flex(whole, k, v, settings, lse):
+    """(out, lse or None) of `whole`: (queries, lists, mask)."""
+    q, lists, mask_mod = whole
     return flex(q, k, v, block_mask_of(lists, mask_mod, q.shape[2], k.shape[2]), settings, lse=lse)
 
 
 def _flex_apart(whole, pieces, k, v, settings, in_nats):
     """out, lse, and (out, lse) of the last block rows; `whole` and `pieces` are (queries, lists, mask)."""
-    q, lists, mask_mod = whole
-    out, lse = _flex(q, k, v, lists, mask_mod, settings, True)
+    out, lse = _flex(whole, k, v, settings, True)
     return out, lse * in_nats, _flex_pieces(pieces, k, v, settings, in_nats)
 
 
 def _flex_pieces(pieces, k, v, settings, in_nats):
     """(out, lse) of block rows in pieces, merged."""
-    queries, lists, mask_mod = pieces
-    out, lse = _flex(queries, k, v, lists, mask_mod, settings, True)
+    out, lse = _flex(pieces, k, v, settings, True)
     return merge_pieces(out, lse * in_nats)
 
 
