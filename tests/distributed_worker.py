@@ -123,7 +123,9 @@ def check_context(whole, shards, heads, name):
         same(out, exact, f"{name} {fetch}")
         moved[fetch] = account.fetched
         assert set(account.ways) <= {fetch} or fetch == "auto"
-    assert moved["auto"] <= max(account.all_gather, moved["kept"])
+    # All ranks decide alike, so one may move more than it would alone; what moves in either way is in both figures.
+    assert moved["auto"] <= account.all_gather + moved["kept"]
+    assert set(account.ways) != {"kept"} or moved["auto"] == moved["kept"]
     return moved, int(sum(account.kept))
 
 

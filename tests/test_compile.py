@@ -64,7 +64,9 @@ def test_new_offsets_compile_nothing():
     q, k, v = tensors(SQUARE)
     rr_attention(q, k, v, tau=0.5, q_offset=128, **FREE)
     with no_compile():
-        outs = [rr_attention(q, k, v, tau=0.5, q_offset=q_offset, **FREE) for q_offset in (0, 1, 2, 64, 300)]
+        # An int off the block grid is answered with more queries, which is another length.
+        offsets = (0, 256, *map(torch.tensor, (1, 2, 64, 300)))
+        outs = [rr_attention(q, k, v, tau=0.5, q_offset=q_offset, **FREE) for q_offset in offsets]
     assert not torch.equal(outs[0], outs[-1])
 
 
