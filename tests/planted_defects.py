@@ -336,7 +336,7 @@ DEFECTS = [
     Defect(
         "rr_flex/calibration/sensitivity.py",
         "-torch.ones_like(share",
-        "torch.ones_like(share",
+        "-0.5 * torch.ones_like(share",
         "test_auto_budget.py::test_the_divergence_is_half_the_mean_square_of_gradient_times_error",
     ),
     Defect(
