@@ -1,6 +1,5 @@
 """Qwen's vision-language models on small clips: the language model under rr_flex, the vision tower as it was."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -136,7 +135,7 @@ def test_video_mme_through_the_real_processor(name, tmp_path, monkeypatch):
         return [frames[times.frames_indices]], [times]
 
     monkeypatch.setattr(processor.video_processor, "fetch_videos", decoded)
-    for asked in (question, dataclasses.replace(question, video=tmp_path / "v1.mp4")):
+    for asked in (question, question._replace(video=tmp_path / "v1.mp4")):
         inputs = video_mme.prepare(processor, asked, 16)
         assert set(inputs) == set(expected)
         for key, value in expected.items():
