@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_calibration import network, two_texts
 
 from rr_flex import RRConfig
 from rr_flex.calibration import auto, lengths
@@ -18,17 +18,7 @@ from rr_flex.models import enable
 from rr_flex.models.attention_by import attention_by
 from rr_flex.profiles import Profile, load_profile
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 TARGETS = (0.5, 0.6, 0.7)
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    made = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, max_position_embeddings=2048, **SHAPE))
-    for layer in made.model.layers:  # logits large enough that attention has something to select
-        layer.self_attn.q_proj.weight.data *= 12
-        layer.self_attn.k_proj.weight.data *= 12
-    return made.eval()
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def texts():
-    drawn = torch.Generator().manual_seed(1)
-    return [torch.randint(50, (1, 2048), generator=drawn) for _ in range(2)]
+    return two_texts(2048)
 
 
 @pytest.fixture(scope="module")

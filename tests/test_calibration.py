@@ -22,20 +22,28 @@ from rr_flex.profiles import Profile, load_profile, model_name
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    network = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, max_position_embeddings=2048, **SHAPE))
-    for layer in network.model.layers:  # logits large enough that attention has something to select
+def network(seed=0):
+    torch.manual_seed(seed)
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, max_position_embeddings=2048, **SHAPE))
+    for layer in made.model.layers:  # logits large enough that attention has something to select
         layer.self_attn.q_proj.weight.data *= 12
         layer.self_attn.k_proj.weight.data *= 12
-    return network.eval()
+    return made.eval()
+
+
+def two_texts(length):
+    drawn = torch.Generator().manual_seed(1)
+    return [torch.randint(50, (1, length), generator=drawn) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return network()
 
 
 @pytest.fixture(scope="module")
 def texts():
-    drawn = torch.Generator().manual_seed(1)
-    return [torch.randint(50, (1, 640), generator=drawn) for _ in range(2)]
+    return two_texts(640)
 
 
 def random_curves(seed, layers=2, heads=2, levels=5):

@@ -169,7 +169,7 @@ def test_a_step_without_sparse_rows_is_the_parent_s(config, monkeypatch):
     assert [slots.tolist() for slots in builder.pending] == [[199]]
 
 
-def test_settings_and_layers_at_start(config, monkeypatch, caplog):
+def test_settings_and_layers_at_start(config, monkeypatch):
     monkeypatch.setenv("RR_FLEX", "smollm2-135m-instruct")
     impl = SparseCPUImpl(Hq, D, D**-0.5, Hkv, None, 512, "auto")
     assert impl.side is None and impl.layer_settings is None
