@@ -26,7 +26,8 @@ from benchmarks.timing import measure
 from benchmarks.workloads import Shape, structured
 from rr_flex.config import RRConfig
 from rr_flex.serving.pages import PooledPages, pools_of_flash, read_pages
-from rr_flex.serving.step import Layer, SparseStep, attend_sparse, parts, select_piece
+from rr_flex.serving.settings import Layer
+from rr_flex.serving.step import SparseStep, attend_sparse, select_rows
 from rr_flex.serving.step_rows import pieces_of_step
 
 PAGE = 128
@@ -84,7 +85,7 @@ def dense_kernel(served: Served, device: torch.device) -> tuple[str, Callable[[i
         def gathered(_: int) -> Tensor:
             outs = []
             for table, query in zip(served.table, served.query.split(served.chunk), strict=True):
-                k, v = (read_pages(pool, table.long()) for pool in pools_of_flash(served.cache))
+                k, v = (read_pages(pool, table[None].long()) for pool in pools_of_flash(served.cache))
                 q = query.transpose(0, 1)[None]
                 outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0])
             return torch.cat(outs, 1).transpose(0, 1)
@@ -131,9 +132,8 @@ def rows_of(served: Served, first: tuple, device: torch.device, options: argpars
         def attend(_: int, layer=layer, pooled=pooled) -> tuple[Tensor, Tensor]:
             return attend_sparse(step, layer, served.query, keys, values, pooled)
 
-        def select(_: int, layer=layer, pooled=pooled) -> list:
-            q = served.query.transpose(0, 1)[None].contiguous()
-            return [select_piece(part, piece, table, layer, keys, pooled) for part, piece, table in parts(step, q)]
+        def select(_: int, layer=layer, pooled=pooled) -> tuple:
+            return select_rows(step, layer, served.query, keys, pooled)
 
         out, blocks = attend(0)
         yield about | {

@@ -23,7 +23,7 @@ def mandatory_blocks(
 
     The sink is the first `sink_blocks` key blocks, counted from the first block with a valid key (padding on the left
     has no sink in it). The last block rows are the last in which a query sees anything, likewise. Query i stands at
-    position i + q_offset.
+    position i + q_offset, of which there may be one a sequence ([B]).
     """
     nQ, nK = visible.shape[2:]
     column = torch.arange(nK, device=visible.device)
@@ -38,5 +38,7 @@ def mandatory_blocks(
         stop = torch.where(sees.any(-1), nQ - sees.flip(-1).argmax(-1), 0)[..., None, None]
     kept = column < start + config.sink_blocks  # what lies before the start is not visible
     if config.local_blocks:
+        if isinstance(q_offset, Tensor) and q_offset.ndim:
+            q_offset = q_offset[:, None, None, None]
         kept = kept | diagonal_blocks((row, column), Lq, config.block_sizes, q_offset, config.local_blocks - 1)
     return visible & (kept | (row >= stop - config.dense_last_rows))

@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.paged_step import main as measure_paged_steps
 from rr_flex import RRConfig, select_blocks
-from rr_flex.block_mask import list_partial_and_full
-from rr_flex.serving.paged import as_sequence, attend_pages, folds_heads, side_by_side
-from rr_flex.serving.pages import PooledPages, onto_pages, pools_of_cpu, pools_of_flash, read_pages
-from rr_flex.serving.step import Layer, SparseStep, attend_sparse, select_piece
-from rr_flex.serving.step_rows import pieces_of_step
+from rr_flex.serving.batches import in_batches, select_batch
+from rr_flex.serving.paged import as_sequence, folds_heads
+from rr_flex.serving.pages import PooledPages, pools_of_cpu, pools_of_flash, read_pages
+from rr_flex.serving.settings import Layer
+from rr_flex.serving.step import SparseStep, attend_sparse, select_rows
+from rr_flex.serving.step_rows import ROW, Piece, pieces_of_step
 from rr_flex.serving.warmup import compile_graphs, graphs, synthetic_step
 
 P, Hq, Hkv, D, PAGES = 128, 4, 2, 16, 24
@@ -39,25 +42,15 @@ def attention_over_kept(q, k, v, kept, k_block):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("k_block", [128, 64])
 def test_attention_over_pages_is_attention_over_the_gathered_keys(layout, k_block):
-    keys, values = pools_of_flash(random_cache(layout, 0))
-    generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(PAGES, generator=generator)
-    config = RRConfig(block_size=(128, k_block), tau=0.6, dense_last_rows=0)
-    queries, lists, expected = [], [], []
+    cache = random_cache(layout, 0)
+    config = RRConfig(block_size=(128, k_block), tau=0.6, dense_last_rows=0, min_length=0)
+    layer = replace(Heads.layer_settings, config=config)
     # Three requests, of which the first begins its prompt and the others go on after a chunk or a prefix hit.
-    for rows, pages, at in ((2, 2, 0), (1, 5, 2), (3, 9, 7)):
-        table = order[at : at + pages]
-        q = torch.randn(1, Hq, rows * 128, D, generator=generator)
-        k, v = read_pages(keys, table), read_pages(values, table)
-        chosen = select_blocks(q, k, config=config)
-        assert chosen.density < 1 or pages == 2
-        queries.append(q)
-        folded = Hkv if folds_heads(keys) else None
-        lists.append(onto_pages(list_partial_and_full(chosen.kept, chosen.whole), table, P // k_block, folded))
-        expected.append(attention_over_kept(q, k, v, chosen.kept, k_block))
-    q = torch.cat(queries, 2)
-    out = attend_pages(q, (keys, values), side_by_side(lists), k_block=k_block, scale=D**-0.5)
-    torch.testing.assert_close(out.double(), torch.cat(expected, 2), atol=2e-6, rtol=0)
+    step, table, query = step_of([(0, 256), (512, 640), (768, 1152)], torch.Generator().manual_seed(1))
+    out, blocks = attend_sparse(step, layer, query, *pools_of_flash(cache))
+    expected, counts = each_alone(step, layer, table, query, *pools_of_flash(cache))
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+    assert blocks.tolist() == counts and counts[0] < counts[1]
 
 
 class Heads:
@@ -68,6 +61,7 @@ class Heads:
         config=RRConfig(tau=0.6, dense_last_rows=0, min_length=0), scale=D**-0.5, softcap=None, head_offset=0
     )
     pools = staticmethod(pools_of_cpu)
+    side = None
 
 
 def step_of(chunks, generator):
@@ -84,65 +78,119 @@ def step_of(chunks, generator):
     return SparseStep.of(pieces, table, P), table, torch.randn(starts[-1], Hq, D, generator=generator)
 
 
+def each_alone(step, layer, table, query, keys, values):
+    """Outputs of the step's pieces in its order, and blocks kept and visible, by each request alone."""
+    outs, kept, visible = [], 0, 0
+    for piece in step.sparse:
+        own = table[piece.request : piece.request + 1, : -(-piece.stop // P)].long()
+        k, v = (read_pages(pool, own)[:, :, : piece.stop] for pool in (keys, values))
+        q = query[piece.token : piece.token + len(piece)].transpose(0, 1)[None]
+        alone = select_blocks(q, k, config=layer.config, q_offset=piece.start)
+        outs.append(attention_over_kept(q, k, v, alone.kept, layer.config.block_sizes[1])[0].transpose(0, 1))
+        kept, visible = kept + int(alone.kept.sum()), visible + int(alone.visible.sum()) * Hq
+    return torch.cat(outs), [kept, visible]
+
+
+def pooled_anew(keys, config):
+    """Every page's pooled keys."""
+    stride = config.strides[1]
+    pooled = PooledPages(
+        features=torch.zeros(PAGES, Hkv, P // stride, D * config.order), stride=stride, order=config.order
+    )
+    pooled.rewrite(keys, torch.arange(PAGES * P))
+    return pooled
+
+
 @pytest.mark.parametrize("pools_of", [pools_of_cpu, pools_of_flash])
 def test_a_step_attends_as_each_request_alone(pools_of):
     """A mixed step of cut rows, a prefix hit and a new prompt, with keys pooled by page and without."""
     generator = torch.Generator().manual_seed(4)
     keys, values = pools_of(random_cache("heads outermost", 5))
     step, table, query = step_of([(100, 700), (0, 300), (640, 1200)], generator)
-    assert [(piece.start, piece.stop) for piece in step.sparse] == [(128, 640), (0, 256), (640, 1152)]
-    pooled = PooledPages(features=torch.zeros(PAGES, Hkv, P // 8, D), stride=8, order=1)
-    pooled.rewrite(keys, torch.arange(PAGES * P))
-    for kept_pages in (None, pooled):
-        out, blocks = attend_sparse(step, Heads.layer_settings, query, keys, values, kept_pages)
-        kept = visible = at = 0
-        for piece in step.sparse:
-            k, v = (
-                read_pages(pool, table[piece.request, : -(-piece.stop // P)].long())[:, :, : piece.stop]
-                for pool in (keys, values)
-            )
-            q = query[piece.token : piece.token + len(piece)].transpose(0, 1)[None]
-            alone = select_blocks(q, k, config=Heads.layer_settings.config, q_offset=piece.start)
-            expected = attention_over_kept(q, k, v, alone.kept, 128)[0].transpose(0, 1)
-            torch.testing.assert_close(out[at : at + len(piece)].double(), expected, atol=2e-6, rtol=0)
-            kept, visible, at = kept + int(alone.kept.sum()), visible + int(alone.visible.sum()) * Hq, at + len(piece)
-        assert blocks.tolist() == [kept, visible] and kept < visible
+    assert [(piece.start, piece.stop) for piece in step.sparse] == [(0, 256), (128, 640), (640, 1152)]
+    for pooled in (None, pooled_anew(keys, Heads.layer_settings.config)):
+        out, blocks = attend_sparse(step, Heads.layer_settings, query, keys, values, pooled)
+        expected, counts = each_alone(step, Heads.layer_settings, table, query, keys, values)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+        assert blocks.tolist() == counts and counts[0] < counts[1]
+
+
+SETTINGS = (
+    {"tau": 0.7},
+    {"tau": 0.7, "order": 2, "key_stride": 16},
+    {"preset": "best", "threshold": 0.05},
+    {"pool": "queries", "tau": 0.7},
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chunks=st.lists(st.tuples(st.integers(0, 700), st.integers(1, 600)), min_size=2, max_size=6),
+    which=st.sampled_from(SETTINGS),
+    by_page=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_requests_selected_at_once_have_the_blocks_of_each_alone(chunks, which, by_page, seed):
+    """Of any lengths: a batch pads shorter pieces and shorter requests, and that changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, _ = pools_of_cpu(random_cache("heads outermost", seed))
+    chunks = [(start, start + queries) for start, queries in chunks]
+    if sum(-(-stop // P) for _, stop in chunks) > PAGES - 1:
+        return
+    step, table, query = step_of(chunks, generator)
+    if step is None:
+        return
+    config = RRConfig.resolve(None, which | {"dense_last_rows": 0, "min_length": 0})
+    layer = replace(Heads.layer_settings, config=config)
+    pooled = pooled_anew(keys, config) if by_page and config.pool != "queries" else None
+    kept, visible, whole = select_rows(step, layer, query, keys, pooled)
+    at = 0
+    for piece in step.sparse:
+        own = table[piece.request : piece.request + 1, : piece.stop // P].long()
+        q = query[piece.token : piece.token + len(piece)].transpose(0, 1)[None]
+        alone = select_blocks(q, read_pages(keys, own), config=config, q_offset=piece.start)
+        nQ, nK = alone.kept.shape[2:]
+        for found, expected in ((kept, alone.kept), (visible, alone.visible), (whole, alone.whole)):
+            assert torch.equal(found[:, :, at : at + nQ, :nK], expected) and not found[:, :, at : at + nQ, nK:].any()
+        at += nQ
+    assert at == kept.shape[2]
+
+
+def test_a_batch_has_little_padding():
+    def sizes(*chunks):
+        pieces = [
+            Piece(request=0, start=start * ROW, stop=stop * ROW, token=0, reason="sparse") for start, stop in chunks
+        ]
+        return [[(piece.start // ROW, piece.stop // ROW) for piece in batch] for batch in in_batches(pieces)]
+
+    assert sizes(*[(960, 1024)] * 8) == [[(960, 1024)] * 8]
+    # As much work, in one by its keys and in the other by its queries.
+    assert sizes((960, 961), (0, 31)) == [[(960, 961)], [(0, 31)]]
+    assert sizes((0, 8), (4, 11), (0, 64), (3, 11)) == [[(0, 8), (4, 11), (3, 11)], [(0, 64)]]
+
+
+def select_one(q, step, layer, keys, pooled=None):
+    (batch,) = step.batches
+    return select_batch(q, batch, layer, keys, pooled).kept
 
 
 def test_ranks_of_tensor_parallelism_select_as_one():
     """Each rank has its query heads, their key heads, and the global index of its first head."""
-    generator = torch.Generator().manual_seed(8)
     keys, _ = pools_of_cpu(random_cache("heads outermost", 9))
-    step, _, query = step_of([(128, 1152)], generator)
-    q, (piece,), (table,) = query[step.tokens].transpose(0, 1)[None], step.sparse, step.tables
-    whole = select_piece(q, piece, table, Heads.layer_settings, keys).kept
+    step, _, query = step_of([(128, 1152)], torch.Generator().manual_seed(8))
+    q = query[step.tokens].transpose(0, 1)[None]
+    whole = select_one(q, step, Heads.layer_settings, keys)
     ranks = [
-        select_piece(q[:, first : first + 2], piece, table, layer, keys[:, first // 2 : first // 2 + 1]).kept
+        select_one(q[:, first : first + 2], step, layer, keys[:, first // 2 : first // 2 + 1])
         for first, layer in ((0, Heads.layer_settings), (2, replace(Heads.layer_settings, head_offset=2)))
     ]
     assert torch.equal(torch.cat(ranks, 1), whole) and not whole.all()
 
 
-def test_pooled_keys_of_pages_select_as_keys_pooled_anew():
-    """At both orders, and beside pooled queries, which read the keys themselves too."""
-    generator = torch.Generator().manual_seed(10)
-    keys, _ = pools_of_cpu(random_cache("heads outermost", 11))
-    step, _, query = step_of([(256, 1152)], generator)
-    q, (piece,), (table,) = query[step.tokens].transpose(0, 1)[None], step.sparse, step.tables
-    for settings in ({"tau": 0.7}, {"tau": 0.7, "order": 2, "key_stride": 16}, {"preset": "best", "threshold": 0.05}):
-        config = RRConfig.resolve(None, settings | {"dense_last_rows": 0, "min_length": 0})
-        layer, stride = replace(Heads.layer_settings, config=config), config.strides[1]
-        features = torch.zeros(PAGES, Hkv, P // stride, D * config.order)
-        pooled = PooledPages(features=features, stride=stride, order=config.order)
-        pooled.rewrite(keys, torch.arange(PAGES * P))
-        fresh = select_piece(q, piece, table, layer, keys).kept
-        assert torch.equal(select_piece(q, piece, table, layer, keys, pooled).kept, fresh) and not fresh.all()
-
-
 def test_after_the_warm_up_no_step_compiles():
     told = []
     compile_graphs(Heads, torch.empty(0), P, told.append)
-    assert "step 1 of 5" in told[0] and "graphs compiled in" in told[-1]
+    assert "step 1 of 6" in told[0] and "graphs compiled in" in told[-1]
     before = graphs()
     generator = torch.Generator().manual_seed(6)
     for chunks in ([(0, 128)], [(128, 256)], [(0, 1152)], [(512, 1024), (0, 256), (128, 384)], [(1024, 1152)]):
@@ -166,7 +214,7 @@ def test_a_step_is_measured_against_the_dense_kernel(tmp_path):
 
 def test_a_synthetic_step_has_pages_of_its_own():
     step, pages, queries = synthetic_step(((2, 1), (1, 0)), 256, torch.device("cpu"))
-    assert [table.tolist() for table in step.tables] == [[0, 1], [2]]
+    assert [batch.table.tolist() for batch in step.batches] == [[[2]], [[0, 1]]]
     assert (pages, queries, len(step.tokens)) == (4, 384, 384)
 
 

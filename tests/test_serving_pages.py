@@ -23,8 +23,8 @@ def test_what_is_written_by_slot_is_read_by_table():
     position = torch.arange(3 * P)
     slots = table[position // P] * P + position % P
     pool[slots // P, :, slots % P] = k[0].transpose(0, 1)
-    assert torch.equal(read_pages(pool, table), k)
-    assert torch.equal(read_pages(pool, table[1:2]), k[:, :, P : 2 * P])
+    assert torch.equal(read_pages(pool, table[None]), k)
+    assert torch.equal(read_pages(pool, table[:, None]), k[0].unflatten(1, (3, P)).transpose(0, 1))
 
 
 def test_the_layouts_of_a_server_are_views():
@@ -47,7 +47,7 @@ def test_pooled_pages_are_fresh_pooling(order, stride):
     features = torch.full((PAGES, Hkv, P // stride, order * D), torch.nan)
     pooled = PooledPages(features=features, stride=stride, order=order)
     pooled.rewrite(pool, torch.arange(stride - 1, PAGES * P, stride))
-    table = torch.tensor([3, 1])
+    table = torch.tensor([[3, 1]])
     assert torch.equal(pooled.read(table), pooled_features(read_pages(pool, table), stride, order))
     pool[3] += 1
     pooled.rewrite(pool, torch.tensor([3 * P + 1, 3 * P, 3 * P + 1]))
@@ -75,14 +75,14 @@ def test_lists_name_the_pool_s_blocks(folded, blocks_per_page):
     nK = 3 * blocks_per_page
     kept = torch.rand(1, 4, 2, nK, generator=generator) < 0.6
     whole = torch.rand(1, 1, 2, nK, generator=generator) < 0.5
-    table = torch.tensor([5, 0, 3])
+    table = torch.tensor([[5, 0, 3], [1, 4, 2]])  # two rows, of two requests
     lists = list_partial_and_full(kept, whole)
     mapped = onto_pages(lists, table, blocks_per_page, folded)
     for count, logical, physical in ((lists[0], lists[1], mapped[1]), (lists[2], lists[3], mapped[3])):
         for head, row in ((head, row) for head in range(4) for row in range(2)):
             for place in range(int(count[0, head, row])):
                 block = int(logical[0, head, row, place])
-                page, inside = int(table[block // blocks_per_page]), block % blocks_per_page
+                page, inside = int(table[row, block // blocks_per_page]), block % blocks_per_page
                 if folded:
                     page = page * Hkv + head // 2
                 assert physical[0, head, row, place] == page * blocks_per_page + inside

@@ -8,6 +8,8 @@ from paged_server import VOCABULARY, PagedServer
 from rr_flex import RRConfig, select_blocks
 from rr_flex.sampling import pooled_features
 from rr_flex.serving.pages import PooledPages, read_pages, tokens_to_pool
+from rr_flex.serving.settings import Layer
+from rr_flex.serving.step import SparseStep, select_rows
 from rr_flex.serving.step_rows import dense_batch, pieces_of_step
 
 SCHEDULES = 10_000
@@ -121,7 +123,7 @@ def test_random_schedules_keep_the_books():
             for piece in (piece for piece in pieces if piece.sparse):
                 totals["sparse"] += 1
                 request = chunks[piece.request].request
-                table = torch.tensor(request.table[: -(-piece.stop // page)])
+                table = torch.tensor([request.table[: -(-piece.stop // page)]])
                 own = keys[request.rows[: piece.stop]].movedim(0, 1)[None]
                 assert torch.equal(read_pages(cache.pools[0], table)[:, :, : piece.stop], own)
                 fresh = pooled_features(own, stride, order=2)
@@ -151,8 +153,9 @@ def test_random_schedules_attend_as_the_request_alone():
         torch.randn(VOCABULARY, heads, D, generator=generator) * factor
         for heads, factor in ((Hq, 2.0), (Hkv, 1.0), (Hkv, 1.0))
     )
-    config = RRConfig(tau=0.7, dense_last_rows=0)
-    checked, dropped = 0, 0
+    config = RRConfig(tau=0.7, dense_last_rows=0, min_length=0)
+    layer = Layer(config=config, scale=D**-0.5, softcap=None, head_offset=0)
+    checked, dropped, together = 0, 0, 0
     for seed in range(SCHEDULES_WITH_ATTENTION):
         server = PagedServer(seed, pages=12, page=page, longest=700)
         cache = Cache(12, page, keys, values, 8)
@@ -162,9 +165,12 @@ def test_random_schedules_attend_as_the_request_alone():
                 continue
             starts, lengths, prefilling = batch_of(chunks)
             cache.write(server, chunks, starts, lengths, [True] * len(chunks))
-            for piece in pieces_of_step(starts, lengths, prefilling):
+            pieces = pieces_of_step(starts, lengths, prefilling)
+            chosen = blocks_of_step(chunks, pieces, layer, queries, cache)
+            together += len(chosen) > 1
+            for piece in pieces:
                 request = chunks[piece.request].request
-                table = torch.tensor(request.table[: -(-piece.stop // page)])
+                table = torch.tensor([request.table[: -(-piece.stop // page)]])
                 k, v = (read_pages(pool, table)[:, :, : piece.stop] for pool in cache.pools)
                 q_alone, k_alone, v_alone = (
                     x[request.rows[: piece.stop]].movedim(0, 1)[None] for x in (queries, keys, values)
@@ -175,10 +181,25 @@ def test_random_schedules_attend_as_the_request_alone():
                     torch.testing.assert_close(attend(q, k, v, piece.start), expected, atol=1e-6, rtol=1e-5)
                     continue
                 alone = select_blocks(q_alone, k_alone, config=config).kept
-                chosen = select_blocks(q, k, config=config, q_offset=piece.start).kept
-                assert torch.equal(chosen, alone[:, :, piece.start // 128 :])
+                kept = chosen[piece]
+                assert torch.equal(kept, alone[:, :, piece.start // 128 :])
                 expected = attend(q_alone, k_alone, v_alone, 0, alone)[:, :, piece.start :]
-                torch.testing.assert_close(attend(q, k, v, piece.start, chosen), expected, atol=1e-6, rtol=1e-5)
-                checked, dropped = checked + 1, dropped + int((~chosen).sum())
+                torch.testing.assert_close(attend(q, k, v, piece.start, kept), expected, atol=1e-6, rtol=1e-5)
+                checked, dropped = checked + 1, dropped + int((~kept).sum())
             server.finish(chunks)
-    assert checked > SCHEDULES_WITH_ATTENTION / 2 and dropped > checked
+    assert checked > SCHEDULES_WITH_ATTENTION / 2 and dropped > checked and together > SCHEDULES_WITH_ATTENTION / 10
+
+
+def blocks_of_step(chunks, pieces, layer, queries, cache):
+    """What the step keeps for each sparse piece, as the server selects it: several at once, over its pages."""
+    table = torch.zeros(len(chunks), max(len(chunk.request.table) for chunk in chunks), dtype=torch.int32)
+    for row, chunk in enumerate(chunks):
+        table[row, : len(chunk.request.table)] = torch.tensor(chunk.request.table)
+    step = SparseStep.of(pieces, table, cache.page)
+    if step is None:
+        return {}
+    query = torch.cat([queries[chunk.request.rows[chunk.start : chunk.stop]] for chunk in chunks])
+    kept, _, _ = select_rows(step, layer, query, cache.pools[0])
+    sizes = [len(piece) // 128 for piece in step.sparse]
+    parts = zip(step.sparse, kept.split(sizes, 2), strict=True)
+    return {piece: rows[..., : piece.stop // 128] for piece, rows in parts}

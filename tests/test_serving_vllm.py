@@ -133,10 +133,10 @@ def test_random_schedules_at_tau_1_are_vllm_s_own_attention(dtype, tolerance, co
             if metadata.rr_flex is not None:
                 sparse_steps += 1
                 for piece in metadata.rr_flex.step.sparse:
-                    table = torch.tensor(chunks[piece.request].request.table[: piece.stop // PAGE])
+                    table = torch.tensor([chunks[piece.request].request.table[: piece.stop // PAGE]])
                     fresh = pooled_features(read_pages(pools_of_cpu(layer.kv_cache)[0], table), 8, 1)
                     torch.testing.assert_close(impl.side.pooled.read(table), fresh, atol=1e-6, rtol=1e-2)
-                    pooled_pages += len(table)
+                    pooled_pages += table.numel()
             server.finish(chunks)
     assert sparse_steps > 40 and pooled_pages > 100
 

@@ -5,7 +5,6 @@ blocks of its own request's pages. A row lies on the absolute grid, so only its 
 there a key's place in its row is its index in the pool modulo the row: a page is a whole number of rows.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,14 +60,6 @@ def as_sequence(pool: Pool) -> Float[Tensor, "1 H N D"]:
     return pool.flatten(0, 2)[None, None] if folds_heads(pool) else pool.transpose(0, 1).flatten(1, 2)[None]
 
 
-def side_by_side(lists: Sequence[Lists]) -> Lists:
-    """The lists of several requests as those of one sequence of block rows, as wide as the widest."""
-    width = max(each[1].shape[-1] for each in lists)
-    counts = [torch.cat([each[part] for each in lists], dim=2) for part in (0, 2)]
-    indices = [torch.cat([_widened(each[part], width) for each in lists], dim=2) for part in (1, 3)]
-    return counts[0], indices[0], counts[1], indices[1]
-
-
 def attend_pages(
     q: Float[Tensor, "1 Hq n D"],
     pools: tuple[Pool, Pool],
@@ -80,7 +71,7 @@ def attend_pages(
 ) -> Float[Tensor, "1 Hq n D"]:
     """Attention of whole block rows over the blocks of the pool that they list; compiled once for any n and any pool.
 
-    n is a multiple of 128. `pools`: keys and values. `lists` as `onto_pages` and `side_by_side` make them.
+    n is a multiple of 128. `pools`: keys and values. `lists` as `onto_pages` makes them.
     """
     k, v = (as_sequence(pool) for pool in pools)
     if q.device.type == "cpu":

@@ -30,9 +30,9 @@ def pools_of_cpu(cache: Float[Tensor, "pages Hkv P 2*D"]) -> tuple[Pool, Pool]:
     return keys.unflatten(-1, (both // 2, P)).mT, values.unflatten(-1, (P, both // 2))
 
 
-def read_pages(pool: Pool, table: Int[Tensor, " n"]) -> Float[Tensor, "1 Hkv n*P D"]:
-    """The tokens of the pages in `table`, in its order: a copy."""
-    return pool.index_select(0, table).transpose(0, 1).flatten(1, 2)[None]
+def read_pages(pool: Pool, table: Int[Tensor, "B n"]) -> Float[Tensor, "B Hkv n*P D"]:
+    """The tokens of the pages in each request's `table`, in its order: a copy."""
+    return pool.index_select(0, table.flatten()).unflatten(0, table.shape).transpose(1, 2).flatten(2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class PooledPages:
         pooled = pooled_features(written, self.stride, self.order)[:, :, 0]  # n Hkv E
         self.features[page, :, run] = pooled.to(self.features.dtype)
 
-    def read(self, table: Int[Tensor, " n"]) -> Float[Tensor, "1 Hkv n*P/stride E"]:
-        """The pooled keys of the pages in `table`, in its order."""
+    def read(self, table: Int[Tensor, "B n"]) -> Float[Tensor, "B Hkv n*P/stride E"]:
+        """The pooled keys of the pages in each request's `table`, in its order."""
         return read_pages(self.features, table)
 
 
@@ -81,10 +81,13 @@ def tokens_to_pool(
     return tokens
 
 
-def onto_pages(lists: Lists, table: Int[Tensor, " n"], blocks_per_page: int, folded_heads: int | None = None) -> Lists:
-    """Block lists of one request with its logical key blocks replaced by those of the pool.
+def onto_pages(
+    lists: Lists, table: Int[Tensor, "R pages"], blocks_per_page: int, folded_heads: int | None = None
+) -> Lists:
+    """Lists of block rows with their logical key blocks replaced by the pool's.
 
-    `folded_heads`: the number of key heads where the pool has them folded into its tokens (`paged.folds_heads`).
+    `table`: the pages of each row's request. `folded_heads`: the number of key heads where the pool has them folded
+    into its tokens (`paged.folds_heads`).
     """
     return (
         lists[0],
@@ -94,8 +97,9 @@ def onto_pages(lists: Lists, table: Int[Tensor, " n"], blocks_per_page: int, fol
     )
 
 
-def _onto(indices: Int[Tensor, "1 Hq nQ nK"], table: Tensor, blocks_per_page: int, folded_heads: int | None) -> Tensor:
-    page = table.to(torch.int32)[indices // blocks_per_page]
+def _onto(indices: Int[Tensor, "1 Hq R nK"], table: Tensor, blocks_per_page: int, folded_heads: int | None) -> Tensor:
+    row = torch.arange(len(table), device=table.device)[:, None]
+    page = table.to(torch.int32)[row, indices // blocks_per_page]
     if folded_heads is not None:
         Hq = indices.shape[1]
         head = torch.arange(Hq, device=indices.device, dtype=torch.int32) // (Hq // folded_heads)

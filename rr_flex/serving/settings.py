@@ -16,6 +16,16 @@ FORMS = """a JSON object such as {"preset": "best"} or {"tau": 0.9}, a .json fil
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What a layer asks for."""
+
+    config: RRConfig  # its own, as `ServingSettings.of_layer` gives it
+    scale: float
+    softcap: float | None
+    head_offset: int  # global index of its first query head
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServingSettings:
     """What the server computes: one RRConfig for all layers, or a profile's for some of them, the others dense."""
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from rr_flex.geometry import ceil_div
+from rr_flex.serving.pages import PooledPages
 from rr_flex.serving.step import SparseStep, attend_sparse
 from rr_flex.serving.step_rows import ROW, pieces_of_step
 
 # Rows and keys before them, in rows, of each request of a step: one row and several, with and without earlier chunks,
-# one request and two. The attention is one graph for all; selecting on an accelerator has some of its own.
-STEPS = (((2, 3),), ((3, 0),), ((1, 6),), ((1, 0),), ((2, 1), (4, 0)))
+# one request and batches of some. The attention is one graph for all; selecting on an accelerator has some of its own.
+STEPS = (((2, 3),), ((3, 0),), ((1, 6),), ((1, 0),), ((2, 1), (2, 2)), ((3, 2), (4, 0), (3, 1)))
 _compiled: set[tuple] = set()
 
 
@@ -27,7 +28,7 @@ def graphs() -> int:
 def compile_graphs(impl: Any, sample: Tensor, page: int, tell: Callable[[str], None]) -> None:
     """Runs sparse attention of random tokens in steps of every kind; once for each shape of heads and settings.
 
-    `impl`: the attention of a layer, with `num_heads`, `num_kv_heads`, `head_size`, `layer_settings` and `pools`.
+    `impl`: the attention of a layer, with `num_heads`, `num_kv_heads`, `head_size`, `layer_settings`, `pools`, `side`.
     `sample`: an empty tensor of the model's dtype, on its device.
     """
     settings = impl.layer_settings
@@ -44,8 +45,17 @@ def compile_graphs(impl: Any, sample: Tensor, page: int, tell: Callable[[str], N
             shape = (pages, impl.num_kv_heads, page, 2 * impl.head_size)
             cache = torch.randn(shape, device=sample.device).to(sample.dtype)
             q = torch.randn(queries, impl.num_heads, impl.head_size, device=sample.device).to(sample.dtype)
-            attend_sparse(step, settings, q, *impl.pools(cache))
+            attend_sparse(step, settings, q, *impl.pools(cache), pooled_pages(impl, pages, page, sample))
     tell(f"{graphs() - before} graphs compiled in {time.perf_counter() - began:.0f} s")
+
+
+def pooled_pages(impl: Any, pages: int, page: int, sample: Tensor) -> PooledPages | None:
+    """What the server keeps beside as many pages; None where it keeps nothing."""
+    side = impl.side
+    if side is None:
+        return None
+    features = sample.new_zeros(pages, side.Hkv, page // side.stride, side.order * side.D)
+    return PooledPages(features=features, stride=side.stride, order=side.order)
 
 
 def synthetic_step(requests: tuple, page: int, device: torch.device) -> tuple[SparseStep, int, int]:

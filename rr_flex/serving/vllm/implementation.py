@@ -7,8 +7,8 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from rr_flex.serving.settings import settings_of_environment
-from rr_flex.serving.step import Layer, attend_sparse
+from rr_flex.serving.settings import Layer, settings_of_environment
+from rr_flex.serving.step import attend_sparse
 from rr_flex.serving.step_rows import ROW
 from rr_flex.serving.vllm.side_cache import PooledKeys
 from rr_flex.serving.vllm.support import check_configuration, why_dense

@@ -13,8 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from rr_flex.kernels.deciding import shortest_sparse
-from rr_flex.serving.settings import ServingSettings, described, settings_of_environment
-from rr_flex.serving.step import Layer
+from rr_flex.serving.settings import Layer, ServingSettings, described, settings_of_environment
 from rr_flex.serving.vllm.counters import FOLDER, Counters
 from rr_flex.serving.vllm.support import check_isa, check_page, check_pool, installed_version, why_dense
 from rr_flex.serving.warmup import compile_graphs

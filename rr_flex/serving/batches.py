@@ -1,0 +1,103 @@
+"""Sparse pieces of several requests selected at once, as a batch that gives each what it would be given alone.
+
+A block row's choice depends on its own queries and the keys before its end. So a shorter piece may be followed by
+queries that nobody reads, and a request with fewer keys by keys that its causal mask hides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rr_flex.geometry import ceil_div
+from rr_flex.pipeline import join, select
+from rr_flex.request import in_head_slices, make_request
+from rr_flex.result import Selection
+from rr_flex.runtime.compiling import compile_whole
+from rr_flex.serving.pages import Pool, PooledPages, read_pages
+from rr_flex.serving.settings import Layer
+from rr_flex.serving.step_rows import ROW, Piece
+
+PADDING = 0.5  # of a batch's own work, that it may have beside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Pieces in one batch, each padded to the longest at its end; all tensors are on the device."""
+
+    pieces: Sequence[Piece]
+    queries: Int[Tensor, "B n"]  # their places in the step's batch; padding repeats a piece's last
+    starts: Int[Tensor, " B"]  # position of each first query in its request
+    table: Int[Tensor, "B pages"]  # int64; padding repeats a request's last page
+    rows: Int[Tensor, " R"]  # block rows that are no padding, in the batch's B·n/128
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], block_table: Tensor, page: int) -> "Batch":
+        """`block_table` [requests, pages]: the server's own, on its device."""
+        device = block_table.device
+        longest = max(map(len, pieces))
+        own_pages = torch.tensor([[ceil_div(piece.stop, page)] for piece in pieces])
+        pages = torch.arange(int(own_pages.max())).minimum(own_pages - 1)
+        requests = torch.tensor([[piece.request] for piece in pieces])
+        sizes = torch.tensor([[len(piece)] for piece in pieces])
+        queries = torch.tensor([[piece.token] for piece in pieces]) + torch.arange(longest).minimum(sizes - 1)
+        rows = (torch.arange(longest // ROW) < sizes // ROW).flatten().nonzero()[:, 0]
+        starts = torch.tensor([piece.start for piece in pieces])
+        queries, starts, requests, pages, rows = (
+            x.to(device, non_blocking=True) for x in (queries, starts, requests, pages, rows)
+        )
+        table = block_table[requests, pages].long()
+        return cls(pieces=pieces, queries=queries, starts=starts, table=table, rows=rows)
+
+    def row_by_row(self, blocks: Bool[Tensor, "b h nQ nK"]) -> Bool[Tensor, "1 h R nK"]:
+        """The block rows of all pieces one behind the other, without the padding."""
+        blocks = blocks.expand(len(self.pieces), -1, -1, -1)
+        return blocks.transpose(0, 1).flatten(1, 2).index_select(1, self.rows)[None]
+
+    @property
+    def table_of_rows(self) -> Int[Tensor, "R pages"]:
+        """The pages of each block row's request."""
+        return self.table[self.rows // (self.queries.shape[1] // ROW)]
+
+
+def in_batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """The pieces as batches whose padding is at most `PADDING` of their own work, in rows times keys."""
+    found: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: len(piece) * piece.stop):
+        if found and _fits([*found[-1], piece]):
+            found[-1].append(piece)
+        else:
+            found.append([piece])
+    return found
+
+
+def _fits(pieces: Sequence[Piece]) -> bool:
+    own = sum(len(piece) * piece.stop for piece in pieces)
+    padded = len(pieces) * max(map(len, pieces)) * max(piece.stop for piece in pieces)
+    return padded <= (1 + PADDING) * own
+
+
+def select_batch(
+    q: Float[Tensor, "B Hq n D"], batch: Batch, layer: Layer, keys: Pool, pooled: PooledPages | None = None
+) -> Selection:
+    """The Selection of a batch: rows on the absolute grid, each that of its request alone."""
+    _, Hkv, _, D = keys.shape
+    B, most = len(batch.pieces), max(piece.stop for piece in batch.pieces)
+    if pooled is not None and layer.config.pool == "keys":
+        # Nothing reads more of the keys than their shape.
+        k = q.new_zeros(()).expand(B, Hkv, most, D)
+    else:
+        k = read_pages(keys, batch.table)[:, :, :most]
+    options = {"q_offset": 0, "head_offset": layer.head_offset, "scale": layer.scale, "softcap": layer.softcap}
+    request = replace(make_request(q, k, layer.config, options), q_offset=batch.starts)
+    if pooled is not None:
+        request = replace(request, pooled_keys=pooled.read(batch.table)[:, :, : most // pooled.stride])
+    # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
+    choose = select if q.device.type == "cpu" else _select_compiled
+    chosen = [choose(*qk, own) for _, own, qk in in_head_slices(request, q, k)]
+    return chosen[0] if len(chosen) == 1 else join(chosen, request.mask_mod)
+
+
+_select_compiled = compile_whole(select)
