@@ -19,6 +19,7 @@ class Request:
     wanted: int  # tokens in the end
     computed: int = 0
     preempted: int = 0  # times
+    prefill: int = 0  # tokens that the server takes for the prompt
     table: list[int] = field(default_factory=list)
     names: list[int] = field(default_factory=list)  # of each token: a hash of all up to it
 
@@ -49,7 +50,8 @@ class Chunk:
 class PagedServer:
     """Pages, their owners and a cache of prefixes; `step()` gives the chunks of a step with their pages allotted."""
 
-    def __init__(self, seed: int, *, pages: int, page: int, longest: int):
+    def __init__(self, seed: int, *, pages: int, page: int, longest: int, resumes_prompts: bool = False):
+        self.resumes_prompts = resumes_prompts  # whether a resumed request is a prompt of all that it has
         self.random = random.Random(seed)
         self.page, self.longest = page, longest
         self.free = list(range(pages))
@@ -85,7 +87,7 @@ class PagedServer:
             count = min(left, self.random.randint(1, max(1, budget)))
             if count and self._allot(request, request.computed + count, {id(chunk.request) for chunk in chunks}):
                 stop = request.computed + count
-                chunks.append(Chunk(request, request.computed, stop, request.computed < request.prompt))
+                chunks.append(Chunk(request, request.computed, stop, request.computed < request.prefill))
         return chunks
 
     def finish(self, chunks):
@@ -133,6 +135,7 @@ class PagedServer:
             self._take(page)
             request.table.append(page)
         request.computed = len(request.table) * self.page
+        request.prefill = len(request.tokens) if self.resumes_prompts else request.prompt
         self.running.append(request)
 
     def _take(self, page):

@@ -133,6 +133,11 @@ def test_layers_that_are_left_to_vllm(changed, reason):
     impl = SimpleNamespace(**(impl | changed))
     assert support.why_dense(impl) == reason
     assert support.why_dense(impl, SimpleNamespace(is_draft_layer=True)) == (reason or "draft model")
+    attention = type("Attention", (), {})
+    assert support.why_dense(impl, attention()) == reason
+    assert support.why_dense(impl, type("ChunkedLocalAttention", (attention,), {})()) == (
+        reason or "ChunkedLocalAttention"
+    )
 
 
 def test_other_backends_say_why_they_are_absent():

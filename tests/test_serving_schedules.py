@@ -67,7 +67,8 @@ def check_pieces(chunks, pieces, starts, min_length, row):
 
 
 def check_bounds(chunks, pieces, min_length, row, resumed):
-    """What cuts and preemptions may change: a cut its own row, a resumption the generated tokens of one chunk.
+    """What cuts and preemptions may change: a cut its own row, a resumption the generated tokens of one chunk, or where
+    the server takes it for a prompt of all that it has, those that were generated before.
 
     `resumed`: the chunks in which generated tokens were sparse, by request and the times it was preempted.
     """
@@ -77,9 +78,9 @@ def check_bounds(chunks, pieces, min_length, row, resumed):
         cut = {each for each in cut if (each + 1) * row >= min_length}
         assert cut <= {at // row for at in (chunk.start, chunk.stop) if at % row}
         if any(piece.sparse and piece.stop > request.prompt for piece in own):
-            assert request.preempted and chunk.start < request.prompt
+            assert request.preempted and chunk.start < request.prefill
             life = id(request), request.preempted
-            assert life not in resumed
+            assert life not in resumed or request.prefill > request.prompt
             resumed[life] = chunk  # which keeps the request, and so its id
 
 
@@ -107,7 +108,7 @@ def test_random_schedules_keep_the_books():
     resumed_in_all = 0
     for seed in range(SCHEDULES):
         page, min_length, pages = (4, 8)[seed % 2], (0, 0, 9, 16)[seed % 4], (14, 8)[seed % 2]
-        server = PagedServer(seed, pages=pages, page=page, longest=40)
+        server = PagedServer(seed, pages=pages, page=page, longest=40, resumes_prompts=seed % 5 == 0)
         cache, resumed = Cache(pages, page, keys, -keys, stride), {}
         for _ in range(7):
             chunks = server.step()

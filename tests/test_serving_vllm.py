@@ -10,9 +10,11 @@ from test_serving_schedules import batch_of
 pytest.importorskip("vllm")
 
 import vllm.config.vllm as vllm_config_module
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
@@ -20,7 +22,9 @@ from rr_flex.sampling import pooled_features
 from rr_flex.serving.pages import pools_of_cpu, read_pages
 from rr_flex.serving.vllm import implementation as attention
 from rr_flex.serving.vllm import plugin, start
+from rr_flex.serving.vllm.builder import SparseBuilder
 from rr_flex.serving.vllm.cpu import SparseCPUBuilder, SparseCPUImpl
+from rr_flex.serving.vllm.flash_attn import SparseFlashBuilder
 from rr_flex.serving.vllm.side_cache import PooledKeys
 
 Hq, Hkv, D, PAGE, PAGES = 4, 2, 64, 128, 14
@@ -50,7 +54,7 @@ def config(monkeypatch):
     """The parts of vLLM's configuration that the backends read."""
     text = SimpleNamespace()
     config = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=torch.float32, hf_text_config=text),
+        model_config=SimpleNamespace(dtype=torch.float32, hf_text_config=text, is_hybrid=False),
         parallel_config=SimpleNamespace(use_ubatching=False, decode_context_parallel_size=1),
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=PAGE),
         kv_transfer_config=None,
@@ -167,6 +171,45 @@ def test_a_step_without_sparse_rows_is_the_parent_s(config, monkeypatch):
     assert query is q and given is metadata and output is q
     # The first of the two ends a stride of 8 keys, and waits for the next sparse step.
     assert [slots.tolist() for slots in builder.pending] == [[199]]
+
+
+def test_full_cuda_graphs_are_of_decodes_only():
+    """What vLLM makes of each mode that it may be asked for; attention runs between piecewise graphs, as ever."""
+    assert issubclass(SparseFlashBuilder, FlashAttentionMetadataBuilder)
+    support = SparseFlashBuilder.get_cudagraph_support(None, SPEC)
+    assert support == AttentionCGSupport.UNIFORM_BATCH
+    always = type("Always", (FlashAttentionMetadataBuilder,), {"_cudagraph_support": AttentionCGSupport.ALWAYS})
+    over_always = type("Builder", (SparseBuilder, always), {})
+    assert over_always.get_cudagraph_support(None, SPEC) == AttentionCGSupport.UNIFORM_BATCH
+    assert SparseCPUBuilder.get_cudagraph_support(None, SPEC) == AttentionCGSupport.NEVER
+    for asked, found in (("PIECEWISE", "PIECEWISE"), ("FULL", "FULL_AND_PIECEWISE"), ("FULL_AND_PIECEWISE",) * 2):
+        compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode[asked])
+        compilation.set_splitting_ops_for_v1(all2all_backend="naive")
+        assert compilation.splitting_ops_contain_attention()
+        assert compilation.resolve_cudagraph_mode_and_sizes(support, "SparseFlashBackend").name == found
+
+
+def test_what_a_full_cuda_graph_replays_has_no_plan(config, monkeypatch):
+    """Decodes, drafts, and single tokens at a prompt's end; padded with requests of which the flags do not know."""
+    monkeypatch.setenv("RR_FLEX", '{"tau": 0.9, "min_length": 0}')
+    _, _, builder = served(config, SparseCPUImpl, SparseCPUBuilder)
+    starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
+    m = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([128, 256, 0], dtype=torch.int32),
+        num_reqs=3,
+        num_actual_tokens=2,
+        max_query_len=1,
+        max_seq_len=256,
+        block_table_tensor=torch.arange(6, dtype=torch.int32).view(3, 2),
+        slot_mapping=torch.tensor([127, 3 * PAGE + 127]),
+        is_prefilling=torch.tensor([False, True]),
+        seq_lens_cpu_upper_bound=torch.tensor([128, 256], dtype=torch.int32),
+    )
+    assert builder.plan(m, False) is None
+    assert [slots.tolist() for slots in builder.pending] == [[127, 3 * PAGE + 127]]
+    assert builder.build_for_cudagraph_capture(m).rr_flex is None and len(builder.pending) == 1
 
 
 def test_settings_and_layers_at_start(config, monkeypatch):

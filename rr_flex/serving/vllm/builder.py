@@ -71,6 +71,9 @@ class SparseBuilder:
             return None
         lengths = m.seq_lens_cpu_upper_bound.tolist()[: len(starts) - 1]
         prefilling = [False] * len(lengths) if m.is_prefilling is None else m.is_prefilling.tolist()
+        # A full CUDA graph's batch is padded with requests without queries, of which not every list knows.
+        requests = min(len(lengths), len(prefilling))
+        starts, lengths, prefilling = starts[: requests + 1], lengths[:requests], prefilling[:requests]
         self.remember(m, starts, lengths, prefilling)
         counters = self.started.counters if self.started.counts else None
         if counters is not None and (line := counters.line_if_due()):

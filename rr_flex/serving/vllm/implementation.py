@@ -80,8 +80,11 @@ class SparseImpl:
 def keeps_pooled_keys(config: Any) -> bool:
     """Whether a side cache fits beside the model's KV cache: only where all layers attend fully.
 
-    With sliding windows beside them vLLM gives layers groups of pages of one size. Elsewhere keys are pooled anew.
+    With sliding windows or a state space beside them vLLM gives layers groups of pages of one size, and copies a page
+    in the middle of being written. Elsewhere keys are pooled anew.
     """
+    if config.model_config.is_hybrid:
+        return False
     text = config.model_config.hf_text_config
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None

@@ -111,6 +111,9 @@ def why_dense(impl: Any, layer: Any = None) -> str | None:
         return "attention sinks"
     if impl.kv_sharing_target_layer_name is not None:
         return "keys of another layer"
-    if layer is not None and getattr(layer, "is_draft_layer", False):
+    if getattr(layer, "is_draft_layer", False):
         return "draft model"
+    # What derives from vLLM's Attention gives its builder another batch, such as chunks that do not see each other.
+    if "Attention" in (base.__name__ for base in type(layer).__mro__[1:]):
+        return type(layer).__name__
     return None
