@@ -157,13 +157,15 @@ def test_requests_selected_at_once_have_the_blocks_of_each_alone(chunks, which, 
 
 
 def test_a_batch_has_little_padding():
-    def sizes(*chunks):
-        pieces = [
-            Piece(request=0, start=start * ROW, stop=stop * ROW, token=0, reason="sparse") for start, stop in chunks
-        ]
-        return [[(piece.start // ROW, piece.stop // ROW) for piece in batch] for batch in in_batches(pieces)]
+    def sizes(*chunks, device="cuda"):
+        rows = {"request": 0, "token": 0, "reason": "sparse"}
+        pieces = [Piece(start=start * ROW, stop=stop * ROW, **rows) for start, stop in chunks]
+        found = in_batches(pieces, torch.device(device))
+        return [[(piece.start // ROW, piece.stop // ROW) for piece in batch] for batch in found]
 
     assert sizes(*[(960, 1024)] * 8) == [[(960, 1024)] * 8]
+    # On a CPU two requests of 8 rows and 64 rows of keys, not more.
+    assert sizes(*[(56, 64)] * 3, device="cpu") == [[(56, 64)] * 2, [(56, 64)]]
     # As much work, in one by its keys and in the other by its queries.
     assert sizes((960, 961), (0, 31)) == [[(960, 961)], [(0, 31)]]
     assert sizes((0, 8), (4, 11), (0, 64), (3, 11)) == [[(0, 8), (4, 11), (3, 11)], [(0, 64)]]

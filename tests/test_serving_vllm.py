@@ -207,8 +207,13 @@ def test_what_a_full_cuda_graph_replays_has_no_plan(config, monkeypatch):
         is_prefilling=torch.tensor([False, True]),
         seq_lens_cpu_upper_bound=torch.tensor([128, 256], dtype=torch.int32),
     )
+    _, _, later = served(config, SparseCPUImpl, SparseCPUBuilder)
+    counted = later.started.counters.held.sum()
     assert builder.plan(m, False) is None
     assert [slots.tolist() for slots in builder.pending] == [[127, 3 * PAGE + 127]]
+    # Of several builders of a process the last counts.
+    assert later.started.counters.held.sum() == counted and later.plan(m, False) is None
+    assert later.started.counters.held.sum() == counted + 2
     assert builder.build_for_cudagraph_capture(m).rr_flex is None and len(builder.pending) == 1
 
 

@@ -4,6 +4,7 @@ A block row's choice depends on its own queries and the keys before its end. So 
 queries that nobody reads, and a request with fewer keys by keys that its causal mask hides.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,9 @@ from rr_flex.serving.settings import Layer
 from rr_flex.serving.step_rows import ROW, Piece
 
 PADDING = 0.5  # of a batch's own work, that it may have beside it
+# Queries times keys of a batch on a CPU: the scores of a larger one fall out of its cache, and each request alone is
+# faster. On an accelerator launches decide.
+MOST_ON_CPU = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +61,27 @@ class Batch:
         return blocks.transpose(0, 1).flatten(1, 2).index_select(1, self.rows)[None]
 
     @property
-    def table_of_rows(self) -> Int[Tensor, "R pages"]:
-        """The pages of each block row's request."""
-        return self.table[self.rows // (self.queries.shape[1] // ROW)]
+    def requests(self) -> Int[Tensor, " R"]:
+        """The piece that each of `rows` belongs to."""
+        return self.rows // (self.queries.shape[1] // ROW)
 
 
-def in_batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """The pieces as batches whose padding is at most `PADDING` of their own work, in rows times keys."""
+def in_batches(pieces: Sequence[Piece], device: torch.device) -> list[list[Piece]]:
+    """The pieces as batches whose padding is at most `PADDING` of their own work, in queries times keys."""
+    most = MOST_ON_CPU if device.type == "cpu" else math.inf
     found: list[list[Piece]] = []
     for piece in sorted(pieces, key=lambda piece: len(piece) * piece.stop):
-        if found and _fits([*found[-1], piece]):
+        if found and _fits([*found[-1], piece], most):
             found[-1].append(piece)
         else:
             found.append([piece])
     return found
 
 
-def _fits(pieces: Sequence[Piece]) -> bool:
+def _fits(pieces: Sequence[Piece], most: float) -> bool:
     own = sum(len(piece) * piece.stop for piece in pieces)
     padded = len(pieces) * max(map(len, pieces)) * max(piece.stop for piece in pieces)
-    return padded <= (1 + PADDING) * own
+    return padded <= min(most, (1 + PADDING) * own)
 
 
 def select_batch(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +28,7 @@ class SparseStep:
     @classmethod
     def of(cls, pieces: Sequence[Piece], block_table: Tensor, page: int) -> "SparseStep | None":
         """None where nothing is sparse. `block_table` [requests, pages]: the server's own, which is on its device."""
-        groups = in_batches([piece for piece in pieces if piece.sparse])
+        groups = in_batches([piece for piece in pieces if piece.sparse], block_table.device)
         if not groups:
             return None
         tokens = torch.cat([torch.arange(each.token, each.token + len(each)) for group in groups for each in group])
@@ -41,6 +42,11 @@ class SparseStep:
     def sparse(self) -> list[Piece]:
         """Its sparse pieces in the order of `tokens`."""
         return [piece for batch in self.batches for piece in batch.pieces]
+
+    @cached_property
+    def table(self) -> Int[Tensor, "R pages"]:
+        """The pages of each block row's request, in the order of `tokens`."""
+        return _behind([batch.table[batch.requests] for batch in self.batches], 0)
 
 
 def attend_sparse(
@@ -58,7 +64,7 @@ def attend_sparse(
     of each piece are pooled anew.
     """
     kept, visible, whole = select_rows(step, layer, query, keys, pooled)
-    table, keys, values = in_sequence(_behind([batch.table_of_rows for batch in step.batches], 0), keys, values)
+    table, keys, values = in_sequence(step.table, keys, values)
     k_block = layer.config.block_sizes[1]
     folded = keys.shape[1] if folds_heads(keys) else None
     lists = onto_pages(list_partial_and_full(kept, whole), table, keys.shape[2] // k_block, folded)

@@ -75,7 +75,9 @@ class SparseBuilder:
         requests = min(len(lengths), len(prefilling))
         starts, lengths, prefilling = starts[: requests + 1], lengths[:requests], prefilling[:requests]
         self.remember(m, starts, lengths, prefilling)
-        counters = self.started.counters if self.started.counts else None
+        counters = self.started.counters
+        if counters is not None and counters.counted_by is not self:
+            counters = None
         if counters is not None and (line := counters.line_if_due()):
             logger.info(line)
         if not any(prefilling):

@@ -73,6 +73,7 @@ class Counters:
         else:
             path = folder / f"{os.getpid()}.counts"
             self.held = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(FIELDS),))
+        self.counted_by: object = None  # the builder that counts queries and steps; every layer counts its blocks
         self.interval = interval  # seconds between lines
         self.told = time.monotonic()
         self.before = self.held.copy()

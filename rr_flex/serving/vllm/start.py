@@ -32,7 +32,6 @@ class Started:
     pooled_stride: int | None = None  # keys a pooled one, where these are kept by page
     lengths_are_exact: bool = True  # of decodes, on the host
     counters: Counters | None = None  # of the first rank only
-    counts: bool = False  # whether this builder counts steps and queries: one of a process does
 
 
 def start(builder: Any, layer_names: list[str], vllm_config: Any) -> Started:
@@ -69,8 +68,9 @@ def start(builder: Any, layer_names: list[str], vllm_config: Any) -> Started:
     sample = torch.empty(1, 1, 1, first.head_size, dtype=vllm_config.model_config.dtype, device=builder.device)
     started.min_length = shortest_prompt(first, sample, settings)
     if first_rank:
-        started.counts = not _counters
         started.counters = _counters_of_process(builder.device)
+        # One builder of a process counts, the last: vLLM makes others before it, to find out what graphs take.
+        started.counters.counted_by = builder
     for impl in started.layers:
         impl.counters = started.counters
     tell(_line(settings, started, dense))
