@@ -19,13 +19,14 @@ from rr_flex.checks import (
     gradient_wanted,
 )
 from rr_flex.config import RRConfig
-from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
+from rr_flex.estimate import valid_keys_of
 from rr_flex.kernels.break_even import Decision
 from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, laid_out
 from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.kernels.dense import dense_attention, keys_of_dense_call, which_flash
 from rr_flex.kernels.flex import Attended
 from rr_flex.kernels.score_mods import beside_sinks
+from rr_flex.pipeline import with_mass_of_strips
 from rr_flex.request import Request, in_head_slices, make_request
 from rr_flex.runtime.tracing import traced
 from rr_flex.state import PrefillState, check_state
@@ -176,23 +177,16 @@ def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> A
     valid = valid_keys_of(request, q, k)
     if valid is not None:
         v = torch.where(valid[..., None], v, 0)  # padding weighs 0, and 0 · NaN is NaN
-    parts = [
-        KERNELS[name].attend(*own_qkv, with_mass_of_strips(*own_qkv[:2], own))
-        for _, own, own_qkv in in_head_slices(request, q, k, v)
-    ]
+    parts = []
+    for _, own, own_qkv in in_head_slices(request, q, k, v):
+        ready = with_mass_of_strips(*own_qkv[:2], own)
+        if ready is not own:
+            count("mass in strips")
+        parts.append(KERNELS[name].attend(*own_qkv, ready))
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
     )
     return Attended(beside_sinks(out, lse, sinks) if corrected else out, lse, density)
-
-
-def with_mass_of_strips(q: Tensor, k: Tensor, request: Request) -> Request:
-    """The request with its mass, where that is held in strips: a loop that no graph should unroll. Counted."""
-    if request.dense or traced() or not in_strips(q, k, request):
-        return request
-    count("mass in strips")
-    with torch.no_grad():
-        return replace(request, mass=estimate_mass(q, k, request))
 
 
 def count(way: str) -> None:
