@@ -14,9 +14,13 @@ from rr_flex.serving.pages import PooledPages
 from rr_flex.serving.step import SparseStep, attend_sparse
 from rr_flex.serving.step_rows import ROW, pieces_of_step
 
-# Rows and keys before them, in rows, of each request of a step: one row and several, with and without earlier chunks,
-# one request and batches of some. The attention is one graph for all; selecting on an accelerator has some of its own.
-STEPS = (((2, 3),), ((3, 0),), ((1, 6),), ((1, 0),), ((2, 1), (2, 2)), ((3, 2), (4, 0), (3, 1)))
+# Rows and keys before them, in rows, of each request of a step. The attention is one graph for all. Selecting on an
+# accelerator has one for single requests and one for batches, each for one row and for several; first come sizes of
+# which no two are alike, since the compiler takes what is equal in one call for a rule.
+STEPS = (
+    *(((2, 3),), ((3, 6),), ((1, 6),), ((1, 2),), ((1, 0),), ((3, 0),)),
+    *(((2, 3), (2, 1)), ((3, 6), (4, 5), (3, 4)), ((1, 6), (1, 5)), ((1, 2), (1, 2), (1, 1)), ((1, 0), (1, 0))),
+)
 _compiled: set[tuple] = set()
 
 
