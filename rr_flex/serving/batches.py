@@ -25,6 +25,7 @@ PADDING = 0.5  # of a batch's own work, that it may have beside it
 # Queries times keys of a batch on a CPU: the scores of a larger one fall out of its cache, and each request alone is
 # faster. On an accelerator launches decide.
 MOST_ON_CPU = 1 << 24
+MOST_KEYS = 1 << 20  # of a batch: pool="both" and "queries" copy them, 2 GiB of 8 heads of 128 in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,8 @@ def in_batches(pieces: Sequence[Piece], device: torch.device) -> list[list[Piece
 
 def _fits(pieces: Sequence[Piece], most: float) -> bool:
     own = sum(len(piece) * piece.stop for piece in pieces)
-    padded = len(pieces) * max(map(len, pieces)) * max(piece.stop for piece in pieces)
-    return padded <= min(most, (1 + PADDING) * own)
+    keys = len(pieces) * max(piece.stop for piece in pieces)
+    return keys <= MOST_KEYS and keys * max(map(len, pieces)) <= min(most, (1 + PADDING) * own)
 
 
 def select_batch(
