@@ -37,6 +37,7 @@ def config(**changed):
     parallel |= {name: changed.pop(name) for name in list(changed) if name in parallel}
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel, use_ubatching=changed.pop("use_ubatching", False)),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
         cache_config=SimpleNamespace(cache_dtype=changed.pop("cache_dtype", "auto")),
         kv_transfer_config=changed.pop("kv_transfer_config", None),
     )
@@ -45,7 +46,9 @@ def config(**changed):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"cache_dtype": "fp8_e4m3"}, r"a quantised KV cache \(fp8_e4m3\)"),
+        ({"cache_dtype": "fp8_e4m3"}, "a KV cache of fp8_e4m3, quantised"),
+        ({"cache_dtype": "int4_per_token_head"}, "a KV cache of int4_per_token_head"),
+        ({"cache_dtype": "float16"}, "a KV cache of float16, .* not of the model's own bfloat16"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size 2"),
         ({"prefill_context_parallel_size": 4}, "prefill_context_parallel_size 4"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size 2"),
@@ -56,6 +59,7 @@ def config(**changed):
 def test_what_is_not_served_is_refused_in_one_line(changed, message, monkeypatch):
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     support.check_configuration(config())
+    support.check_configuration(config(cache_dtype="bfloat16"))
     with pytest.raises(NotImplementedError, match=message) as raised:
         support.check_configuration(config(**changed))
     assert "\n" not in str(raised.value) and "unset RR_FLEX" in str(raised.value)

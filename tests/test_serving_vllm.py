@@ -224,7 +224,7 @@ def test_settings_and_layers_at_start(config, monkeypatch):
     with pytest.raises(NotImplementedError, match="rr_flex does not serve ALiBi"):
         SparseCPUImpl(Hq, D, D**-0.5, Hkv, [0.5] * Hq, None, "auto")
     config.cache_config.cache_dtype = "fp8"
-    with pytest.raises(NotImplementedError, match="a quantised KV cache"):
+    with pytest.raises(NotImplementedError, match="a KV cache of fp8"):
         SparseCPUImpl(Hq, D, D**-0.5, Hkv, None, None, "fp8")
 
 

@@ -68,8 +68,9 @@ def check_configuration(config: Any) -> None:
 
 def _refused(config: Any) -> Iterator[str]:
     parallel, cache = config.parallel_config, config.cache_config
-    if str(cache.cache_dtype).startswith(("fp8", "int8", "nvfp4", "turboquant")):
-        yield f"a quantised KV cache ({cache.cache_dtype})"
+    own = str(config.model_config.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", own):
+        yield f"a KV cache of {cache.cache_dtype}, quantised or otherwise not of the model's own {own}"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             yield f"{name} {getattr(parallel, name)}"
