@@ -64,6 +64,7 @@ SINGLE_FIRST = "test_serving_rows.py::test_the_dense_batch_has_single_queries_fi
 POOLED_ONCE = "test_serving_pages.py::test_each_stride_is_pooled_once_when_its_last_token_is_written"
 ONTO_PAGES = "test_serving_pages.py::test_lists_name_the_pool_s_blocks"
 LAYOUTS = "test_serving_pages.py::test_the_layouts_of_a_server_are_views"
+AT_ONCE = "test_serving_paged.py::test_requests_selected_at_once_have_the_blocks_of_each_alone"
 PAGE_CHECKED = "test_serving_plugin.py::test_pages_and_page_layouts_are_checked"
 CHUNK = "test_dense.py::test_a_chunk_is_dense_through_the_dense_kernel"
 DECIDED = "test_break_even.py::test_what_was_said_is_before_what_was_measured"
@@ -382,6 +383,9 @@ DEFECTS = [
         "keys.unflatten(-1, (P, both // 2))",
         LAYOUTS,
     ),
+    Defect("rr_flex/serving/pages.py", "[row, indices", "[0 * row, indices", ONTO_PAGES),
+    Defect("rr_flex/serving/batches.py", "minimum(own_pages - 1)", "minimum(own_pages.min() - 1)", AT_ONCE),
+    Defect("rr_flex/serving/batches.py", "q_offset=batch.starts)", "q_offset=batch.starts[:1])", AT_ONCE),
     Defect("rr_flex/serving/vllm/support.py", "if page % ROW:", "if page < ROW:", PAGE_CHECKED),
     Defect(
         "rr_flex/models/hf_masks.py",
