@@ -35,11 +35,12 @@ def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[
     account = Account()
     alone = name.startswith("one card")
 
-    def call() -> Tensor | None:
+    def on_all() -> Tensor:
         account.__init__()
-        return None if alone and run.rank else way(config, account)
+        return way(config, account)
 
-    out, times = run.time(call)
+    # What one card is timed on compiles on every rank: in the next way the others would be waited for.
+    out, times = run.time((lambda: None) if alone and run.rank else on_all, on_all)
     row = {"way": name, "ms": statistics.median(times), "least_ms": min(times), "most_ms": max(times)}
     peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
     moved = run.largest(peak, account.fetched, account.selecting, account.all_gather)
@@ -82,16 +83,17 @@ def stages(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
     return found | {"way": "stages", "strips": len(local.strips)}
 
 
-def blocks_that_differ(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
-    """How many blocks all ranks together keep otherwise than one card does."""
-    local, size = prompt.local(config), config.block_sizes[0]
-    expected = select_blocks(*prompt.whole[:2], config=config).kept
+def blocks_that_differ(prompt: Prompt, config: RRConfig, plane: str | None = None) -> dict[str, Any]:
+    """How many blocks all ranks together keep otherwise than one card does, on the sequence or on a mesh's plane."""
+    local, size = prompt.local(config, plane), config.block_sizes[0]
+    expected = local.shards.heads(select_blocks(*prompt.whole[:2], config=config).kept)
     differing = 0
     for chunk, (kept, _) in zip(local.chunks, choose_blocks(local)[0], strict=True):
         rows = expected[:, :, chunk.start // size : -(-chunk.stop // size)]
         differing += int((rows[..., : kept.shape[3]] != kept).sum()) + int(rows[..., kept.shape[3] :].sum())
     differ, kept = prompt.run.total(float(differing), float(expected.sum()))
-    return {"way": "blocks that differ", "differ": differ, "of_kept": kept / prompt.run.ranks}
+    found = {"way": "blocks that differ", "on": plane or "sequence"}
+    return found | {"differ": differ, "of_kept": kept / local.shards.ranks("sequence")}
 
 
 @torch.no_grad()
@@ -118,7 +120,8 @@ def rows_of(prompt: Prompt) -> Iterator[dict[str, Any]]:
         config = prompt.at_density(RULES[options.rule], wanted)
         facts = shape | {"wanted_density": wanted} | density_of(prompt, config)
         if checked:
-            yield facts | attempt("blocks that differ", lambda c=config: blocks_that_differ(prompt, c))
+            for name in (None, *prompt.planes):
+                yield facts | attempt("blocks that differ", lambda c=config, n=name: blocks_that_differ(prompt, c, n))
             prompt.exact = rr_attention(*prompt.whole, config=config)
         for name, way in found.items():
             yield facts | attempt(name, lambda n=name, w=way, c=config: measure(prompt, n, w, c))

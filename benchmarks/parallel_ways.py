@@ -40,10 +40,11 @@ class Run:
         self.sequence = make_mesh(sequence=int(options.world), device=options.device, timeout=options.timeout)
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         self.heads = init_device_mesh(options.device, (self.ranks,), mesh_dim_names=("heads",))
-        self.plane = None
-        if self.ranks % 2 == 0:
-            sizes = 2, self.ranks // 2
-            self.plane = init_device_mesh(options.device, sizes, mesh_dim_names=("heads", "sequence"))
+        self.planes = [
+            init_device_mesh(options.device, (heads, self.ranks // heads), mesh_dim_names=("heads", "sequence"))
+            for heads in range(1, self.ranks + 1)
+            if self.ranks % heads == 0
+        ]
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.start = time.perf_counter()
@@ -67,9 +68,9 @@ class Run:
         """Whether the time is spent, the same on every rank."""
         return self.largest(time.perf_counter() - self.start)[0] > self.options.seconds
 
-    def time(self, call: Callable[[], Any]) -> tuple[Any, list[float]]:
-        """The call's result and milliseconds of some calls, each the slowest rank's, after one that compiles."""
-        result, times = call(), []
+    def time(self, call: Callable[[], Any], first: Callable[[], Any] | None = None) -> tuple[Any, list[float]]:
+        """The call's result and milliseconds of some calls, each the slowest rank's, after a `first` that compiles."""
+        result, times = (first or call)(), []
         self.synchronize()
         while len(times) < self.options.calls and sum(times) <= LONGEST:
             result = None
@@ -107,10 +108,15 @@ class Prompt:
         # One card and head parallelism work on whole sequences; very long ones leave no room for both.
         self.whole = list(whole) if length <= run.options.most_whole else None
         self.exact = None  # one card's output, where outputs are compared
+        self.planes = {}  # heads × sequence, where outputs are compared: shards and this rank's part by name
+        for mesh in run.planes if self.whole and length <= run.options.most_checked else ():
+            plane = Shards(mesh, zigzag(length, mesh.size(1)))
+            part = [plane.layout.take(plane.heads(x), plane.place).contiguous() for x in whole]
+            self.planes[f"{mesh.size(0)} heads × {mesh.size(1)} sequence"] = plane, part
 
-    def local(self, config: RRConfig, **options: Any) -> Local:
-        asked = check_asked(*self.part, self.shards, {"config": config, **options}, {"fetch"})
-        return prepare(*self.part, self.shards, asked)
+    def local(self, config: RRConfig, plane: str | None = None, **options: Any) -> Local:
+        shards, part = self.planes.get(plane, (self.shards, self.part))
+        return prepare(*part, shards, check_asked(*part, shards, {"config": config, **options}, {"fetch"}))
 
     def at_density(self, config: RRConfig, wanted: float) -> RRConfig:
         """The threshold that keeps `wanted` of the visible blocks, all ranks together."""
@@ -151,10 +157,8 @@ def ways(prompt: Prompt) -> dict[str, Callable[[RRConfig, Account], Tensor]]:
             found[named("ring", backend)] = lambda c, a, b=backend: ring(
                 *prompt.part, prompt.shards, config=c, account=a, backend=b
             )
-    if run.plane is not None and prompt.length <= run.options.most_checked and prompt.whole is not None:
-        plane = prompt.of_plane = Shards(run.plane, zigzag(prompt.length, run.ranks // 2))
-        part = [plane.layout.take(plane.heads(x), plane.place).contiguous() for x in prompt.whole]
-        found["2 heads × sequence"] = lambda c, a: context_parallel(*part, plane, config=c, account=a)
+    for name, (plane, part) in prompt.planes.items():
+        found[name] = lambda c, a, p=plane, x=part: context_parallel(*x, p, config=c, account=a)
     return {name: way for name, way in found.items() if name in run.options.ways or not run.options.ways}
 
 
@@ -169,7 +173,7 @@ def exact_part(prompt: Prompt, name: str) -> Tensor | None:
     if name == "heads":
         count = prompt.exact.shape[1] // prompt.run.ranks
         return prompt.exact[:, prompt.run.rank * count : (prompt.run.rank + 1) * count]
-    plane = prompt.of_plane if name == "2 heads × sequence" else prompt.shards
+    plane, _ = prompt.planes.get(name, (prompt.shards, None))
     return plane.layout.take(plane.heads(prompt.exact), plane.place)
 
 
