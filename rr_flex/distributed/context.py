@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from rr_flex.distributed.shards import Shards
 from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.geometry import ceil_div
 from rr_flex.pipeline import select_in_slices
-from rr_flex.state import pool_new
+from rr_flex.state import pool_into
 
 
 def context_parallel(
@@ -115,6 +116,9 @@ def _pooled_keys(local: Local) -> Tensor:
         valid = visible_keys(mask, k.shape[0], Hq, local.count, k.device)
         valid = valid if valid.shape[1] == 1 else valid.unflatten(1, (Hkv, -1)).any(2)
         valid = shards.layout.take(valid, shards.place, -1)
-    flight = gather_tokens(pool_new(k, config.strides[1], config.order, valid), shards, stride=config.strides[1])
+    (B, _, m, D), stride, order = k.shape, config.strides[1], config.order
+    pooled = k.new_empty(B, Hkv, ceil_div(m, stride), order * D)
+    pool_into(rearrange(pooled, "b h n e -> n b h e"), k, stride, order, valid)
+    flight = gather_tokens(pooled, shards, stride=stride)
     local.asked.account.selecting += flight.received
     return flight.wait()
