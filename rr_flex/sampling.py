@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from rr_flex.geometry import ceil_div, sampled_index
 
+FEW_TOKENS = 32  # in a run that is summed one by one
 Moments = tuple[Float[Tensor, "B H n D"], Float[Tensor, "B H n D"]]  # mean and variance of each run
 
 
@@ -42,9 +43,15 @@ def moments(x: Float[Tensor, "B H L D"], stride: int, valid: Bool[Tensor, "#B #H
     else:
         live = _runs(valid, stride)[..., None]  # b h n stride 1
         count = live.sum(3).clamp(min=1)
-    mean = reduce(torch.where(live, runs, 0), "b h n s d -> b h n d", "sum") / count
+    mean = _sum(torch.where(live, runs, 0)) / count
     apart = torch.where(live, (runs - mean[:, :, :, None]).square(), 0)
-    return mean, reduce(apart, "b h n s d -> b h n d", "sum") / count
+    return mean, _sum(apart) / count
+
+
+def _sum(runs: Float[Tensor, "B H n stride D"]) -> Float[Tensor, "B H n D"]:
+    """Of each run. Of few tokens written out: in a graph that is no reduction, and all of pooling is one kernel."""
+    stride = runs.shape[3]
+    return sum(runs.unbind(3)) if stride <= FEW_TOKENS else reduce(runs, "b h n s d -> b h n d", "sum")
 
 
 def stride_weights(valid: Bool[Tensor, "b h L"], stride: int) -> Float[Tensor, "b h n"]:

@@ -25,7 +25,7 @@ LINES = [
     ["rr_flex.kernels.break_even"],
     ["rr_flex.config", "rr_flex.checks", "rr_flex.kernels.options", "rr_flex.kernels.dense"],
     ["rr_flex.kernels.deciding"],
-    ["rr_flex.sampling", "rr_flex.block_mask", "rr_flex.selection", "rr_flex.runtime.head_slices"],
+    ["rr_flex.sampling", "rr_flex.block_mask", "rr_flex.selection", "rr_flex.runtime.head_slices", "rr_flex.level"],
     ["rr_flex.request", "rr_flex.mandatory", "rr_flex.view.cells"],
     ["rr_flex.view.drawing"],
     ["rr_flex.result"],
