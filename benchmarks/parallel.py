@@ -83,16 +83,16 @@ def stages(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
     return found | {"way": "stages", "strips": len(local.strips)}
 
 
-def blocks_that_differ(prompt: Prompt, config: RRConfig, plane: str | None = None) -> dict[str, Any]:
-    """How many blocks all ranks together keep otherwise than one card does, on the sequence or on a mesh's plane."""
-    local, size = prompt.local(config, plane), config.block_sizes[0]
+def blocks_that_differ(prompt: Prompt, config: RRConfig, name: str | None = None) -> dict[str, Any]:
+    """How many blocks all ranks together keep otherwise than one card does; `name`: of `prompt.arranged`."""
+    local, size = prompt.local(config, name), config.block_sizes[0]
     expected = local.shards.heads(select_blocks(*prompt.whole[:2], config=config).kept)
     differing = 0
     for chunk, (kept, _) in zip(local.chunks, choose_blocks(local)[0], strict=True):
         rows = expected[:, :, chunk.start // size : -(-chunk.stop // size)]
         differing += int((rows[..., : kept.shape[3]] != kept).sum()) + int(rows[..., kept.shape[3] :].sum())
     differ, kept = prompt.run.total(float(differing), float(expected.sum()))
-    found = {"way": "blocks that differ", "on": plane or "sequence"}
+    found = {"way": "blocks that differ", "on": name or "sequence"}
     return found | {"differ": differ, "of_kept": kept / local.shards.ranks("sequence")}
 
 
@@ -119,8 +119,10 @@ def rows_of(prompt: Prompt) -> Iterator[dict[str, Any]]:
     for wanted in options.densities:
         config = prompt.at_density(RULES[options.rule], wanted)
         facts = shape | {"wanted_density": wanted} | density_of(prompt, config)
+        if prompt.whole is not None:
+            prompt.balance(config)
         if checked:
-            for name in (None, *prompt.planes):
+            for name in (None, *prompt.arranged):
                 yield facts | attempt("blocks that differ", lambda c=config, n=name: blocks_that_differ(prompt, c, n))
             prompt.exact = rr_attention(*prompt.whole, config=config)
         for name, way in found.items():

@@ -17,7 +17,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.environment import describe
 from benchmarks.workloads import Shape, structured
 from rr_flex import RRConfig, rr_attention
-from rr_flex.distributed import Account, Shards, context_parallel, head_parallel, make_mesh, ring, ulysses, zigzag
+from rr_flex.distributed import (
+    Account,
+    Shards,
+    balanced,
+    context_parallel,
+    head_parallel,
+    make_mesh,
+    ring,
+    ulysses,
+    zigzag,
+)
 from rr_flex.distributed.asked import check_asked
 from rr_flex.distributed.context import choose_blocks
 from rr_flex.distributed.local import Local, prepare
@@ -27,6 +37,7 @@ RULES = {
     "coarse": RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold", min_length=0),
     "best": RRConfig.from_preset("best", min_length=0),
 }
+BALANCED = "auto, balanced"
 BISECTIONS = 8
 LONGEST = 1500  # milliseconds of timed calls after which no further one begins
 
@@ -108,14 +119,30 @@ class Prompt:
         # One card and head parallelism work on whole sequences; very long ones leave no room for both.
         self.whole = list(whole) if length <= run.options.most_whole else None
         self.exact = None  # one card's output, where outputs are compared
-        self.planes = {}  # heads × sequence, where outputs are compared: shards and this rank's part by name
+        # The other ways to lay it out, by name: shards, and this rank's part.
+        self.arranged: dict[str, tuple[Shards, list[Tensor]]] = {}
         for mesh in run.planes if self.whole and length <= run.options.most_checked else ():
-            plane = Shards(mesh, zigzag(length, mesh.size(1)))
-            part = [plane.layout.take(plane.heads(x), plane.place).contiguous() for x in whole]
-            self.planes[f"{mesh.size(0)} heads × {mesh.size(1)} sequence"] = plane, part
+            name = f"{mesh.size(0)} heads × {mesh.size(1)} sequence"
+            self.arrange(name, Shards(mesh, zigzag(length, mesh.size(1))))
+        if self.whole:
+            self.arrange(BALANCED, self.shards)
 
-    def local(self, config: RRConfig, plane: str | None = None, **options: Any) -> Local:
-        shards, part = self.planes.get(plane, (self.shards, self.part))
+    def arrange(self, name: str, shards: Shards) -> None:
+        part = [shards.layout.take(shards.heads(x), shards.place).contiguous() for x in self.whole]
+        self.arranged[name] = shards, part
+
+    def balance(self, config: RRConfig) -> None:
+        """Lays BALANCED out by what this very selection keeps in each block row, as the layer before might tell."""
+        size = config.block_sizes[0]
+        cost = torch.zeros(-(-self.length // size), device=self.run.device)
+        local = self.local(config)
+        for chunk, (kept, _) in zip(local.chunks, choose_blocks(local)[0], strict=True):
+            cost[chunk.start // size : -(-chunk.stop // size)] = kept.sum((0, 1, 3)).float()
+        dist.all_reduce(cost)
+        self.arrange(BALANCED, Shards(self.run.sequence, balanced(cost.tolist(), self.length, self.run.ranks)))
+
+    def local(self, config: RRConfig, name: str | None = None, **options: Any) -> Local:
+        shards, part = self.arranged.get(name, (self.shards, self.part))
         return prepare(*part, shards, check_asked(*part, shards, {"config": config, **options}, {"fetch"}))
 
     def at_density(self, config: RRConfig, wanted: float) -> RRConfig:
@@ -157,8 +184,10 @@ def ways(prompt: Prompt) -> dict[str, Callable[[RRConfig, Account], Tensor]]:
             found[named("ring", backend)] = lambda c, a, b=backend: ring(
                 *prompt.part, prompt.shards, config=c, account=a, backend=b
             )
-    for name, (plane, part) in prompt.planes.items():
-        found[name] = lambda c, a, p=plane, x=part: context_parallel(*x, p, config=c, account=a)
+    for name in prompt.arranged:
+        found[name] = lambda c, a, n=name: context_parallel(
+            *prompt.arranged[n][1], prompt.arranged[n][0], config=c, account=a
+        )
     return {name: way for name, way in found.items() if name in run.options.ways or not run.options.ways}
 
 
@@ -173,8 +202,8 @@ def exact_part(prompt: Prompt, name: str) -> Tensor | None:
     if name == "heads":
         count = prompt.exact.shape[1] // prompt.run.ranks
         return prompt.exact[:, prompt.run.rank * count : (prompt.run.rank + 1) * count]
-    plane, _ = prompt.planes.get(name, (prompt.shards, None))
-    return plane.layout.take(plane.heads(prompt.exact), plane.place)
+    shards, _ = prompt.arranged.get(name, (prompt.shards, None))
+    return shards.layout.take(shards.heads(prompt.exact), shards.place)
 
 
 def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:

@@ -46,13 +46,14 @@ def test_the_benchmark_runs_on_two_processes(tmp_path):
     """Uncompiled, on the CPU: every way gives one process's output, and a row that says how."""
     rows = bench(tmp_path, 2, "parallel", "--device", "cpu", "--eager", *SMALL)
     assert [row["way"] for row in rows] == [
-        *(3 * ["blocks that differ"]),
-        *("one card", "heads", "ulysses", "kept", "all", "1 heads × 2 sequence", "2 heads × 1 sequence", "stages"),
+        *(4 * ["blocks that differ"]),
+        *("one card", "heads", "ulysses", "kept", "all"),
+        *("1 heads × 2 sequence", "2 heads × 1 sequence", "auto, balanced", "stages"),
         *("dense ulysses", "one card, dense"),
     ]
     assert not any("stopped" in row for row in rows)
-    assert all(row["differ"] == 0 and row["of_kept"] == rows[0]["of_kept"] > 0 for row in rows[:3])
-    assert all(row["error"] < 1e-5 for row in rows[3:-3])
+    assert all(row["differ"] == 0 and row["of_kept"] == rows[0]["of_kept"] > 0 for row in rows[:4])
+    assert all(row["error"] < 1e-5 for row in rows[4:-3])
 
 
 def test_ranks_take_turns_on_one_card(tmp_path):
