@@ -56,13 +56,6 @@ def test_the_benchmark_runs_on_two_processes(tmp_path):
     assert all(row["error"] < 1e-5 for row in rows[4:-3])
 
 
-def test_ranks_take_turns_on_one_card(tmp_path):
-    """With what the others sent replayed, each gives the time of what it does itself."""
-    rows = bench(tmp_path, 2, "parallel_turns", "--device", "cpu", "--eager", *SMALL)
-    assert not any("stopped" in row for row in rows) and rows[0]["differ"] == 0
-    assert all(row["error"] < 1e-5 and len(row["rank_ms"]) == 2 for row in rows[2:])
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_cards_give_what_one_gives(tmp_path):
     rows = bench(tmp_path, 2, "parallel", "--lengths", 16384, "--densities", 0.3, "--no-dense")
