@@ -45,10 +45,9 @@ def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[
     peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
     moved = run.largest(peak, account.fetched, account.selecting, account.all_gather)
     row |= dict(zip(("peak_bytes", "fetched_bytes", "selecting_bytes", "all_gather_bytes"), moved, strict=True))
-    if account.ways:
+    if account.kept:
         own = float(sum(account.kept))
         row["balance"] = run.largest(own)[0] / (run.total(own)[0] / run.ranks)
-        row["strips_by_block"] = account.ways.count("kept") / max(1, len(account.ways))
     exact = exact_part(prompt, name)
     if exact is not None:
         out = exact if out is None else out

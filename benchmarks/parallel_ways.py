@@ -37,7 +37,7 @@ RULES = {
     "coarse": RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold", min_length=0),
     "best": RRConfig.from_preset("best", min_length=0),
 }
-BALANCED = "auto, balanced"
+BALANCED = "balanced"
 BISECTIONS = 8
 LONGEST = 1500  # milliseconds of timed calls after which no further one begins
 
