@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.parallel_ways import RULES, Prompt, Run, dense_ways, density_of, exact_part, ways
+from benchmarks.parallel_run import Run
+from benchmarks.parallel_ways import RULES, Prompt, dense_ways, density_of, exact_part, ways
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.distributed import Account
 from rr_flex.distributed.context import attend_strip, choose_blocks
