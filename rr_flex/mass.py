@@ -36,7 +36,7 @@ class Samples(NamedTuple):
     stands_for: Literal["one", "all"] = "one"
     softcap: Tensor | float | None = None
     valid_keys: Bool[Tensor, "#B #Hkv Lk"] | None = None  # False: pooled into no stride; None: all are valid
-    ends: tuple[Tensor, Tensor] | None = None  # (last query, number of keys), where a graph or a strip must be given them
+    ends: tuple[Tensor, Tensor] | None = None  # (last query, number of keys), for strips and where a graph needs them
 
     @property
     def grid(self) -> tuple[int, int]:
