@@ -70,6 +70,7 @@ class CapturedPrefill:
 
     _devices = ("cuda",)
 
+    @torch.inference_mode(False)  # what it keeps must take the next call's too, in that mode or not
     @torch.no_grad()
     def __call__(
         self,
@@ -135,7 +136,7 @@ class CapturedPrefill:
             shared.out.copy_(attend(name, (shared.q, k, v), request).out)
 
         def put(q: Tensor, first: int) -> None:
-            cache.state.append(cache.k[:, :, :first])  # what ordinary calls, all dense, have left
+            cache.state.pool_new(cache.k[:, :, :first])  # what ordinary calls, all dense, have left
             shared.q.copy_(q)
             shared.first.fill_(first)
 
