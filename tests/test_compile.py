@@ -88,7 +88,7 @@ def test_new_masks_compile_nothing_in_the_caller_s_own_flex():
 
 
 def test_the_compiled_kernel_reads_no_map_of_kept_blocks():
-    """Whose index would overflow int32 at 1,048,576 tokens of 33 heads. Eager attention reads it: test_block_mask.py."""
+    """Whose index would overflow int32 at 1,048,576 tokens and 33 heads; eager attention reads it."""
     q, k, v = tensors(SQUARE)
     block_mask = create_rr_block_mask(q, k, tau=0.3, **FREE)
     exact = compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=True)
