@@ -775,7 +775,7 @@ class Hunt:
         # Most contexts have graphs of their own: two a family.
         uses = own.sample(CONTEXTS, 2) if self.calls_each > 1 else UNCOMPILED
         context = r.choice(["plain"] * 8 + ["grad", "threads", "beside"] + uses)
-        if self.calls_each == 1 and r.random() < 0.005:
+        if self.calls_each == 1 and r.random() < 0.002:
             context = r.choice(TRACED)
         pack = self.calls_each == 1 and r.random() < 0.06
         begin = time.monotonic()
