@@ -145,25 +145,25 @@ def answer(q: Tensor, k: Tensor, v: Tensor, asked: Asked, **options: Any) -> Ans
     elif asked.state is not None:
         request = asked.state.pool(q, k, request)
     count(name if decision.sparse else "dense")
-    before = 0
-    if decision.sparse and request.own_mask is None and first is not None:
-        before = first % asked.config.block_sizes[0]
-    if before:
-        q, request = from_the_grid(q, before, asked.config.block_sizes[0]), request.placed_at(first - before)
-    out, lse, density = attend(name, (q, k, v), request)
-    if before:
-        out, lse = out[:, :, before:], None if lse is None else lse[:, :, before:]
+    out, lse, density = attend_on_the_grid(name, (q, k, v), request, first)
     return Answer(out, lse, None if density is None else density.mean(), decision)
 
 
-def from_the_grid(q: Float[Tensor, "B Hq Lq D"], before: int, row: int) -> Float[Tensor, "B Hq before+Lq D"]:
-    """The queries behind `before` more that fill the block row, of `row` queries, in which they begin.
+def attend_on_the_grid(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request, first: int | None) -> Attended:
+    """`attend` with block rows on absolute positions, wherever a prompt is cut: whole ones are chosen as in one shot.
 
-    So block rows lie on absolute positions wherever a prompt is cut, and whole ones are chosen as in one shot. In the
-    row that is cut its own queries stand in for those that an earlier call had.
+    `first`: position of query 0, where the host knows it. In the row that is cut there its own queries stand in for
+    those that an earlier call had.
     """
+    q, k, v = qkv
+    row = request.config.block_sizes[0]
+    before = 0 if first is None or request.dense or request.own_mask is not None else first % row
+    if not before:
+        return attend(name, qkv, request)
     own = min(q.shape[2], row - before)
-    return torch.cat([q[:, :, torch.arange(before, device=q.device) % own], q], 2)
+    q = torch.cat([q[:, :, torch.arange(before, device=q.device) % own], q], 2)
+    out, lse, density = attend(name, (q, k, v), request.placed_at(first - before))
+    return Attended(out[:, :, before:], None if lse is None else lse[:, :, before:], density)
 
 
 def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> Attended:

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import rr_flex
 from mask_mods import both, causal, padding, sliding_window, visible_keys
-from rr_flex import PrefillState, attention, create_rr_block_mask, mass, rr_attention, select_blocks
+from rr_flex import PrefillState, attention, captured, create_rr_block_mask, mass, rr_attention, select_blocks
 from rr_flex.block_mask import KeptMask
 from rr_flex.kernels import choose, deciding, dense, last_rows
 from rr_flex.kernels import flash as backends
@@ -421,6 +421,26 @@ def test_chunks_with_a_state_and_offsets_of_their_own(backend):
         out = rr_attention(*own, q_offset=start, state=state, backend=backend, **chosen)
         allowed = allowed_pairs(*own[:2], q_offset=start, **chosen)
         assert_attends(out.cpu(), *(x.cpu() for x in own), allowed)
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+@pytest.mark.parametrize("chosen", [{"tau": 0.4, "dense_last_rows": 0}, {"order": 2, "key_stride": 16, "tau": 0.4}])
+def test_captured_chunks_are_what_each_is_alone(monkeypatch, backend, chosen):
+    """Two layers, two prompts, a ragged end; a new prompt in the same cache, whose end the graph must not look at."""
+    monkeypatch.setattr(captured, "LEAST_STEP", 1536)
+    chosen = chosen | {"backend": backend, "min_length": 0}
+    prefill = rr_flex.CapturedPrefill(512, **chosen)
+    shape = Shape(B=1, Hq=4, Hkv=2, Lq=2100, Lk=2100, D=64)
+    caches = [on_gpu(shape, layer, torch.bfloat16)[1:] for layer in range(2)]
+    for seed, ends in ((2, (512, 1024, 1536, 2048, 2100)), (4, (512, 1024))):
+        prompts = [on_gpu(shape, seed + layer, torch.bfloat16) for layer in range(2)]
+        for start, end in zip((0, *ends), ends, strict=False):
+            for (q, new_k, new_v), (k, v) in zip(prompts, caches, strict=True):
+                k[:, :, start:end], v[:, :, start:end] = new_k[:, :, start:end], new_v[:, :, start:end]
+                found = prefill(q[:, :, start:end], k, v, start)
+                alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], **chosen)
+                torch.testing.assert_close(found, alone, rtol=0, atol=2e-2)
+    assert prefill.calls == {"replayed": 2 * 6, "called": 2}
 
 
 def test_the_lookup_of_kept_blocks_is_not_in_the_kernel():

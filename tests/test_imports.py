@@ -39,7 +39,7 @@ LINES = [
     ["rr_flex.kernels.flash"],
     ["rr_flex.kernels.choose"],
     ["rr_flex.attention"],
-    ["rr_flex.packed"],
+    ["rr_flex.packed", "rr_flex.captured"],
     ["rr_flex"],
     ["rr_flex.models.records"],
     ["rr_flex.models.layer_plan"],
