@@ -472,6 +472,7 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
         padding = ~real_keys(case)[:, None, :, None]
         bad = r.choice([math.nan, math.inf])
         case.k, case.v = case.k.masked_fill(padding, bad), case.v.masked_fill(padding, bad)
+        case.q = case.q.masked_fill(~pairs_of(case)[0].any(3, keepdim=True), bad)  # queries that see nothing
     if mask is not None and mask.valid != "right":
         case.spoil("perhaps too narrow lengths", "either")
     if where == "outside":
@@ -730,9 +731,7 @@ def in_half(case: Case) -> Case:
 
 def without_padding(case: Case) -> Case:
     """What stands in padding counts for nothing, NaN too."""
-    if case.k.isfinite().all() and case.v.isfinite().all():
-        return case
-    return replace(case, k=case.k.nan_to_num(0, 0, 0), v=case.v.nan_to_num(0, 0, 0))
+    return replace(case, **{name: getattr(case, name).nan_to_num(0, 0, 0) for name in "qkv"})
 
 
 def clear(error: Exception, case: Case) -> str:
@@ -871,7 +870,7 @@ class Hunt:
             block_mask = create_rr_block_mask(q, k, **options)
             settings = {"enable_gqa": True, "scale": case.options.get("scale")}
             clean = without_padding(case)  # what padding holds is the caller's matter here
-            return select(), flex_attention(q, clean.k, clean.v, block_mask=block_mask, **settings), None
+            return select(), flex_attention(clean.q, clean.k, clean.v, block_mask=block_mask, **settings), None
         if context in TRACED and self.calls_each == 1:
             both = {name: float(x) if isinstance(x, np.floating) else x for name, x in both.items()}
             with torch.compiler.set_stance("default"):
@@ -967,7 +966,7 @@ class Hunt:
         Lk = case.k.shape[2]
         cuts = sorted({*r.sample(range(2, max(Lk - 1, 4)), 2), Lk}) if Lk > 4 else [Lk]
         state, begin = PrefillState(), 0
-        q = torch.cat([case.q] * (-(-Lk // case.q.shape[2])), 2)
+        q = torch.cat([case.q.nan_to_num(0, 0, 0)] * (-(-Lk // case.q.shape[2])), 2)
         k, v = case.k.clone(), case.v
         while cuts:
             end = cuts.pop(0)
