@@ -36,6 +36,7 @@ class Samples(NamedTuple):
     stands_for: Literal["one", "all"] = "one"
     softcap: Tensor | float | None = None
     valid_keys: Bool[Tensor, "#B #Hkv Lk"] | None = None  # False: pooled into no stride; None: all are valid
+    ends: tuple[Tensor, Tensor] | None = None  # (last query, number of keys), where a graph must be given them
 
     @property
     def grid(self) -> tuple[int, int]:
