@@ -64,8 +64,7 @@ def block_mass(samples: Samples) -> Float[Tensor, "B Hq nQ nK"]:
     weights = key_weights(samples)
     # A strip reads `ends` alone: lengths are ints, which would make a graph for each.
     Lq, Lk = samples.seq_lengths
-    ends = samples.ends or as_tensors((Lq - 1, Lk), samples.queries.device)
-    samples = samples._replace(seq_lengths=(0, 0), ends=ends)
+    samples = samples._replace(ends=samples.ends or as_tensors((Lq - 1, Lk), samples.queries.device))
     # One strip is no loop: that keeps a graph open to other lengths.
     if nQ <= rows:
         return _strip_mass(samples, stride_index, weights)
