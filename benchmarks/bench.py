@@ -16,7 +16,8 @@ from benchmarks.workloads import Inputs, Shape, captured, structured
 from rr_flex import RRConfig
 from rr_flex.kernels.choose import choose_kernel
 from rr_flex.kernels.options import attention_options
-from rr_flex.request import level_per_head, make_request
+from rr_flex.level import level_per_head
+from rr_flex.request import make_request
 
 Row = dict[str, Any]
 

@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from benchmarks.cases import COARSE_QUERIES, PUBLISHED
 from benchmarks.server import Row, Server, dense_kernel
 from benchmarks.timing import measure, one_call, synchronize
 from benchmarks.workloads import Inputs
-from rr_flex import PrefillState, RRConfig, rr_attention, select_blocks
+from rr_flex import CapturedPrefill, PrefillState, RRConfig, rr_attention, select_blocks
 
 CHUNKS = (16384, 8192, 2048, 512)
 # label -> (setting, density of one shot that its level is sought for)
@@ -27,7 +28,8 @@ class Way:
 
     config: RRConfig
     backend: str
-    state: bool = False  # whether pooled keys are kept between chunks
+    # What is kept between chunks: nothing, pooled keys (PrefillState), or graphs too (CapturedPrefill).
+    kept: Literal["nothing", "state", "graphs"] = "nothing"
 
 
 def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
@@ -47,14 +49,20 @@ def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
         for backend in server.backends:
             one_shot = None
             for size in sizes:
-                for state in (False, True) if size < length else (False,):
-                    way = Way(config, backend, state)
-                    server.progress.step(f"{label}, {backend}, chunks of {size}{', state' if state else ''}")
+                for kept in ways_of(server, size < length):
+                    way = Way(config, backend, kept)
+                    server.progress.step(f"{label}, {backend}, chunks of {size}, kept: {kept}")
                     row = measure_way(server, inputs, way, size)
                     one_shot = one_shot or row["ms"]
-                    about = {"config": label, "backend": backend, "chunk": size, "state": state, "length": length}
+                    about = {"config": label, "backend": backend, "chunk": size, "kept": kept, "length": length}
                     beside = {"dense": name, "dense_ms": dense[size], "one_shot_ms": one_shot, "density": density}
                     yield {"suite": "chunks", "failed": None, **about, **row, **beside, **server.about}
+
+
+def ways_of(server: Server, chunked: bool) -> tuple[str, ...]:
+    if not chunked:
+        return ("nothing",)
+    return ("state", "graphs") if server.device.type == "cuda" else ("state",)
 
 
 def at_density(inputs: Inputs, config: RRConfig, wanted: float) -> tuple[RRConfig, float]:
@@ -69,11 +77,13 @@ def at_density(inputs: Inputs, config: RRConfig, wanted: float) -> tuple[RRConfi
 def measure_way(server: Server, inputs: Inputs, way: Way, size: int) -> Row:
     """Milliseconds of all chunks together, the host's part of them, and how far the output is from one shot's."""
 
+    graphs = CapturedPrefill(size, config=way.config, backend=way.backend) if way.kept == "graphs" else None
+
     def prefill(_: int) -> Tensor:
-        return sparse_in_chunks(inputs, way, size)
+        return sparse_in_chunks(inputs, way, size, graphs)
 
     out = prefill(0)
-    one_shot = sparse_in_chunks(inputs, replace(way, state=False), inputs.q.shape[2])
+    one_shot = sparse_in_chunks(inputs, replace(way, kept="nothing"), inputs.q.shape[2])
     error = ((out - one_shot).float().norm() / one_shot.float().norm()).item()
     del out, one_shot
     host = host_of(prefill, server.device)
@@ -105,12 +115,15 @@ def in_chunks(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def sparse_in_chunks(inputs: Inputs, way: Way, size: int) -> Tensor:
+def sparse_in_chunks(inputs: Inputs, way: Way, size: int, graphs: CapturedPrefill | None = None) -> Tensor:
     settings = {"config": way.config, "backend": way.backend}
-    if way.state:
+    if way.kept == "state":
         settings["state"] = PrefillState()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return rr_attention(q, k, v, q_offset=k.shape[2] - q.shape[2], **settings)
+        first = k.shape[2] - q.shape[2]
+        if graphs is not None:
+            return graphs(q, inputs.k, inputs.v, first).clone()
+        return rr_attention(q, k, v, q_offset=first, **settings)
 
     return in_chunks(attend, inputs, size)

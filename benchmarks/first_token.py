@@ -15,16 +15,22 @@ from benchmarks.timing import synchronize
 
 
 @torch.no_grad()
-def first_token(model, ids: Tensor) -> Tensor:
-    """Prefill with a new cache and logits for the last token only."""
-    return model(ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+def first_token(model, ids: Tensor, chunk: int | None = None) -> Tensor:
+    """Prefill with a new cache, at once or `chunk` tokens at a time, and logits for the last token only."""
+    found = None
+    for part in ids.split(chunk or ids.shape[1], 1):
+        cache = None if found is None else found.past_key_values
+        found = model(part, use_cache=True, past_key_values=cache, logits_to_keep=1)
+    return found.logits[:, -1].argmax(-1)
 
 
-def time_first_token(model, ids: Tensor, implementation: str, *, repeats: int, seconds: float) -> dict[str, Any]:
+def time_first_token(
+    model, ids: Tensor, implementation: str, *, repeats: int, seconds: float, chunk: int | None = None
+) -> dict[str, Any]:
     """Medians of up to `repeats` prefills, no more begun after `seconds`, with a clock around each attention call."""
     device = ids.device
     start = time.perf_counter()
-    first_token(model, ids)
+    first_token(model, ids, chunk)
     synchronize(device)
     warm = time.perf_counter() - start
     if device.type == "cuda":
@@ -34,7 +40,7 @@ def time_first_token(model, ids: Tensor, implementation: str, *, repeats: int, s
     with clocked(implementation, device) as clock:
         while not whole or (len(whole) < repeats and time.perf_counter() - start < seconds):
             with clock.span() as span:
-                first_token(model, ids)
+                first_token(model, ids, chunk)
             whole.append(clock.read([span]))
             in_attention.append(clock.read(clock.calls))
             clock.calls.clear()

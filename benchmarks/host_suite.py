@@ -9,7 +9,7 @@ from benchmarks.cases import COARSE_QUERIES
 from benchmarks.chunk_suite import at_density
 from benchmarks.server import Row, Server, dense_kernel, median_host_ms, warm_up
 from benchmarks.timing import measure, synchronize
-from rr_flex import rr_attention
+from rr_flex import CapturedPrefill, rr_attention
 
 CALLS = ((2048, 2048), (8192, 8192), (32768, 32768), (512, 131072), (2048, 131072), (8192, 131072))  # queries, keys
 # Names under which torch's profiler records what a compiled call does on the host.
@@ -29,6 +29,11 @@ def rows(server: Server, options: argparse.Namespace) -> Iterator[Row]:
             backend: lambda _, backend=backend, qkv=(q, k, v): rr_attention(*qkv, config=config, backend=backend)
             for backend in server.backends
         } | {name: lambda _, qkv=(q, k, v): attend(*qkv)}
+        if server.device.type == "cuda" and queries < keys:
+            for backend in server.backends:
+                graphs = CapturedPrefill(queries, config=config, backend=backend)
+                cache = (inputs.k, inputs.v, keys - queries)
+                ways[f"{backend}, graphs"] = lambda _, graphs=graphs, q=q, cache=cache: graphs(q, *cache)
         for way, call in ways.items():
             server.progress.step(f"{queries} of {keys}, {way}")
             warm_up(call, server.device)

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 ids = prompt(tokenizer, length, model.config.vocab_size, device)
                 for row in measure_length(model, ids, config, options, real=tokenizer is not None):
-                    write({"model": name, "length": length, "dtype": options.dtype, **row})
+                    write({"model": name, "length": length, "chunk": options.chunk, "dtype": options.dtype, **row})
             del model
             release(device)
     return 0
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dense", nargs="*", choices=sorted(DENSE), default=list(DENSE), help="all unless given")
     parser.add_argument("--backend", choices=get_args(Backend), default="auto")
     parser.add_argument("--layers", type=int, help="layers of a random model; its own number unless given")
+    parser.add_argument("--chunk", type=int, help="tokens of a prompt at a time; all at once unless given")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--row-seconds", type=float, default=20.0, help="no further repeat of a row after this")
     parser.add_argument(
@@ -161,12 +162,16 @@ def time_dense(model, ids: Tensor, name: str, options: argparse.Namespace) -> Ro
     try:
         model.set_attn_implementation(implementation)
         with sdpa_kernel(backend) if backend is not None else nullcontext():
-            return time_first_token(model, ids, implementation, repeats=options.repeats, seconds=options.row_seconds)
+            return time_first_token(model, ids, implementation, **clock_of(options))
     except Exception as error:  # an implementation that this machine lacks says so in many ways
         return {"absent": f"{type(error).__name__}: {first_line(error)}"}
     finally:
         model.set_attn_implementation(before)
         release(ids.device)
+
+
+def clock_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {"repeats": options.repeats, "seconds": options.row_seconds, "chunk": options.chunk}
 
 
 class Look(NamedTuple):
@@ -202,7 +207,7 @@ def time_sparse(model, ids: Tensor, config: RRConfig, profile, found: Look, opti
     settings = {"config": config} if profile is None else {"profile": profile}
     with enable(model, **settings, backend=options.backend) as on:
         ways = Counter(attention.calls)
-        row = time_first_token(model, ids, "rr_flex", repeats=options.repeats, seconds=options.row_seconds)
+        row = time_first_token(model, ids, "rr_flex", **clock_of(options))
         row["kernels"] = dict(attention.calls - ways)
         report = on.report()
     if report.sparse == 0 or sum(report.dense.values()):

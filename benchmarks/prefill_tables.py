@@ -40,7 +40,8 @@ def markdown(rows: list[Row]) -> str:
 
 
 def prefilled(row: Row) -> str:
-    return f"{row['model']}, {row['length']:,} tokens, {row['dtype']}"
+    chunks = f" in chunks of {row['chunk']:,}" if row.get("chunk") else ""
+    return f"{row['model']}, {row['length']:,} tokens{chunks}, {row['dtype']}"
 
 
 def title_of(row: Row) -> str:

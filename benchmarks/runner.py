@@ -17,7 +17,7 @@ from benchmarks.timing import OutOfTime, kernel_times, peak_bytes
 from benchmarks.workloads import Inputs
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.attention import calls
-from rr_flex.request import level_per_head
+from rr_flex.level import level_per_head
 from rr_flex.runtime.head_slices import head_slices
 
 STAGES = ("estimate", "select", "lists", "selection", "attention", "total")

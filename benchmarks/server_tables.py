@@ -15,7 +15,8 @@ BEGIN, END = "<!-- chunks: begin -->", "<!-- chunks: end -->"
 
 
 def way(row: Row) -> str:
-    return f"{row['backend']}{', state' if row.get('state') else ''}"
+    kept = row.get("kept", "nothing")
+    return row["backend"] if kept == "nothing" else f"{row['backend']}, {kept}"
 
 
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
@@ -76,7 +77,7 @@ def load(folder: Path) -> list[Row]:
 
 
 def what(row: Row) -> tuple:
-    names = ("config", "chunk", "batch", "queries", "keys", "prompts", "wanted_density", "backend", "way", "state")
+    names = ("config", "chunk", "batch", "queries", "keys", "prompts", "wanted_density", "backend", "way", "kept")
     return tuple(row.get(name) for name in (*names, "heads", "kv_heads", "head_dim", "dtype", "workload", "seed"))
 
 

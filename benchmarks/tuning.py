@@ -20,7 +20,7 @@ from benchmarks.server import Server
 from benchmarks.timing import OutOfTime, Progress
 from rr_flex.kernels.flash import flash_is_installed
 from rr_flex.kernels.options import TUNED
-from rr_flex.request import level_per_head
+from rr_flex.level import level_per_head
 
 PARTS = ("attention", "estimate", "break-even")
 CELLS = 131072  # keys of the largest cell that the costs are sought for

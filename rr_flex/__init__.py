@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rr_flex.attention import rr_attention
+    from rr_flex.captured import CapturedPrefill
     from rr_flex.config import RRConfig
     from rr_flex.packed import rr_attention_packed
     from rr_flex.pipeline import create_rr_block_mask, select_blocks
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rr_flex.state import PrefillState
 
 __all__ = [
+    "CapturedPrefill",
     "PrefillState",
     "RRConfig",
     "Selection",
@@ -23,6 +25,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "CapturedPrefill": "captured",
     "PrefillState": "state",
     "RRConfig": "config",
     "Selection": "result",

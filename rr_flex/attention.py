@@ -19,13 +19,14 @@ from rr_flex.checks import (
     gradient_wanted,
 )
 from rr_flex.config import RRConfig
-from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
+from rr_flex.estimate import valid_keys_of
 from rr_flex.kernels.break_even import Decision
 from rr_flex.kernels.choose import KERNELS, Backend, check_backend, choose_kernel, laid_out
 from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.kernels.dense import dense_attention, keys_of_dense_call, which_flash
 from rr_flex.kernels.flex import Attended
 from rr_flex.kernels.score_mods import beside_sinks
+from rr_flex.pipeline import with_mass_of_strips
 from rr_flex.request import Request, in_head_slices, make_request
 from rr_flex.runtime.tracing import traced
 from rr_flex.state import PrefillState, check_state
@@ -144,25 +145,25 @@ def answer(q: Tensor, k: Tensor, v: Tensor, asked: Asked, **options: Any) -> Ans
     elif asked.state is not None:
         request = asked.state.pool(q, k, request)
     count(name if decision.sparse else "dense")
-    before = 0
-    if decision.sparse and request.own_mask is None and first is not None:
-        before = first % asked.config.block_sizes[0]
-    if before:
-        q, request = from_the_grid(q, before, asked.config.block_sizes[0]), request.placed_at(first - before)
-    out, lse, density = attend(name, (q, k, v), request)
-    if before:
-        out, lse = out[:, :, before:], None if lse is None else lse[:, :, before:]
+    out, lse, density = attend_on_the_grid(name, (q, k, v), request, first)
     return Answer(out, lse, None if density is None else density.mean(), decision)
 
 
-def from_the_grid(q: Float[Tensor, "B Hq Lq D"], before: int, row: int) -> Float[Tensor, "B Hq before+Lq D"]:
-    """The queries behind `before` more that fill the block row, of `row` queries, in which they begin.
+def attend_on_the_grid(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request, first: int | None) -> Attended:
+    """`attend` with block rows on absolute positions, wherever a prompt is cut: whole ones are chosen as in one shot.
 
-    So block rows lie on absolute positions wherever a prompt is cut, and whole ones are chosen as in one shot. In the
-    row that is cut its own queries stand in for those that an earlier call had.
+    `first`: position of query 0, where the host knows it. In the row that is cut there its own queries stand in for
+    those that an earlier call had.
     """
+    q, k, v = qkv
+    row = request.config.block_sizes[0]
+    before = 0 if first is None or request.dense or request.own_mask is not None else first % row
+    if not before:
+        return attend(name, qkv, request)
     own = min(q.shape[2], row - before)
-    return torch.cat([q[:, :, torch.arange(before, device=q.device) % own], q], 2)
+    q = torch.cat([q[:, :, torch.arange(before, device=q.device) % own], q], 2)
+    out, lse, density = attend(name, (q, k, v), request.placed_at(first - before))
+    return Attended(out[:, :, before:], None if lse is None else lse[:, :, before:], density)
 
 
 def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> Attended:
@@ -176,23 +177,16 @@ def attend(name: str, qkv: tuple[Tensor, Tensor, Tensor], request: Request) -> A
     valid = valid_keys_of(request, q, k)
     if valid is not None:
         v = torch.where(valid[..., None], v, 0)  # padding weighs 0, and 0 · NaN is NaN
-    parts = [
-        KERNELS[name].attend(*own_qkv, with_mass_of_strips(*own_qkv[:2], own))
-        for _, own, own_qkv in in_head_slices(request, q, k, v)
-    ]
+    parts = []
+    for _, own, own_qkv in in_head_slices(request, q, k, v):
+        ready = with_mass_of_strips(*own_qkv[:2], own)
+        if ready is not own:
+            count("mass in strips")
+        parts.append(KERNELS[name].attend(*own_qkv, ready))
     out, lse, density = (
         None if x[0] is None else x[0] if len(parts) == 1 else torch.cat(x, dim=1) for x in zip(*parts, strict=True)
     )
     return Attended(beside_sinks(out, lse, sinks) if corrected else out, lse, density)
-
-
-def with_mass_of_strips(q: Tensor, k: Tensor, request: Request) -> Request:
-    """The request with its mass, where that is held in strips: a loop that no graph should unroll. Counted."""
-    if request.dense or traced() or not in_strips(q, k, request):
-        return request
-    count("mass in strips")
-    with torch.no_grad():
-        return replace(request, mass=estimate_mass(q, k, request))
 
 
 def count(way: str) -> None:

@@ -16,7 +16,7 @@ from rr_flex.geometry import ceil_div, sampled_index
 from rr_flex.kernels.score_mods import soft_cap
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.runtime.tracing import traced
-from rr_flex.sampling import stride_weights
+from rr_flex.sampling import stride_weights, stride_weights_of_all
 
 STRIP_ELEMENTS = 1 << 25  # float32 scores held at once: 128 MiB
 
@@ -105,11 +105,9 @@ _strip_mass_compiled = compile_whole(_strip_mass, dynamic=True)
 def key_weights(samples: Samples) -> Float[Tensor, "#B #Hkv nk"] | None:
     """`stride_weights` of the keys; None where all strides are alike, one key each."""
     valid, stride = samples.valid_keys, samples.strides[1]
-    if valid is None:
-        if stride == 1:
-            return None
-        valid = torch.ones(1, 1, samples.seq_lengths[1], dtype=torch.bool, device=samples.keys.device)
-    return stride_weights(valid, stride)
+    if valid is not None:
+        return stride_weights(valid, stride)
+    return None if stride == 1 else stride_weights_of_all(samples.seq_lengths[1], stride, samples.keys.device)
 
 
 class Indices(NamedTuple):

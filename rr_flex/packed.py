@@ -50,19 +50,17 @@ def rr_attention_packed(
     asked = Asked(RRConfig.resolve(config, options), sinks, backend=backend)
     request = replace(make_request(q, k, asked.config, named), sinks=sinks, backward=gradient_wanted(q, k, v))
     together = dense_ones(q, k, v, sizes, request, backend)
+    flash = which_flash(q, k.shape[2], backend, backward=request.backward)
+    settings = {"causal": request.causal, "scale": named.get("scale"), "flash": flash}
+    if len(together) == len(sizes):
+        return dense_packed((q, k, v), sizes, **settings)
     queries, keys = zip(*sizes, strict=True)
     prompts = list(zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), strict=True))
     out: dict[int, Tensor] = {}
     if together:
-        chosen = [sizes[number] for number in together]
-        pack = (q, k, v)
-        if len(together) < len(sizes):
-            pack = tuple(torch.cat(x, 2) for x in zip(*(prompts[number] for number in together), strict=True))
-        flash = which_flash(q, k.shape[2], backend, backward=request.backward)
-        dense = dense_packed(pack, chosen, causal=request.causal, scale=named.get("scale"), flash=flash)
-        if len(together) == len(sizes):
-            return dense
-        out = dict(zip(together, dense.split([length for length, _ in chosen], 2), strict=True))
+        pack = tuple(torch.cat(x, 2) for x in zip(*(prompts[number] for number in together), strict=True))
+        dense = dense_packed(pack, [sizes[number] for number in together], **settings)
+        out = dict(zip(together, dense.split([queries[number] for number in together], 2), strict=True))
     for number, prompt in enumerate(prompts):
         if number not in out:
             out[number] = answer(*prompt, asked, **named).out

@@ -12,7 +12,7 @@ from mask_mods import block_visibility
 from mask_mods.spans import MaskMod
 from rr_flex.checks import as_autocast_says, check_queries_and_keys
 from rr_flex.config import RRConfig
-from rr_flex.estimate import estimate_mass, valid_keys_of
+from rr_flex.estimate import estimate_mass, in_strips, valid_keys_of
 from rr_flex.mandatory import mandatory_blocks
 from rr_flex.registry import BUDGETS
 from rr_flex.request import Request, in_head_slices, make_request
@@ -81,8 +81,16 @@ def select_in_slices(q: Float[Tensor, "B Hq Lq D"], k: Float[Tensor, "B Hkv Lk D
     # On the CPU single operations serve as well.
     choose = _select_compiled if q.device.type != "cpu" and not traced() else select
     with torch.no_grad():
-        parts = [choose(*qk, own) for _, own, qk in in_head_slices(request, q, k)]
+        parts = [choose(*qk, with_mass_of_strips(*qk, own)) for _, own, qk in in_head_slices(request, q, k)]
     return parts[0] if len(parts) == 1 else join(parts, request.mask_mod)
+
+
+def with_mass_of_strips(q: Tensor, k: Tensor, request: Request) -> Request:
+    """The request with its mass, where that is held in strips: a loop that no graph should unroll."""
+    if request.dense or traced() or not in_strips(q, k, request):
+        return request
+    with torch.no_grad():
+        return replace(request, mass=estimate_mass(q, k, request))
 
 
 def select(q: Float[Tensor, "B Hq Lq D"], k: Float[Tensor, "B Hkv Lk D"], request: Request) -> Selection:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -15,6 +14,7 @@ from mask_mods import causal as causal_mask
 from mask_mods.spans import Index, MaskMod
 from rr_flex.checks import FARTHEST, check_flag, check_numbers, check_offset
 from rr_flex.config import RRConfig
+from rr_flex.level import level_per_head
 from rr_flex.runtime.fence import fence
 from rr_flex.runtime.head_slices import head_slices
 from rr_flex.runtime.tracing import traced
@@ -130,39 +130,6 @@ _checked: WeakKeyDictionary[MaskMod, set[tuple]] = WeakKeyDictionary()
 
 def _can_be_kept(mask_mod: MaskMod) -> bool:
     return hasattr(mask_mod, "__weakref__") and type(mask_mod).__hash__ is not None
-
-
-def level_per_head(config: RRConfig, Hq: int, device: torch.device) -> Float[Tensor, " Hq"]:
-    """The budget's number, of the field that it goes by, as float32 on `device`; reads no tensor on an accelerator.
-
-    An entry out of range keeps every visible block.
-    """
-    name, level = config.level_field, config.level
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not isinstance(level, Tensor) and not traced() and not capturing:
-        return _kept_level(level, Hq, device, name)
-    return _level_tensor(level, Hq, device, name)
-
-
-# Uploading a tuple stalls the device, and a call has the same one as the last: kept.
-@lru_cache(maxsize=4096)
-def _kept_level(level: float | tuple[float, ...], Hq: int, device: torch.device, name: str) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not enter a call that is differentiated
-        kept = _level_tensor(level, Hq, device, name)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # other threads read it from streams of their own
-    return kept
-
-
-def _level_tensor(level: object, Hq: int, device: torch.device, name: str) -> Tensor:
-    if isinstance(level, float | int):
-        return torch.full((Hq,), level, dtype=torch.float32, device=device)
-    level = torch.as_tensor(level, dtype=torch.float32, device=device)
-    if level.shape != (Hq,):
-        raise ValueError(f"{name} must be one number or one a query head ({Hq}), got shape {tuple(level.shape)}")
-    if name == "threshold":
-        return torch.where((level >= 0) & (level < 1), level, -1.0)
-    return torch.where((level > 0) & (level <= 1), level, 1.0)
 
 
 def _number_on(number: float | None, device: torch.device) -> Tensor | float | None:

@@ -2,12 +2,13 @@
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from rr_flex.geometry import ceil_div, sampled_index
 
+FEW_TOKENS = 32  # in a run that is summed one by one
 Moments = tuple[Float[Tensor, "B H n D"], Float[Tensor, "B H n D"]]  # mean and variance of each run
 
 
@@ -35,19 +36,37 @@ def moments(x: Float[Tensor, "B H L D"], stride: int, valid: Bool[Tensor, "#B #H
     What stands at a token that is not valid, NaN too, does not count.
     """
     L = x.shape[2]
-    if valid is None:
-        valid = torch.ones(1, 1, L, dtype=torch.bool, device=x.device)
     runs = rearrange(F.pad(x.float(), (0, 0, 0, -L % stride)), "b h (n s) d -> b h n s d", s=stride)
-    live = _runs(valid, stride)[..., None]  # b h n stride 1
-    count = live.sum(3).clamp(min=1)
-    mean = reduce(torch.where(live, runs, 0), "b h n s d -> b h n d", "sum") / count
+    if valid is None:
+        position = rearrange(torch.arange(L + -L % stride, device=x.device), "(n s) -> n s 1", s=stride)
+        live, count = position < L, _real_tokens(L, stride, x.device)[:, None]
+    else:
+        live = _runs(valid, stride)[..., None]  # b h n stride 1
+        count = live.sum(3).clamp(min=1)
+    mean = _sum(torch.where(live, runs, 0)) / count
     apart = torch.where(live, (runs - mean[:, :, :, None]).square(), 0)
-    return mean, reduce(apart, "b h n s d -> b h n d", "sum") / count
+    return mean, _sum(apart) / count
+
+
+def _sum(runs: Float[Tensor, "B H n stride D"]) -> Float[Tensor, "B H n D"]:
+    """Of each run. Of few tokens written out: in a graph that is no reduction, and all of pooling is one kernel."""
+    stride = runs.shape[3]
+    return sum(runs.unbind(3)) if stride <= FEW_TOKENS else reduce(runs, "b h n s d -> b h n d", "sum")
 
 
 def stride_weights(valid: Bool[Tensor, "b h L"], stride: int) -> Float[Tensor, "b h n"]:
     """What each run of `stride` tokens counts in a softmax over runs: its number of `valid` ones over `stride`."""
     return _runs(valid, stride).sum(3, dtype=torch.float32) / stride
+
+
+def stride_weights_of_all(L: int, stride: int, device: torch.device) -> Float[Tensor, "1 1 n"]:
+    """`stride_weights` where all of L tokens are valid: only a last run may count for less."""
+    return (_real_tokens(L, stride, device) / stride)[None, None]
+
+
+def _real_tokens(L: int, stride: int, device: torch.device) -> Int[Tensor, " n"]:
+    """How many of L tokens each run holds."""
+    return (L - stride * torch.arange(ceil_div(L, stride), device=device)).clamp(max=stride)
 
 
 def with_square(x: Float[Tensor, "B H n D"], factor: float) -> Float[Tensor, "B H n 2*D"]:

@@ -7,6 +7,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rr_flex.config import RRConfig
 from rr_flex.estimate import valid_keys_of
 from rr_flex.geometry import ceil_div
 from rr_flex.registry import ESTIMATORS
@@ -84,27 +85,43 @@ class PrefillState:
         """The request with the pooled keys of all of k, of which only the new strides are computed here."""
         if traced():
             raise NotImplementedError("state must be None inside a caller's torch.compile, got a PrefillState")
-        config, (B, Hkv, Lk, D) = request.config, k.shape
+        config = request.config
         if "key_stride" not in ESTIMATORS[config.pool].reads:
             raise ValueError(f"state must be None with pool={config.pool!r}, which pools no keys, got a PrefillState")
-        stride, order = config.strides[1], config.order
+        self.settle(k, config, room=k.shape[2])
+        self.append(k, valid_keys_of(request, q, k))
+        return replace(request, pooled_keys=rearrange(self.pooled(k.shape[2]), "n b h e -> b h n e"))
+
+    def settle(self, k: Float[Tensor, "B Hkv Lk D"], config: RRConfig, *, room: int) -> None:
+        """Takes the settings and sizes by which keys are pooled, and room for so many; ValueError if they changed."""
+        (B, Hkv, _, D), stride, order = k.shape, config.strides[1], config.order
         layout = Layout(B, Hkv, order * D, stride, order, k.dtype, k.device)
         if self._layout not in (None, layout):
             raise ValueError(f"state must keep its batch, layer and settings, {self._layout}, got {layout}")
         self._layout = layout
+        self._make_room(ceil_div(room, stride))
+
+    def append(self, k: Float[Tensor, "B Hkv Lk D"], valid: Bool[Tensor, "#B #Hkv Lk"] | None = None) -> None:
+        """Pools the strides of k that are new or were not whole; `valid` as in `pooled_features`."""
+        stride, order, Lk = self._layout.stride, self._layout.order, k.shape[2]
         # On a CPU the last stride is pooled once more, to see whether it is still the same.
         again = int(self._whole > 0 and k.device.type == "cpu")
+        if self.tokens == Lk and not again:
+            return
         start = (self._whole - again) * stride
-        valid = valid_keys_of(request, q, k)
-        new = pool_new(k[:, :, start:], stride, order, None if valid is None else valid[..., start:])
+        new = k[:, :, start:], stride, order, None if valid is None else valid[..., start:]
         if again:
-            self._check_last(new[:, :, 0])
-        new = new[:, :, again:]
-        strides = ceil_div(Lk, stride)
-        self._make_room(strides)
-        self._pooled[self._whole : strides] = rearrange(new, "b h n e -> n b h e")
+            self._check_last(pooled_features(*new)[:, :, 0])
+        pool_into(self._pooled[self._whole - again : ceil_div(Lk, stride)], *new)
         self._whole = Lk // stride
-        return replace(request, pooled_keys=rearrange(self._pooled[:strides], "n b h e -> b h n e"))
+
+    def pooled(self, tokens: int) -> Float[Tensor, "strides B Hkv E"]:
+        """The pooled keys of so many tokens, where they lie."""
+        return self._pooled[: ceil_div(tokens, self._layout.stride)]
+
+    def note(self, tokens: int) -> None:
+        """Says that so many tokens, whole strides, were pooled into where they lie."""
+        self._whole = tokens // self._layout.stride
 
     def _check_last(self, found: Float[Tensor, "B Hkv E"]) -> None:
         """ValueError unless the last whole stride is the one that was pooled before, but for rounding."""
@@ -142,12 +159,20 @@ def check_state(state: object, q: Tensor, k: Tensor) -> None:
 
 
 @torch.no_grad()
-def pool_new(
-    k: Float[Tensor, "B Hkv new D"], stride: int, order: int, valid: Bool[Tensor, "#B #Hkv new"] | None
-) -> Float[Tensor, "B Hkv n E"]:
-    """`pooled_features`: one kernel on an accelerator, some operations on a CPU."""
-    pool = _pool_compiled if k.device.type == "cuda" else pooled_features
-    return pool(k, stride, order, valid)
+def pool_into(
+    where: Float[Tensor, "n B Hkv E"],
+    k: Float[Tensor, "B Hkv new D"],
+    stride: int,
+    order: int,
+    valid: Bool[Tensor, "#B #Hkv new"] | None,
+) -> None:
+    """`pooled_features`, written to their place: one kernel on an accelerator, some operations on a CPU."""
+    write = _write_pooled_compiled if k.device.type == "cuda" else _write_pooled
+    write(where, k, stride, order, valid)
 
 
-_pool_compiled = compile_whole(pooled_features, dynamic=True)
+def _write_pooled(where: Tensor, k: Tensor, stride: int, order: int, valid: Tensor | None) -> None:
+    where.copy_(rearrange(pooled_features(k, stride, order, valid), "b h n e -> n b h e"))
+
+
+_write_pooled_compiled = compile_whole(_write_pooled, dynamic=True)

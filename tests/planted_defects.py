@@ -321,7 +321,7 @@ DEFECTS = [
         "test_estimators.py::test_a_density_is_kept_by_one_threshold_a_sequence",
     ),
     Defect(
-        "rr_flex/request.py",
+        "rr_flex/level.py",
         "torch.where((level >= 0) & (level < 1), level, -1.0)",
         "level * 2",
         "test_estimators.py::test_a_threshold_may_be_one_a_head",

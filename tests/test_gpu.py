@@ -1,7 +1,9 @@
 """What only an accelerator's kernels do: the estimate as attention, log-sum-exp, gradients, dynamic lengths."""
 
 import math
+import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import oracle
@@ -9,11 +11,13 @@ import pytest
 import torch
 from cases import Shape, assert_attends, compiled_flex, eager_flex, mask_by_name, tensors
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import BlockMask
 
 import rr_flex
-from mask_mods import both, causal, padding, visible_keys
-from rr_flex import PrefillState, attention, create_rr_block_mask, rr_attention, select_blocks
-from rr_flex.kernels import choose, deciding, last_rows
+from mask_mods import both, causal, padding, sliding_window, visible_keys
+from rr_flex import PrefillState, attention, captured, create_rr_block_mask, mass, rr_attention, select_blocks
+from rr_flex.block_mask import KeptMask
+from rr_flex.kernels import choose, deciding, dense, last_rows
 from rr_flex.kernels import flash as backends
 from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
@@ -242,7 +246,8 @@ def test_one_captured_graph_runs_selection_and_attention():
     torch.testing.assert_close(out, rr_attention(*fresh, **chosen))
 
 
-def test_a_caller_s_reduce_overhead_graph():
+def test_a_caller_s_reduce_overhead_graph(monkeypatch):
+    monkeypatch.setattr(head_slices, "SMALL_BYTES", -1)  # as in a long context, where free memory would be asked for
     shape = Shape(B=1, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=64)
     call = torch.compile(lambda q, k, v: rr_attention(q, k, v, tau=0.5), mode="reduce-overhead", fullgraph=True)
     with torch.no_grad():
@@ -323,11 +328,11 @@ def test_a_chunk_is_dense_through_the_fastest_kernel(keys):
 def test_a_pack_is_each_prompt_alone():
     lengths, keys = [1500, 1, 640, 3000], [1500, 900, 2560, 3000]
     q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=sum(lengths), Lk=sum(keys), D=64), dtype=torch.bfloat16)
-    for least, dense in ((10**6, 4), (2000, 2)):
+    for least, count in ((10**6, 4), (2000, 2)):
         chosen = {"tau": 0.5, "min_length": least}
         before = attention.calls["dense"]
         out = rr_flex.rr_attention_packed(q, k, v, lengths, key_lengths=keys, **chosen)
-        assert attention.calls["dense"] == before + dense
+        assert attention.calls["dense"] == before + count
         prompts = zip(q.split(lengths, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
         alone = torch.cat([rr_attention(*prompt, **chosen) for prompt in prompts], 2)
         torch.testing.assert_close(out, alone, rtol=0, atol=2e-2)
@@ -419,6 +424,26 @@ def test_chunks_with_a_state_and_offsets_of_their_own(backend):
         assert_attends(out.cpu(), *(x.cpu() for x in own), allowed)
 
 
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+@pytest.mark.parametrize("chosen", [{"tau": 0.4, "dense_last_rows": 0}, {"order": 2, "key_stride": 16, "tau": 0.4}])
+def test_captured_chunks_are_what_each_is_alone(monkeypatch, backend, chosen):
+    """Two layers, two prompts, a ragged end; a new prompt in the same cache, whose end the graph must not look at."""
+    monkeypatch.setattr(captured, "LEAST_STEP", 1536)
+    chosen = chosen | {"backend": backend, "min_length": 0}
+    prefill = rr_flex.CapturedPrefill(512, **chosen)
+    shape = Shape(B=1, Hq=4, Hkv=2, Lq=2100, Lk=2100, D=64)
+    caches = [on_gpu(shape, layer, torch.bfloat16)[1:] for layer in range(2)]
+    for seed, ends in ((2, (512, 1024, 1536, 2048, 2100)), (4, (512, 1024))):
+        prompts = [on_gpu(shape, seed + layer, torch.bfloat16) for layer in range(2)]
+        for start, end in zip((0, *ends), ends, strict=False):
+            for (q, new_k, new_v), (k, v) in zip(prompts, caches, strict=True):
+                k[:, :, start:end], v[:, :, start:end] = new_k[:, :, start:end], new_v[:, :, start:end]
+                found = prefill(q[:, :, start:end], k, v, start)
+                alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], **chosen)
+                torch.testing.assert_close(found, alone, rtol=0, atol=2e-2)
+    assert prefill.calls == {"replayed": 2 * 6, "called": 2}
+
+
 def test_the_lookup_of_kept_blocks_is_not_in_the_kernel():
     q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
     from torch._inductor.utils import run_and_get_code
@@ -426,3 +451,153 @@ def test_the_lookup_of_kept_blocks_is_not_in_the_kernel():
     torch._dynamo.reset()
     _, code = run_and_get_code(lambda: rr_attention(q, k, v, tau=0.4, backend="triton"))
     assert "is_kept" not in "".join(code)
+
+
+def test_a_captured_graph_takes_a_level_a_head_that_no_call_had_before():
+    q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=64), dtype=torch.bfloat16)
+    chosen = {"sink_blocks": 0, "dense_last_rows": 0}
+    call = lambda levels: rr_attention(q, k, v, tau=levels, backend="triton", **chosen)  # noqa: E731
+    other = call([0.9] * 4)
+    for levels, seen in (([0.3, 0.6, 0.2, 0.5], False), ([0.2, 0.7, 0.3, 0.4], True)):
+        before = call(levels) if seen else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call(levels)
+        graph.replay()
+        after = call(levels)
+        assert torch.equal(out, after) and not torch.equal(out, other)
+        assert before is None or torch.equal(before, after)
+        assert_attends(*(x.cpu() for x in (out, q, k, v)), allowed_pairs(q, k, tau=levels, **chosen))
+
+
+def test_threads_that_meet_new_shapes_while_one_compiles():
+    cases = [(on_gpu(LONG), None), (on_gpu(LONG._replace(Lq=644, Lk=900)), None), (on_gpu(LONG), 200)]
+    mask = lambda window: {} if window is None else {"mask_mod": sliding_window(window)}  # noqa: E731
+
+    def work(case):
+        if case is None:
+            number = random.random()
+            return torch.compile(lambda x: x.sin() * number, dynamic=False)(torch.ones(7, device="cuda"))
+        qkv, window = case
+        return rr_attention(*qkv, tau=0.3, **mask(window))
+
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(work, [*cases, None, *cases, None, *cases]))
+    for out, case in zip([out for out in outs if out.ndim == 4], cases * 3, strict=True):
+        qkv, window = case
+        q, k, v = (x.cpu() for x in qkv)
+        kept = select_blocks(*qkv[:2], tau=0.3, **mask(window)).kept.cpu()
+        offset, sizes = k.shape[2] - q.shape[2], (*q.shape[:3], k.shape[2])
+        shown = oracle.pairs(causal(offset), *sizes)
+        if window is not None:
+            shown = shown & oracle.pairs(sliding_window(window, offset), *sizes)
+        assert_attends(out.cpu(), q, k, v, shown & oracle.expand(kept, sizes[2:], (128, 128)))
+
+
+def test_contexts_change_nothing():
+    q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
+    chosen = {"tau": 0.5, "backend": "triton"}
+    exact = rr_attention(q, k, v, **chosen)
+    contexts = [torch.no_grad(), torch.inference_mode(), torch.autocast("cuda", torch.bfloat16)]
+    for context in (*contexts, torch.device("cpu"), torch.device("cuda"), torch.device("meta")):
+        with context:
+            assert torch.equal(rr_attention(q, k, v, **chosen), exact)
+    with torch.autocast("cuda", torch.bfloat16):  # norms leave float32 queries beside values in half precision
+        assert torch.equal(rr_attention(q.float(), k.float(), v, **chosen), exact)
+    with torch.no_grad():
+        out = rr_attention(q.clone().requires_grad_(), k, v.clone().requires_grad_(), **chosen)
+    assert torch.equal(out, exact) and not out.requires_grad
+
+
+def test_a_caller_s_compile_over_many_lengths():
+    call = torch.compile(lambda q, k, v: rr_attention(q * 1.0, k, v, tau=0.3) * 2)
+    q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=1400, Lk=1400, D=64))
+    with torch.no_grad():
+        for length in range(200, 1401, 200):
+            own = [x[:, :, :length].contiguous() for x in (q, k, v)]
+            out = call(*own) / 2
+            assert_attends(out.cpu(), *(x.cpu() for x in own), allowed_pairs(*own[:2], tau=0.3))
+
+
+@pytest.mark.parametrize("name", ["document", "right padding"])
+def test_masks_at_other_batch_sizes_and_lengths(name):
+    for shape in (LONG._replace(Lq=900, Lk=900), LONG._replace(B=3, Lq=900, Lk=900), LONG._replace(B=3)):
+        q, k, v = on_gpu(shape)
+        here, there = (mask_by_name(name, shape, device=device)[0] for device in ("cpu", "cuda"))
+        chosen = {"causal": False, "tau": 0.5}
+        out = rr_attention(q, k, v, mask_mod=there, **chosen)
+        kept = select_blocks(q, k, mask_mod=there, **chosen).kept.cpu()
+        sizes = (shape.Lq, shape.Lk)
+        shown = oracle.pairs(here, shape.B, shape.Hq, *sizes) & oracle.expand(kept, sizes, (128, 128))
+        assert_attends(*(x.cpu() for x in (out, q, k, v)), shown)
+
+
+@needs_flash
+def test_flash_by_name_is_flash_on_a_short_call_too(monkeypatch):
+    q, k, v = on_gpu(Shape(B=2, Hq=4, Hkv=2, Lq=300, Lk=300, D=64), dtype=torch.bfloat16)
+    rr_attention(q, k, v, min_length=301, backend="flash")  # its check
+    real, taken = dense._flash_attention, []
+    monkeypatch.setattr(dense, "_flash_attention", lambda *call: taken.append(call) or real(*call))
+    out = rr_attention(q, k, v, min_length=301, backend="flash")
+    assert len(taken) == 1
+    assert_attends(*(x.cpu() for x in (out, q, k, v)), oracle.pairs(causal(), 2, 4, 300, 300))
+    monkeypatch.setattr(dense, "_right", {})
+    monkeypatch.setattr(dense, "_flash_attention", lambda *call: torch.zeros_like(call[0]))
+    with pytest.raises(RuntimeError, match=r"^backend must be 'auto' or 'triton' for a dense call here, got 'flash'"):
+        rr_attention(q, k, v, min_length=301, backend="flash")
+
+
+def test_wide_heads_at_order_2_have_their_mass_in_strips_and_few_graphs(monkeypatch):
+    monkeypatch.setattr(mass, "STRIP_ELEMENTS", 1 << 13)
+    chosen = {"tau": 0.5, "order": 2, "sink_blocks": 0, "dense_last_rows": 0}
+    graphs = []
+    for length in (700, 900, 1100, 1300, 1500):
+        q, k, v = on_gpu(Shape(B=1, Hq=2, Hkv=1, Lq=length, Lk=length, D=256), dtype=torch.bfloat16)
+        before = attention.calls["mass in strips"]
+        out = rr_attention(q, k, v, **chosen)
+        assert attention.calls["mass in strips"] == before + 1
+        assert_attends(*(x.cpu() for x in (out, q, k, v)), allowed_pairs(q, k, **chosen))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[2] == graphs[-1]
+
+
+def test_a_caller_s_kernel_reads_no_map_of_kept_blocks():
+    """So none overflows its int32 index."""
+    q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
+    block_mask = create_rr_block_mask(q, k, tau=0.5)
+    exact = compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=True)
+    block_mask.mask_mod.kept.zero_()
+    assert torch.equal(compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=True), exact)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40e9, reason="needs 40 GB"
+)
+def test_a_block_mask_of_more_than_two_to_the_31_entries():
+    """33 heads of 1,048,576 tokens; each row attends to its own block and to one before it, another for each head."""
+    H, n, L = 33, 8192, 1 << 20
+    rows, head = torch.arange(n, device="cuda"), torch.arange(H, device="cuda")[:, None]
+    before = rows * (head + 3) // 40  # of row 0: itself
+    kept = torch.zeros(1, H, n, n, dtype=torch.bool, device="cuda")
+    kept[0, head, rows, rows] = True
+    kept[0, head, rows, before] = True
+    lists = []
+    for entries in (rows.expand(H, n), before):
+        indices = torch.zeros(1, H, n, n, dtype=torch.int32, device="cuda")
+        indices[0, :, :, 0] = entries
+        lists += [torch.ones(1, H, n, dtype=torch.int32, device="cuda"), indices]
+    lists[2][0] = before < rows
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, x, L, 16, generator=g, device="cuda", dtype=torch.bfloat16) for x in (H, 1, 1))
+
+    def attend(heads):
+        mask_mod = KeptMask(kept[:, heads], causal(), (128, 128))
+        block_mask = BlockMask.from_kv_blocks(
+            *(x[:, heads] for x in lists), mask_mod=mask_mod, seq_lengths=(L, L), compute_q_blocks=False
+        )
+        return compiled_flex(q[:, heads], k, v, block_mask=block_mask, enable_gqa=True)
+
+    last = attend(slice(H - 1, H))
+    torch._dynamo.reset()
+    torch.testing.assert_close(attend(slice(0, H))[:, -1:], last, rtol=0, atol=2e-2)
+    assert kept.numel() > 2**31 and last.isfinite().all()

@@ -34,7 +34,7 @@ def test_dense_chunks_are_one_shot():
     assert (sdpa(inputs.q[:, :, 300:], inputs.k, inputs.v) - whole[:, :, 300:]).abs().max() < 1e-5
 
 
-def test_a_row_a_chunk_size_with_and_without_state(monkeypatch):
+def test_a_row_a_chunk_size(monkeypatch):
     """Whole chunks through a stand-in for rr_attention, which is dense: only what is called, and how, is looked at."""
     called = []
 
@@ -45,7 +45,7 @@ def test_a_row_a_chunk_size_with_and_without_state(monkeypatch):
     monkeypatch.setattr(chunk_suite, "rr_attention", attention)
     options = SimpleNamespace(chunk_sizes=[256], settings=["τ"])
     rows = list(chunk_suite.rows(server(), options))
-    assert [(row["chunk"], row["state"]) for row in rows] == [(512, False), (256, False), (256, True)]
+    assert [(row["chunk"], row["kept"]) for row in rows] == [(512, "nothing"), (256, "state")]
     assert {(256, 256, 0, True), (256, 512, 256, True), (512, 512, 0, False)} <= set(called)
     for row in rows:
         assert row["ms"] > 0 and row["dense_ms"] > 0 and row["from_one_shot"] < 1e-6 and row["failed"] is None
@@ -91,7 +91,7 @@ def test_a_cost_that_would_be_negative_is_none():
 
 
 def test_tables_show_the_last_row_of_each(tmp_path):
-    chunk = {"suite": "chunks", "failed": None, "config": "τ", "backend": "flash", "chunk": 8192, "state": True}
+    chunk = {"suite": "chunks", "failed": None, "config": "τ", "backend": "flash", "chunk": 8192, "kept": "state"}
     chunk |= {"density": 0.27, "ms": 70.0, "one_shot_ms": 69.0, "dense": "fa4", "dense_ms": 205.0, "length": 131072}
     chunk |= {"host_ms": 30.0, "host_ms_a_call": 1.9, "from_one_shot": 0.0} | SHAPE
     write_rows(tmp_path / "chunks.jsonl", [chunk | {"ms": 99.0}, chunk, chunk | {"failed": "x"}], ABOUT)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -144,10 +145,9 @@ def dense_packed(
 def _flash_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, int]], causal: bool, scale) -> Tensor:
     from flash_attn.cute.interface import flash_attn_varlen_func
 
-    ends = torch.tensor([(0, 0), *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(q.device)
-    longest = [max(sizes) for sizes in zip(*lengths, strict=True)]
-    sizes = {"cu_seqlens_q": ends[:, 0].contiguous(), "cu_seqlens_k": ends[:, 1].contiguous()}
-    sizes |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+    queries, keys = zip(*lengths, strict=True)
+    ends = torch.tensor([[0, *accumulate(own)] for own in (queries, keys)], dtype=torch.int32).to(q.device)
+    sizes = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": max(queries), "max_seqlen_k": max(keys)}
     tensors = (x[0].transpose(0, 1) for x in (q, k, v))  # it takes tokens H D
     out = flash_attn_varlen_func(*tensors, **sizes, causal=causal, softmax_scale=scale)
     return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)[None]

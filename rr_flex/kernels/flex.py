@@ -42,17 +42,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Attended
     with torch.no_grad():
         chosen = select(q, k, request)
         density = chosen.density_per_head if "density" in request.returns else None
-        sizes = {"block_size": chosen.block_size, "seq_lengths": chosen.seq_lengths}
-        kept, pieces, sinks = chosen.kept, None, None
-        if request.sinks is not None and q.device.type == "cpu":
-            # The CPU's kernel has no log-sum-exp to correct by: there the sinks are a key.
-            sinks = request.sinks
-            k, v, block_mask = with_sink_block(k, v, chosen)
-        else:
-            if request.rows_apart:
-                kept, pieces = take_apart(chosen.kept, request.rows_apart)
-            backward = request.backward
-            block_mask = build_block_mask(kept, chosen.whole, chosen.mask_mod, **sizes, for_backward=backward)
+        sinks = None if q.device.type != "cpu" else request.sinks
+        kept, pieces = take_apart(chosen.kept, request.rows_apart) if request.rows_apart else (chosen.kept, None)
     options = attention_options(q, request.config.block_sizes, whole_tiles=request.whole_tiles)
     score_mod = score_mod_of(request.softcap, sinks)
     settings = {"scale": request.scale, "kernel_options": options, "score_mod": score_mod}
@@ -62,6 +53,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Attended
         last_rows = merge_pieces(*flex(queries, k, v, mask, settings, lse=True))
         if request.rows_apart == chosen.kept.shape[2]:
             return Attended(*last_rows, density), None
+    with torch.no_grad():
+        if sinks is not None:
+            # The CPU's kernel has no log-sum-exp to correct by: there the sinks are a key.
+            k, v, block_mask = with_sink_block(k, v, chosen)
+        else:
+            sizes = {"block_size": chosen.block_size, "seq_lengths": chosen.seq_lengths}
+            about = sizes | {"for_backward": request.backward}
+            block_mask = build_block_mask(kept, chosen.whole, chosen.mask_mod, **about)
     out, lse = flex(q, k, v, block_mask, settings, lse=pieces is not None or "lse" in request.returns)
     return Attended(out, lse, density), last_rows
 

@@ -5,6 +5,7 @@ import torch
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.options import COLUMNS
+from rr_flex.runtime.tracing import traced
 
 SLICE_BYTES = 12 << 30  # that the selection of one slice may take, about, on a device with room for it
 FREE_SHARE = 0.5  # of what the device has free, if that is less
@@ -36,7 +37,7 @@ def head_slices(
 
 def bytes_for(wanted: int, device: torch.device) -> int:
     """What one slice may take of the `wanted` bytes."""
-    if wanted <= SMALL_BYTES or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if wanted <= SMALL_BYTES or device.type != "cuda" or traced() or torch.cuda.is_current_stream_capturing():
         return SLICE_BYTES
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(SLICE_BYTES, int(FREE_SHARE * free))

@@ -1,0 +1,95 @@
+"""A prompt's chunks over a cache that stays gives what each chunk gives by itself; on a CPU the graphs are run anew."""
+
+import warnings
+
+import pytest
+import torch
+from cases import Shape, tensors
+
+from rr_flex import CapturedPrefill, captured, rr_attention
+
+RULES = [{"tau": 0.4}, {"preset": "best", "threshold": 0.05, "dense_last_rows": 0}]
+CACHE = Shape(B=2, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=16)
+
+
+class RunAnew(CapturedPrefill):
+    """Without CUDA graphs: the same chunks, launched each time."""
+
+    _devices = ("cpu",)
+
+    def _record(self, run):
+        return run
+
+
+@pytest.fixture(autouse=True)
+def small_steps_and_no_compiler(monkeypatch):
+    monkeypatch.setattr(captured, "LEAST_STEP", 384)
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
+        yield
+
+
+def test_every_chunk_is_what_it_is_alone():
+    prompts = (
+        [(0, 256), (256, 512), (512, 768), (768, 860)],
+        [(0, 256), (256, 380), (380, 636)],
+        [(0, 1000)],
+        [(0, 256)],
+    )
+    for rule in RULES:
+        prefill = RunAnew(256, min_length=0, **rule)
+        caches = [tensors(CACHE, layer)[1:] for layer in range(2)]
+        for seed, chunks in enumerate(prompts):
+            prompt = [tensors(CACHE, 10 + seed + layer) for layer in range(2)]
+            for start, end in chunks:
+                for (q, new_k, new_v), (k, v) in zip(prompt, caches, strict=True):
+                    k[:, :, start:end], v[:, :, start:end] = new_k[:, :, start:end], new_v[:, :, start:end]
+                    found = prefill(q[:, :, start:end], k, v, start)
+                    alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=0, **rule)
+                    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+        assert prefill.calls == {"replayed": 2 * 5, "called": 2 * 4}
+
+
+def test_a_prefix_that_is_in_the_cache():
+    q, k, v = tensors(CACHE)
+    prefill = RunAnew(256, min_length=0, tau=0.4)
+    found = prefill(q[:, :, 512:768], k, v, 512)
+    alone = rr_attention(q[:, :, 512:768], k[:, :, :768], v[:, :, :768], min_length=0, tau=0.4)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+
+
+def test_where_dense_attention_is_faster_it_is_called():
+    q, k, v = tensors(CACHE)
+    prefill = RunAnew(256, min_length=600, tau=0.4)
+    for start in (0, 256, 512):
+        end = start + 256
+        found = prefill(q[:, :, start:end], k, v, start)
+        alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=600, tau=0.4)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    assert prefill.calls == {"replayed": 1, "called": 2}
+
+
+def test_the_steps_of_a_cache():
+    assert [captured.step_end(end, 1000) for end in (1, 384, 385, 900, 1000)] == [384, 384, 768, 1000, 1000]
+    assert captured.step_end(5, 1 << 20) == 1 << 15  # thirty-two graphs and no more
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": 100}, "^queries must be a multiple of 128, got 100"),
+        ({"pool": "queries"}, "^pool must be one that pools keys, got 'queries'"),
+    ],
+)
+def test_what_it_refuses_at_first(change, message):
+    with pytest.raises(ValueError, match=message):
+        RunAnew(**({"queries": 128} | change))
+
+
+def test_what_a_call_refuses():
+    q, k, v = tensors(CACHE)
+    for first in (-1, 745, 1.0, True):
+        with pytest.raises(ValueError, match=r"^first must be an int from 0 to 744, got"):
+            RunAnew(256)(q[:, :, :256], k, v, first)
+    with pytest.raises(NotImplementedError, match=r"^q must be on a CUDA device, got cpu"):
+        CapturedPrefill(256)(q[:, :, :256], k, v, 0)
