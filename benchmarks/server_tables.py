@@ -19,15 +19,20 @@ def way(row: Row) -> str:
     return row["backend"] if kept == "nothing" else f"{row['backend']}, {kept}"
 
 
+def ratio(one: float | None, other: float | None) -> float | None:
+    """None where one of them was not timed in the same call."""
+    return None if one is None or other is None else one / other
+
+
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "chunks": {
         "setting": lambda row: f"{row['config']}, density {row['density']:.3f}",
         "kernel": way,
         "chunk": lambda row: f"{row['chunk']:,}",
         "ms": lambda row: number(row["ms"], ".1f"),
-        "÷ one shot": lambda row: number(row["ms"] / row["one_shot_ms"]),
-        "dense, ms": lambda row: f"{number(row['dense_ms'], '.1f')} ({row['dense']})",
-        "faster by": lambda row: f"{row['dense_ms'] / row['ms']:.2f}×",
+        "÷ one shot": lambda row: number(ratio(row["ms"], row["one_shot_ms"])),
+        "dense, ms": lambda row: f"{number(row['dense_ms'], '.1f')} ({row['dense']})" if row["dense_ms"] else "–",
+        "faster by": lambda row: number(ratio(row["dense_ms"], row["ms"]), ".2f") + "×" * bool(row["dense_ms"]),
         "host ms a call": lambda row: number(row["host_ms_a_call"]),
         "from one shot": lambda row: number(row["from_one_shot"], ".1e"),
     },
@@ -116,10 +121,14 @@ def write_page(page: Path, rows: list[Row]) -> None:
 
 
 def setting_of(row: Row) -> str:
+    return f"{place_of(row)}; commit {row['commit']} ({row['date'][:10]})"
+
+
+def place_of(row: Row) -> str:
     flash = f", flash-attn-4 {row['flash_attn_4']}" if row.get("flash_attn_4") else ""
     heads = f"{row['heads']}/{row['kv_heads']} heads of {row['head_dim']}, {row['dtype']}"
     workload = "" if row["workload"] == "structured" else f", {row['workload']}"
-    return f"{row['card']}, torch {row['torch']}{flash}; {heads}{workload}; commit {row['commit']} ({row['date'][:10]})"
+    return f"{row['card']}, torch {row['torch']}{flash}; {heads}{workload}"
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -127,14 +136,15 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     chunks = [row for row in rows if row["suite"] == "chunks"]
-    settings = list(dict.fromkeys(setting_of(row) for row in chunks))
+    settings = list(dict.fromkeys(map(place_of, chunks)))
     if not settings:
         return
     figure = Figure(figsize=(8, 5 * len(settings)), layout="constrained")
     for axis, setting in zip(figure.subplots(len(settings), squeeze=False)[:, 0], settings, strict=True):
         lines: dict[str, dict[int, float]] = {}
-        for row in (row for row in chunks if setting_of(row) == setting):
-            lines.setdefault(f"dense, {row['dense']}", {})[row["chunk"]] = row["dense_ms"]
+        for row in (row for row in chunks if place_of(row) == setting):
+            if row["dense_ms"]:
+                lines.setdefault(f"dense, {row['dense']}", {})[row["chunk"]] = row["dense_ms"]
             label = f"{row['config']}, density {row['density']:.2f}, {way(row)}"
             lines.setdefault(label, {})[row["chunk"]] = row["ms"]
         for label, points in lines.items():
@@ -142,6 +152,10 @@ def draw(rows: list[Row], path: Path) -> None:
             axis.plot(sizes, times, "--" if label.startswith("dense") else "-", marker="o", markersize=4, label=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        chunk_sizes = sorted({row["chunk"] for row in chunks})
+        axis.set_xticks(chunk_sizes, [f"{size:,}" for size in chunk_sizes])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_title(setting.split(";")[0], fontsize=11)
         axis.set_xlabel("queries a chunk (tokens); the rightmost is one shot")
         axis.set_ylabel("time of one layer's whole prompt (ms)")

@@ -135,7 +135,7 @@ class CapturedPrefill:
             shared.out.copy_(attend(name, (shared.q, k, v), request).out)
 
         def put(q: Tensor, first: int) -> None:
-            cache.state.append(cache.k[:, :, :first])  # what ordinary calls, all dense, have left
+            cache.state.pool_new(cache.k[:, :, :first])  # what ordinary calls, all dense, have left
             shared.q.copy_(q)
             shared.first.fill_(first)
 

@@ -96,6 +96,7 @@ def _samples(q: Tensor, k: Tensor, request: Request, queries: Tensor, keys: Tens
         scale=request.scale,
         head_offset=request.head_offset,
         softcap=request.softcap,
+        ends=request.ends,
     )
 
 

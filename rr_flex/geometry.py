@@ -12,6 +12,11 @@ def ceil_div(length: int, size: int) -> int:
     return -(-length // size)
 
 
+def as_tensors(numbers: tuple[int, ...], device: torch.device) -> tuple[Int[Tensor, ""], ...]:
+    """Numbers as a mask may capture them, also where they depend on lengths that are symbols."""
+    return tuple(torch.full((), number, dtype=torch.int64, device=device) for number in numbers)
+
+
 def sampled_index(head: Index, stride_index: Tensor, stride: int, last: Index) -> Tensor:
     """Index of the query that `head` (global) takes from stride i: i·stride + head mod stride, clamped to `last`."""
     return smaller(stride_index * stride + head % stride, last)

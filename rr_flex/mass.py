@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mask_mods import any_key_visible
 from mask_mods.spans import Index, MaskMod, smaller
-from rr_flex.geometry import ceil_div, sampled_index
+from rr_flex.geometry import as_tensors, ceil_div, sampled_index
 from rr_flex.kernels.score_mods import soft_cap
 from rr_flex.runtime.compiling import compile_whole
 from rr_flex.runtime.tracing import traced
@@ -36,6 +36,7 @@ class Samples(NamedTuple):
     stands_for: Literal["one", "all"] = "one"
     softcap: Tensor | float | None = None
     valid_keys: Bool[Tensor, "#B #Hkv Lk"] | None = None  # False: pooled into no stride; None: all are valid
+    ends: tuple[Tensor, Tensor] | None = None  # (last query, number of keys), for strips and where a graph needs them
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -61,6 +62,9 @@ def block_mass(samples: Samples) -> Float[Tensor, "B Hq nQ nK"]:
     strip = _strip_mass_compiled if samples.queries.device.type == "cuda" and not traced() else _strip_mass
     stride_index = torch.arange(nq, device=samples.queries.device)[:, None]
     weights = key_weights(samples)
+    # A strip reads `ends` alone: lengths are ints, which would make a graph for each.
+    Lq, Lk = samples.seq_lengths
+    samples = samples._replace(ends=samples.ends or as_tensors((Lq - 1, Lk), samples.queries.device))
     # One strip is no loop: that keeps a graph open to other lengths.
     if nQ <= rows:
         return _strip_mass(samples, stride_index, weights)
@@ -80,7 +84,7 @@ def _strip_mass(
 ) -> Float[Tensor, "B Hq rows nK"]:
     """The mass of the block rows whose samples are `samples.queries`, those of strides `stride_index`."""
     B, Hq, n, _ = samples.queries.shape
-    (_, nK), (queries_per_block, keys_per_block) = samples.grid, samples.per_block
+    queries_per_block, keys_per_block = samples.per_block
     nk, device = samples.keys.shape[2], samples.queries.device
     index = Indices(
         torch.arange(B, device=device)[:, None, None, None],
@@ -88,14 +92,14 @@ def _strip_mass(
         stride_index,
         torch.arange(nk, device=device) * samples.strides[1],
     )
-    Lq, Lk = samples.seq_lengths
-    visible = stride_visible(samples, index, last_query=Lq - 1, Lk=Lk)
+    last_query, Lk = samples.ends
+    visible = stride_visible(samples, index, last_query=last_query, Lk=Lk)
     scores = soft_cap(_scores(samples.queries.float() * samples.scale, samples.keys), samples.softcap)
     if weights is not None:
         group = 1 if weights.shape[1] == 1 else Hq // samples.keys.shape[1]
         weights = weights.repeat_interleave(group, 1)[:, :, None]  # B Hq 1 nk, or 1 for B and for Hq
     share = _masked_softmax(scores, visible, weights)  # B Hq n nk
-    share = F.pad(share, (0, nK * keys_per_block - nk, 0, -n % queries_per_block))
+    share = F.pad(share, (0, -nk % keys_per_block, 0, -n % queries_per_block))
     return reduce(share, "b h (Q q) (K k) -> b h Q K", "sum", q=queries_per_block, k=keys_per_block)
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from mask_mods import block_visibility
 from rr_flex.block_mask import list_partial_and_full
-from rr_flex.geometry import ceil_div
+from rr_flex.geometry import as_tensors, ceil_div
 from rr_flex.kernels.options import estimate_columns, estimate_options
 from rr_flex.kernels.score_mods import score_mod_of
 from rr_flex.mass import Indices, Samples, key_weights, stride_visible
@@ -114,8 +114,7 @@ def _tiles(samples: Samples, segment: int, segments: int) -> BlockMask:
         for tiles in (visible, whole)
     )
     # Numbers that depend on the lengths are captured as tensors: ints would compile anew (and fail if dynamic).
-    last_query = torch.full((), Lq - 1, dtype=torch.int64, device=device)
-    key_count = torch.full((), Lk, dtype=torch.int64, device=device)
+    last_query, key_count = samples.ends or as_tensors((Lq - 1, Lk), device)
 
     def visible_in_segment(b, h, q_idx, kv_idx):
         first_key = (b // B * segment + kv_idx) * samples.strides[1]

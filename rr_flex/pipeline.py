@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+import rr_flex.selection  # noqa: F401 - enters the budget rules: no import may be left to a caller's graph
 from mask_mods import block_visibility
 from mask_mods.spans import MaskMod
 from rr_flex.checks import as_autocast_says, check_queries_and_keys

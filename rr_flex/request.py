@@ -41,6 +41,8 @@ class Request:
     returns: tuple[str, ...] = ()  # beside the output: "lse", "density"
     backward: bool = False
     whole_tiles: bool = False  # both lengths are multiples of 128, said to Triton's kernel
+    # (last query, number of keys) where Triton's kernel must be given them, see kernels/choose.py
+    ends: tuple[Tensor, Tensor] | None = None
     rows_apart: int = 0  # block rows at the end that attend by themselves, see kernels/last_rows.py
 
     @property

@@ -89,7 +89,7 @@ class PrefillState:
         if "key_stride" not in ESTIMATORS[config.pool].reads:
             raise ValueError(f"state must be None with pool={config.pool!r}, which pools no keys, got a PrefillState")
         self.settle(k, config, room=k.shape[2])
-        self.append(k, valid_keys_of(request, q, k))
+        self.pool_new(k, valid_keys_of(request, q, k))
         return replace(request, pooled_keys=rearrange(self.pooled(k.shape[2]), "n b h e -> b h n e"))
 
     def settle(self, k: Float[Tensor, "B Hkv Lk D"], config: RRConfig, *, room: int) -> None:
@@ -101,7 +101,7 @@ class PrefillState:
         self._layout = layout
         self._make_room(ceil_div(room, stride))
 
-    def append(self, k: Float[Tensor, "B Hkv Lk D"], valid: Bool[Tensor, "#B #Hkv Lk"] | None = None) -> None:
+    def pool_new(self, k: Float[Tensor, "B Hkv Lk D"], valid: Bool[Tensor, "#B #Hkv Lk"] | None = None) -> None:
         """Pools the strides of k that are new or were not whole; `valid` as in `pooled_features`."""
         stride, order, Lk = self._layout.stride, self._layout.order, k.shape[2]
         # On a CPU the last stride is pooled once more, to see whether it is still the same.

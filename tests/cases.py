@@ -81,7 +81,7 @@ def kept_by_rule(draw, Hq):
 
 def real_keys(lengths, Lk, side):
     """Which keys are no padding: bool [B, Lk]."""
-    index = torch.arange(Lk)
+    index = torch.arange(Lk, device=lengths.device)
     return index < lengths[:, None] if side == "right" else index >= Lk - lengths[:, None]
 
 

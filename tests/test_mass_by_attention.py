@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import torch
-from cases import MASKS, Shape, mask_by_name, seeds, tensors
+from cases import FREE, MASKS, Shape, mask_by_name, seeds, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from mask_mods import causal, visible_keys
-from rr_flex import mass
+from rr_flex import mass, select_blocks
 from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
 from rr_flex.sampling import pool_keys, sample_queries
@@ -94,3 +95,19 @@ def test_the_size_of_a_strip_never_matters(seed, strip):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mass, "STRIP_ELEMENTS", strip)
         torch.testing.assert_close(block_mass(samples), whole, rtol=0, atol=1e-5)
+
+
+def test_strips_are_of_few_graphs_for_any_lengths(monkeypatch):
+    """As on a GPU, where a strip is compiled: no length is a constant of it."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(mass, "STRIP_ELEMENTS", 1 << 13)
+    graphs = []
+    for length in (700, 900, 1100, 1300):
+        q, k, _ = tensors(Shape(B=1, Hq=2, Hkv=1, Lq=length, Lk=length, D=32))
+        alone = select_blocks(q, k, order=2, tau=0.5, **FREE)
+        with monkeypatch.context() as compiled:
+            compiled.setattr(mass, "_strip_mass", mass._strip_mass_compiled)
+            found = select_blocks(q, k, order=2, tau=0.5, **FREE)
+        torch.testing.assert_close(found.mass, alone.mass, rtol=0, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] <= graphs[0] + 1

@@ -1,5 +1,7 @@
 """The answer is the same whoever runs the graph: compiled kernel, eager mode, other backends, exports, threads."""
 
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -121,3 +123,18 @@ def test_threads_that_meet_new_shapes_together():
         outs = list(pool.map(run, cases * 3))
     for out, (qkv, window) in zip(outs, cases * 3, strict=True):
         assert_exact(out, *qkv, **({} if window is None else {"mask_mod": sliding_window(window)}))
+
+
+FIRST_OF_A_PROCESS = """
+import torch
+from rr_flex import rr_attention
+q, k, v = torch.randn(1, 2, 300, 16), torch.randn(1, 1, 300, 16), torch.randn(1, 1, 300, 16)
+call = torch.compile(lambda q, k, v: rr_attention(q, k, v, tau=0.5), backend="eager", fullgraph=True)
+print(tuple(call(q, k, v).shape))
+"""
+
+
+def test_the_first_call_of_a_process_may_be_a_caller_s_graph():
+    """Nothing is left for it to import or to enter, which no graph can hold."""
+    run = subprocess.run([sys.executable, "-c", FIRST_OF_A_PROCESS], capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == "(1, 2, 300, 16)", run.stderr

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from rr_flex.geometry import ceil_div
+from rr_flex.geometry import as_tensors, ceil_div
 from rr_flex.kernels import flash, flex
 from rr_flex.kernels.flex import Attended
 from rr_flex.kernels.last_rows import all_rows_apart, rows_apart
@@ -71,8 +71,12 @@ def laid_out(name: str, q: Tensor, k: Tensor, request: Request) -> Request:
     Settled here, not in the graph: there what is asked of a length can make a constant of it.
     """
     Lq, Lk = q.shape[2], k.shape[2]
-    whole = name == "triton" and not traced() and Lq % LARGEST_TILE == 0 and Lk % LARGEST_TILE == 0
-    return replace(request, rows_apart=_rows_apart(KERNELS[name], q, Lk, request), whole_tiles=whole)
+    own_graph = name == "triton" and not traced()
+    whole = own_graph and Lq % LARGEST_TILE == 0 and Lk % LARGEST_TILE == 0
+    # For one whole tile the compiler finds out late that Lq is a constant, which a mask may not capture (torch 2.11).
+    ends = as_tensors((Lq - 1, Lk), q.device) if own_graph and Lq == LARGEST_TILE else None
+    rows = _rows_apart(KERNELS[name], q, Lk, request)
+    return replace(request, rows_apart=rows, whole_tiles=whole, ends=ends)
 
 
 def _rows_apart(kernel: Kernel, q: Tensor, Lk: int, request: Request) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from rr_flex.block_mask import build_block_mask
+from rr_flex.geometry import as_tensors
 from rr_flex.kernels.last_rows import first_query, merge_pieces, piece_mask, piece_queries, take_apart, write_last_rows
 from rr_flex.kernels.options import attention_options
 from rr_flex.kernels.score_mods import score_mod_of, with_sink_block
@@ -78,8 +79,7 @@ def flex(
 def of_pieces(q: Tensor, chosen: Selection, pieces: Tensor, request: Request) -> tuple[Tensor, BlockMask]:
     """Queries and BlockMask of the last rows' pieces."""
     Lq, rows, q_block = q.shape[2], request.rows_apart, chosen.block_size[0]
-    ends = (first_query(Lq, rows, q_block), Lq - 1)
-    first, last = (torch.full((), end, dtype=torch.int64, device=q.device) for end in ends)
+    first, last = as_tensors((first_query(Lq, rows, q_block), Lq - 1), q.device)
     B, H, nQ, nK = chosen.kept.shape
     per_piece = pieces.shape[1] // H
     whole = chosen.whole.expand(B, H, nQ, nK)[:, :, nQ - rows :].repeat_interleave(per_piece, 1)
