@@ -70,6 +70,7 @@ class CapturedPrefill:
 
     _devices = ("cuda",)
 
+    @torch.inference_mode(False)  # what it keeps must take the next call's too, in that mode or not
     @torch.no_grad()
     def __call__(
         self,

@@ -446,7 +446,10 @@ DEFECTS = [
     Defect("rr_flex/captured.py", "shared.first.fill_(first)", "pass", CAPTURED),
     Defect("rr_flex/captured.py", "cache.state.trim(first)", "pass", CAPTURED),
     Defect(
-        "rr_flex/mass.py", "seq_lengths=(0, 0), ends=ends", "ends=ends", "test_mass_by_attention.py::test_strips_are"
+        "rr_flex/mass.py",
+        "last_query, Lk = samples.ends",
+        "last_query, Lk = samples.seq_lengths[0] - 1, samples.seq_lengths[1]",
+        "test_mass_by_attention.py::test_strips_are",
     ),
     Defect(
         "rr_flex/state.py",

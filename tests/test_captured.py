@@ -58,6 +58,17 @@ def test_a_prefix_that_is_in_the_cache():
     torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
 
 
+def test_inference_mode_and_not():
+    q, k, v = tensors(CACHE)
+    prefill = RunAnew(256, min_length=0, tau=0.4)
+    for start, mode in ((0, True), (256, False), (512, True)):
+        end = start + 256
+        with torch.inference_mode(mode):
+            found = prefill(q[:, :, start:end], k, v, start)
+            alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=0, tau=0.4)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+
+
 def test_where_dense_attention_is_faster_it_is_called():
     q, k, v = tensors(CACHE)
     prefill = RunAnew(256, min_length=600, tau=0.4)
