@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.parallel_ways import RULES, Prompt, Run, dense_ways, density_of, exact_part, ways
+from benchmarks.parallel_run import Run
+from benchmarks.parallel_ways import RULES, Prompt, dense_ways, density_of, exact_part, ways
 from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.distributed import Account
 from rr_flex.distributed.context import attend_strip, choose_blocks
@@ -35,19 +36,19 @@ def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[
     account = Account()
     alone = name.startswith("one card")
 
-    def call() -> Tensor | None:
+    def on_all() -> Tensor:
         account.__init__()
-        return None if alone and run.rank else way(config, account)
+        return way(config, account)
 
-    out, times = run.time(call)
+    # What one card is timed on compiles on every rank: in the next way the others would be waited for.
+    out, times = run.time((lambda: None) if alone and run.rank else on_all, on_all)
     row = {"way": name, "ms": statistics.median(times), "least_ms": min(times), "most_ms": max(times)}
     peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
     moved = run.largest(peak, account.fetched, account.selecting, account.all_gather)
     row |= dict(zip(("peak_bytes", "fetched_bytes", "selecting_bytes", "all_gather_bytes"), moved, strict=True))
-    if account.ways:
+    if account.kept:
         own = float(sum(account.kept))
         row["balance"] = run.largest(own)[0] / (run.total(own)[0] / run.ranks)
-        row["strips_by_block"] = account.ways.count("kept") / max(1, len(account.ways))
     exact = exact_part(prompt, name)
     if exact is not None:
         out = exact if out is None else out
@@ -82,16 +83,17 @@ def stages(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
     return found | {"way": "stages", "strips": len(local.strips)}
 
 
-def blocks_that_differ(prompt: Prompt, config: RRConfig) -> dict[str, Any]:
-    """How many blocks all ranks together keep otherwise than one card does."""
-    local, size = prompt.local(config), config.block_sizes[0]
-    expected = select_blocks(*prompt.whole[:2], config=config).kept
+def blocks_that_differ(prompt: Prompt, config: RRConfig, name: str | None = None) -> dict[str, Any]:
+    """How many blocks all ranks together keep otherwise than one card does; `name`: of `prompt.arranged`."""
+    local, size = prompt.local(config, name), config.block_sizes[0]
+    expected = local.shards.heads(select_blocks(*prompt.whole[:2], config=config).kept)
     differing = 0
     for chunk, (kept, _) in zip(local.chunks, choose_blocks(local)[0], strict=True):
         rows = expected[:, :, chunk.start // size : -(-chunk.stop // size)]
         differing += int((rows[..., : kept.shape[3]] != kept).sum()) + int(rows[..., kept.shape[3] :].sum())
     differ, kept = prompt.run.total(float(differing), float(expected.sum()))
-    return {"way": "blocks that differ", "differ": differ, "of_kept": kept / prompt.run.ranks}
+    found = {"way": "blocks that differ", "on": name or "sequence"}
+    return found | {"differ": differ, "of_kept": kept / local.shards.ranks("sequence")}
 
 
 @torch.no_grad()
@@ -117,8 +119,11 @@ def rows_of(prompt: Prompt) -> Iterator[dict[str, Any]]:
     for wanted in options.densities:
         config = prompt.at_density(RULES[options.rule], wanted)
         facts = shape | {"wanted_density": wanted} | density_of(prompt, config)
+        if prompt.whole is not None:
+            prompt.balance(config)
         if checked:
-            yield facts | attempt("blocks that differ", lambda c=config: blocks_that_differ(prompt, c))
+            for name in (None, *prompt.arranged):
+                yield facts | attempt("blocks that differ", lambda c=config, n=name: blocks_that_differ(prompt, c, n))
             prompt.exact = rr_attention(*prompt.whole, config=config)
         for name, way in found.items():
             yield facts | attempt(name, lambda n=name, w=way, c=config: measure(prompt, n, w, c))

@@ -1,23 +1,26 @@
-"""The ranks of a benchmark run, one length's tensors on them, and every way to attend to these."""
+"""One length's tensors on the ranks of a run, and every way to attend to them."""
 
-import argparse
-import json
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.environment import describe
+from benchmarks.parallel_run import Run
 from benchmarks.workloads import Shape, structured
 from rr_flex import RRConfig, rr_attention
-from rr_flex.distributed import Account, Shards, context_parallel, head_parallel, make_mesh, ring, ulysses, zigzag
+from rr_flex.distributed import (
+    Account,
+    Shards,
+    balanced,
+    context_parallel,
+    head_parallel,
+    ring,
+    ulysses,
+    zigzag,
+)
 from rr_flex.distributed.asked import check_asked
 from rr_flex.distributed.context import choose_blocks
 from rr_flex.distributed.local import Local, prepare
@@ -27,70 +30,8 @@ RULES = {
     "coarse": RRConfig(order=2, query_stride=16, key_stride=8, budget="threshold", min_length=0),
     "best": RRConfig.from_preset("best", min_length=0),
 }
+BALANCED = "balanced"
 BISECTIONS = 8
-LONGEST = 1500  # milliseconds of timed calls after which no further one begins
-
-
-class Run:
-    """The processes, their clock and where rows go."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = torch.device(options.device)
-        self.sequence = make_mesh(sequence=int(options.world), device=options.device, timeout=options.timeout)
-        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
-        self.heads = init_device_mesh(options.device, (self.ranks,), mesh_dim_names=("heads",))
-        self.plane = None
-        if self.ranks % 2 == 0:
-            sizes = 2, self.ranks // 2
-            self.plane = init_device_mesh(options.device, sizes, mesh_dim_names=("heads", "sequence"))
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.start = time.perf_counter()
-        self.about = describe(self.device, options.commit) | {"ranks": self.ranks}
-        if self.device.type == "cuda":
-            self.about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-
-    def largest(self, *values: float) -> list[float]:
-        """Of all ranks."""
-        x = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-        return x.tolist()
-
-    def total(self, *values: float) -> list[float]:
-        x = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(x)
-        return x.tolist()
-
-    @property
-    def over(self) -> bool:
-        """Whether the time is spent, the same on every rank."""
-        return self.largest(time.perf_counter() - self.start)[0] > self.options.seconds
-
-    def time(self, call: Callable[[], Any]) -> tuple[Any, list[float]]:
-        """The call's result and milliseconds of some calls, each the slowest rank's, after one that compiles."""
-        result, times = call(), []
-        self.synchronize()
-        while len(times) < self.options.calls and sum(times) <= LONGEST:
-            result = None
-            dist.barrier()
-            self.synchronize()
-            begin = time.perf_counter()
-            result = call()
-            self.synchronize()
-            times.append(self.largest(1000 * (time.perf_counter() - begin))[0])
-        return result, times
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self.rank == 0:
-            with Path(self.options.output).open("a") as stream:
-                stream.write(json.dumps(self.about | row) + "\n")
-            shown = {name: value for name, value in row.items() if value is not None}
-            print(f"{time.perf_counter() - self.start:4.0f} s {shown}", file=sys.stderr, flush=True)
 
 
 class Prompt:
@@ -107,10 +48,31 @@ class Prompt:
         # One card and head parallelism work on whole sequences; very long ones leave no room for both.
         self.whole = list(whole) if length <= run.options.most_whole else None
         self.exact = None  # one card's output, where outputs are compared
+        # The other ways to lay it out, by name: shards, and this rank's part.
+        self.arranged: dict[str, tuple[Shards, list[Tensor]]] = {}
+        for mesh in run.planes if self.whole and length <= run.options.most_checked else ():
+            name = f"{mesh.size(0)} heads × {mesh.size(1)} sequence"
+            self.arrange(name, Shards(mesh, zigzag(length, mesh.size(1))))
+        if self.whole:
+            self.arrange(BALANCED, self.shards)
 
-    def local(self, config: RRConfig, **options: Any) -> Local:
-        asked = check_asked(*self.part, self.shards, {"config": config, **options}, {"fetch"})
-        return prepare(*self.part, self.shards, asked)
+    def arrange(self, name: str, shards: Shards) -> None:
+        part = [shards.layout.take(shards.heads(x), shards.place).contiguous() for x in self.whole]
+        self.arranged[name] = shards, part
+
+    def balance(self, config: RRConfig) -> None:
+        """Lays BALANCED out by what this very selection keeps in each block row, as the layer before might tell."""
+        size = config.block_sizes[0]
+        cost = torch.zeros(-(-self.length // size), device=self.run.device)
+        local = self.local(config)
+        for chunk, (kept, _) in zip(local.chunks, choose_blocks(local)[0], strict=True):
+            cost[chunk.start // size : -(-chunk.stop // size)] = kept.sum((0, 1, 3)).float()
+        dist.all_reduce(cost)
+        self.arrange(BALANCED, Shards(self.run.sequence, balanced(cost.tolist(), self.length, self.run.ranks)))
+
+    def local(self, config: RRConfig, name: str | None = None, **options: Any) -> Local:
+        shards, part = self.arranged.get(name, (self.shards, self.part))
+        return prepare(*part, shards, check_asked(*part, shards, {"config": config, **options}, {"fetch"}))
 
     def at_density(self, config: RRConfig, wanted: float) -> RRConfig:
         """The threshold that keeps `wanted` of the visible blocks, all ranks together."""
@@ -151,10 +113,10 @@ def ways(prompt: Prompt) -> dict[str, Callable[[RRConfig, Account], Tensor]]:
             found[named("ring", backend)] = lambda c, a, b=backend: ring(
                 *prompt.part, prompt.shards, config=c, account=a, backend=b
             )
-    if run.plane is not None and prompt.length <= run.options.most_checked and prompt.whole is not None:
-        plane = prompt.of_plane = Shards(run.plane, zigzag(prompt.length, run.ranks // 2))
-        part = [plane.layout.take(plane.heads(x), plane.place).contiguous() for x in prompt.whole]
-        found["2 heads × sequence"] = lambda c, a: context_parallel(*part, plane, config=c, account=a)
+    for name in prompt.arranged:
+        found[name] = lambda c, a, n=name: context_parallel(
+            *prompt.arranged[n][1], prompt.arranged[n][0], config=c, account=a
+        )
     return {name: way for name, way in found.items() if name in run.options.ways or not run.options.ways}
 
 
@@ -169,8 +131,8 @@ def exact_part(prompt: Prompt, name: str) -> Tensor | None:
     if name == "heads":
         count = prompt.exact.shape[1] // prompt.run.ranks
         return prompt.exact[:, prompt.run.rank * count : (prompt.run.rank + 1) * count]
-    plane = prompt.of_plane if name == "2 heads × sequence" else prompt.shards
-    return plane.layout.take(plane.heads(prompt.exact), plane.place)
+    shards, _ = prompt.arranged.get(name, (prompt.shards, None))
+    return shards.layout.take(shards.heads(prompt.exact), shards.place)
 
 
 def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:

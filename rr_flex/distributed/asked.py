@@ -12,7 +12,7 @@ from rr_flex.config import RRConfig
 from rr_flex.distributed.shards import HEADS, Account, Shards, fingerprint
 from rr_flex.kernels.choose import Backend, check_backend
 
-Fetch = Literal["auto", "kept", "all"]
+Fetch = Literal["all", "kept"]
 OPTIONAL = {"sinks", "backend", "fetch"}  # options that not every way has
 
 
@@ -30,7 +30,7 @@ class Asked:
     softcap: float | None = None
     sinks: Tensor | None = None  # logits of this rank's heads; heads and Ulysses only
     backend: Backend = "auto"
-    fetch: Fetch = "auto"  # context parallel only
+    fetch: Fetch = "all"  # context parallel only
     account: Account = field(default_factory=Account)
 
     @classmethod

@@ -20,7 +20,8 @@ def attend(kernel: str, qkv: QKV, blocks: Blocks, request: Request) -> Attended:
     """Attention over the kept blocks by the kernel of this name; with "lse" in the request's returns its log-sum-exp
     too, natural."""
     if kernel == "flash":
-        return _attend_with_flash(qkv, blocks, request)
+        whole = _lists_compiled(*blocks), flash.offset_per_batch(request.q_offset, qkv[0].shape[0])
+        return flash.attend_chosen(qkv, whole, None, request)
     # The CPU's template (torch 2.13) writes code that does not compile where so many sizes are symbols.
     graph = _for_these_lengths if kernel == "cpu" else _for_any_length
     return graph(qkv, blocks, laid_out(kernel, *qkv[:2], request))
@@ -34,17 +35,6 @@ def _attend(qkv: QKV, blocks: Blocks, request: Request) -> Attended:
     options = attention_options(q, size, whole_tiles=request.whole_tiles)
     settings = {"scale": request.scale, "kernel_options": options, "score_mod": score_mod}
     return Attended(*flex(*qkv, block_mask, settings, lse="lse" in request.returns), None)
-
-
-def _attend_with_flash(qkv: QKV, blocks: Blocks, request: Request) -> Attended:
-    q, k, v = qkv
-    settings = {"scale": request.scale, "kernel_options": attention_options(q, flash.BLOCK, "flash")}
-    mask = request.mask_at(flash.offset_per_batch(request.q_offset, q.shape[0]))
-    want_lse = "lse" in request.returns
-    graph = flash.FLEX["any" if request.causal else "one"]
-    out, lse = graph((q, _lists_compiled(*blocks), mask), k, v, settings, want_lse)
-    factor = flash.check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
-    return Attended(out, lse * factor if want_lse else None, None)
 
 
 _for_these_lengths = compile_whole(_attend, dynamic=False)

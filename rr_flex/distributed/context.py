@@ -1,8 +1,8 @@
 """Context parallel: queries stay where they are, and the keys and values that they need come to them.
 
-Only pooled keys go to every rank; from them each chooses its own queries' blocks. Then it fetches the key blocks that
-some query here kept or, where that is not less, all of them, one strip of key heads after the other: the next strip's
-transfer runs beside this one's attention. A rule that scores single keys (pool="queries", "both") needs all keys to
+Only pooled keys go to every rank; from them each chooses its own queries' blocks. Then all keys and values come, or the
+blocks that some query here kept, one strip of key heads after the other: the next strip's transfer runs beside this
+one's attention. A rule that scores single keys (pool="queries", "both") needs all keys to
 choose: they are gathered in whole, and only the values are fetched by block. (The other way,
 pooled queries to the keys' owners and block masses back, moves Hq · L² / 4,096 bytes against the keys' 2 · Hkv · L · D:
 more from 262,144 tokens on with 32/8 heads of 128.)
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from rr_flex.distributed.shards import Shards
 from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.geometry import ceil_div
 from rr_flex.pipeline import select_in_slices
-from rr_flex.state import pool_new
+from rr_flex.state import pool_into
 
 
 def context_parallel(
@@ -38,10 +39,10 @@ def context_parallel(
 ) -> Float[Tensor, "B Hq n Dv"]:
     """`rr_attention` of this rank's queries over the keys of all ranks of "sequence", tokens in the layout's order.
 
-    `fetch`: "kept" moves the key blocks that some query of the rank keeps, "all" moves all of them, "auto" (default)
-    what is less for the rank that moves most, strip by strip. Further options: config or its fields, mask_mod, causal,
-    scale, softcap, backend, account. Raises on every rank what one process would raise, and for sinks and the density
-    budget.
+    `fetch`: "all" (default) moves all keys and values, "kept" the key blocks that some query of the rank keeps: never
+    more, but ranks have to tell each other which, and the host waits for that. For slow links. Further options: config
+    or its fields, mask_mod, causal, scale, softcap, backend, account. Raises on every rank what one process would
+    raise, and for sinks and the density budget.
     """
     local = prepare(q, k, v, shards, check_asked(q, k, v, shards, options, {"fetch", "backend"}))
     chosen, all_keys = choose_blocks(local)
@@ -115,6 +116,9 @@ def _pooled_keys(local: Local) -> Tensor:
         valid = visible_keys(mask, k.shape[0], Hq, local.count, k.device)
         valid = valid if valid.shape[1] == 1 else valid.unflatten(1, (Hkv, -1)).any(2)
         valid = shards.layout.take(valid, shards.place, -1)
-    flight = gather_tokens(pool_new(k, config.strides[1], config.order, valid), shards, stride=config.strides[1])
+    (B, _, m, D), stride, order = k.shape, config.strides[1], config.order
+    pooled = k.new_empty(B, Hkv, ceil_div(m, stride), order * D)
+    pool_into(rearrange(pooled, "b h n e -> n b h e"), k, stride, order, valid)
+    flight = gather_tokens(pooled, shards, stride=stride)
     local.asked.account.selecting += flight.received
     return flight.wait()

@@ -7,7 +7,6 @@ runs beside. Rates are data (rates.json): what was measured, and where a number 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rr_flex.geometry import ceil_div
 
@@ -32,7 +31,10 @@ class Rates:
     host_ranks: int  # ranks of a host
     call_seconds: float  # of a call, whatever its size
     across_seconds: float  # beside that, of the host's operations of a call of context parallel or ring
-    fetched: dict[str, dict[str, float]]  # density -> ranks -> share of foreign key blocks that a rank wants
+    # density -> ranks -> of the rank that has most: the share of foreign key blocks that it wants, and its kept blocks
+    # over the mean
+    fetched: dict[str, dict[str, float]]
+    uneven: dict[str, dict[str, float]]
     source: str
 
     @classmethod
@@ -45,17 +47,16 @@ class Rates:
         rates = cls(**{name: found[name] for name in names})
         for name in names:
             value = getattr(rates, name)
-            if name not in ("fetched", "source") and not value > 0:
+            if isinstance(value, float | int) and not value > 0:
                 raise ValueError(f"{name} in {path} must be positive, got {value}")
         return rates
 
-    def fetched_share(self, density: float, ranks: int) -> float:
-        """The measured share at the nearest density and number of ranks, on a scale of ratios."""
 
-        def nearest(table: dict[str, Any], wanted: float) -> Any:
-            return table[min(table, key=lambda at: max(float(at) / wanted, wanted / float(at)))]
-
-        return nearest(nearest(self.fetched, density), ranks)
+def nearest(table: dict[str, dict[str, float]], density: float, ranks: int) -> float:
+    """What was measured at the nearest density and number of ranks, on a scale of ratios."""
+    for wanted in (density, ranks):
+        table = table[min(table, key=lambda at: max(float(at) / wanted, wanted / float(at)))]
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +157,14 @@ def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
     kept = prompt.blocks / ranks  # one byte a block until it has attended
     gathered = foreign * prompt.kv_bytes
     alone += rates.across_seconds
+    attend *= nearest(rates.uneven, prompt.density, ranks)
     if way == "ring":
         step = max(attend / ranks, gathered / (ranks - 1) / link)
         seconds = alone + pooled / link + attend / ranks + (ranks - 1) * step
         return Cost(
             way, ranks, seconds, own + 2 * kv / ranks + 2 * prompt.q_bytes / ranks + maps + kept, gathered + pooled
         )
-    share = rates.fetched_share(prompt.density, ranks) if way == "kept" else 1.0
+    share = nearest(rates.fetched, prompt.density, ranks) if way == "kept" else 1.0
     strips = min(STRIPS, prompt.kv_heads)
     transfer = share * gathered / link
     beside = max(attend * (strips - 1) / strips, transfer * (strips - 1) / strips)

@@ -15,7 +15,7 @@ Arriving = Callable[[], tuple[Tensor, Tensor]]  # waits, and gives k and v by po
 
 
 class Deliveries:
-    """Decides for each strip what travels, the same on every rank, and sends it when told to."""
+    """Sends each strip when told to."""
 
     def __init__(self, local: Local, kept: list[Tensor], all_keys: Tensor | None) -> None:
         self.local, self.all_keys, self.account = local, all_keys, local.asked.account
@@ -28,10 +28,8 @@ class Deliveries:
         """Sends strip `number` on its way."""
         local, plan = self.local, self.plan
         _, key_heads = local.strips[number]
-        by_block = plan is not None and (local.asked.fetch == "kept" or plan.is_less(number))
-        self.account.ways.append("kept" if by_block else "all")
         flights = [
-            plan.send(x, number) if by_block else gather_tokens(x[:, key_heads], local.shards)
+            plan.send(x, number) if plan else gather_tokens(x[:, key_heads], local.shards)
             for x in ((local.k, local.v) if self.all_keys is None else (local.v,))
         ]
         self.account.fetched += sum(flight.received for flight in flights)
@@ -94,13 +92,6 @@ class Plan:
             return whole
 
         return pass_rows(rows[sent], ([row[me] for row in counts], counts[me]), local.shards, land)
-
-    def is_less(self, number: int) -> bool:
-        """Whether the rank that receives or sends most moves fewer blocks than an all-gather would."""
-        counts, layout = self.counts[number], self.local.shards.layout
-        received, sent = (max(map(sum, table)) for table in (counts, zip(*counts, strict=True)))
-        of_rank = ceil_div(layout.most_keys, self.size) * self.B * self.width
-        return max(received, sent) < (layout.ranks - 1) * of_rank
 
 
 def wanted_blocks(

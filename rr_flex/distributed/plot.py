@@ -31,6 +31,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("GPUs")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("ms, slowest rank")
     axes.legend(fontsize=8)
     return figure

@@ -25,7 +25,6 @@ class Account:
     fetched: int = 0  # bytes of keys, values, queries and outputs from other ranks
     selecting: int = 0  # bytes of pooled keys and of what is wanted
     all_gather: int = 0  # bytes that an all-gather of keys and values would have moved
-    ways: list[str] = field(default_factory=list)  # for each strip of key heads: "kept", "all"
     # Blocks of this rank's queries, 0-dim, a chunk each; without dense last rows that all ranks share.
     kept: list[Tensor] = field(default_factory=list)
     visible: list[Tensor] = field(default_factory=list)

@@ -77,6 +77,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     that too (torch 2.11: its reads are unknown to the scheduler).
     """
     whole, pieces, density = _chosen_compiled(q, k, request)
+    return attend_chosen((q, k, v), whole, pieces, request)._replace(density=density)
+
+
+def attend_chosen(
+    qkv: tuple[Tensor, Tensor, Tensor], whole: tuple | None, pieces: tuple | None, request: Request
+) -> Attended:
+    """The rest of `attend`, from what `_chosen` gives: (lists, offset) and (queries, lists, offset)."""
+    q, k, v = qkv
     options = attention_options(q, request.config.block_sizes, "flash")
     settings = {"scale": request.scale, "kernel_options": options}
     in_nats = check_flash(q.device, q.shape[-1], v.shape[-1], q.dtype).lse_factor
@@ -91,16 +99,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Attended:
     if pieces is None:
         lists, offset = whole
         out, lse = FLEX[lengths]((q, lists, mask_at(offset)), k, v, settings, want_lse)
-        return Attended(out, lse * in_nats if want_lse else None, density)
+        return Attended(out, lse * in_nats if want_lse else None, None)
     queries, lists_of_pieces, offset_of_pieces = pieces
     of_pieces = (queries, lists_of_pieces, mask_at(offset_of_pieces))
     if whole is None:
         merged = FLEX_PIECES[lengths](of_pieces, k, v, settings, in_nats)
-        return with_last_rows(Attended(*merged, density), None, request, q.shape[2])
+        return with_last_rows(Attended(*merged, None), None, request, q.shape[2])
     lists, offset = whole
     of_rows = (q, lists, mask_at(offset))
     out, lse, last_rows = FLEX_APART[lengths](of_rows, of_pieces, k, v, settings, in_nats)
-    return with_last_rows(Attended(out, lse, density), last_rows, request, q.shape[2])
+    return with_last_rows(Attended(out, lse, None), last_rows, request, q.shape[2])
 
 
 def _chosen(q: Tensor, k: Tensor, request: Request) -> tuple[tuple | None, tuple | None, Tensor | None]:
