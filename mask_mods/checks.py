@@ -111,8 +111,13 @@ def can_be_read(value: Tensor) -> bool:
 
 
 def recorded() -> bool:
-    """Whether this code becomes part of a graph: under dynamo, or while something in this process is exported."""
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+    """Whether this thread's code becomes part of a graph: under dynamo, or while it is exported.
+
+    `is_exporting` is true in every thread while one exports; only in that one is a new tensor none with values.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_exporting() and type(torch.empty(0)) is not Tensor
 
 
 def check_count(name: str, value: int, minimum: int) -> None:

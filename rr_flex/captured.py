@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rr_flex.attention import Asked, answer, attend, count
-from rr_flex.checks import check_queries_and_keys, check_values
+from rr_flex.checks import check_queries_and_keys, check_values, gradient_wanted
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
 from rr_flex.kernels.break_even import decide
@@ -70,8 +70,6 @@ class CapturedPrefill:
 
     _devices = ("cuda",)
 
-    @torch.inference_mode(False)  # what it keeps must take the next call's too, in that mode or not
-    @torch.no_grad()
     def __call__(
         self,
         q: Float[Tensor, "B Hq Lq D"],
@@ -83,16 +81,26 @@ class CapturedPrefill:
 
         The cache is written up to the chunk's end by then, and before `first` it is what it was at the calls before.
         `first` = 0 begins a new prompt. The next call may overwrite the result. ValueError for a chunk that does not
-        lie in the cache; NotImplementedError where q is not on a CUDA device.
+        lie in the cache; NotImplementedError off CUDA, under torch.autocast, and for tensors that require grad.
         """
         check_queries_and_keys(q, k)
         check_values(q, k, v)
         check_backend(self._backend, q)
+        if gradient_wanted(q, k, v):
+            raise NotImplementedError("q, k and v must not require grad: a replay has no backward")
+        if torch.is_autocast_enabled(q.device.type):
+            raise NotImplementedError("a captured prefill must be called outside of torch.autocast")
         if q.device.type not in self._devices:
             raise NotImplementedError(f"q must be on a CUDA device, got {q.device}; rr_attention takes a PrefillState")
         Lq, capacity = q.shape[2], k.shape[2]
         if type(first) is not int or not 0 <= first <= capacity - Lq:
             raise ValueError(f"first must be an int from 0 to {capacity - Lq}, got {first!r}")
+        # What is kept must take the next call's too, in inference mode or out of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._attend(q, k, v, first)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        Lq, capacity = q.shape[2], k.shape[2]
         cache = self._caches.setdefault(_place(q, k, v), _Cache(k.detach(), v.detach()))
         cache.state.trim(first)
         end = first + Lq

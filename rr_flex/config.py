@@ -52,8 +52,9 @@ class RRConfig:
     tau: Level | None = None  # * top_tau: share of a row's estimated mass to keep, in (0, 1]; None: .95
     # * threshold: a block is kept when its share of its row's mass exceeds this, in [0, 1); None: .01
     threshold: Level | None = None
-    # * density: kept / visible blocks of a sequence, mean over heads, in (0, 1]; None: .4. Where heads are taken a few
-    # at a time (long contexts, see runtime/head_slices.py) each slice has it: heads of two do not trade blocks.
+    # * density: kept / visible blocks of a sequence, mean over heads, in (0, 1]; None: .4. More where the mandatory
+    # blocks alone are more: Selection.density says what was reached. Where heads are taken a few at a time (long
+    # contexts, see runtime/head_slices.py) each slice has it: heads of two do not trade blocks.
     target_density: float | None = None
     mandatory: Mandatory | None = None  # * top_tau: "count": mandatory mass counts towards tau; "add": joined after
     sink_blocks: int = 1  # key blocks kept at the start of the keys

@@ -73,7 +73,7 @@ def check_lengths(
     """(queries, keys) of each prompt; ValueError or TypeError where they are none of q and k."""
     given = {"lengths": lengths, "key_lengths": lengths if key_lengths is None else key_lengths}
     for (name, found), (tensor, x) in zip(given.items(), (("q", q), ("k", k)), strict=True):
-        if isinstance(found, Tensor) or not all(type(length) is int for length in found):
+        if not isinstance(found, Sequence) or not all(type(length) is int for length in found):
             raise TypeError(f"{name} must be a sequence of ints, got {found!r}")
         if x.shape[0] != 1:
             raise ValueError(f"{tensor} must be a batch of one for packed prompts, got {x.shape[0]}")

@@ -68,6 +68,8 @@ class PrefillState:
         """Takes the given rows of the batch, in this order, with repeats: beams."""
         if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"rows must be an integer tensor [rows], got {getattr(rows, 'dtype', type(rows).__name__)}")
+        if not len(rows):
+            raise ValueError("rows must be at least one, got none")
         if self._layout is not None:
             if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < self._layout.batch)).all()):
                 raise ValueError(f"rows must be from 0 to {self._layout.batch - 1}, got {rows.tolist()}")

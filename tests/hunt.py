@@ -24,17 +24,21 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import and_masks, flex_attention, or_masks
 
 import mask_mods as mm
-from rr_flex import PrefillState, RRConfig, create_rr_block_mask, rr_attention, select_blocks
+from rr_flex import PrefillState, RRConfig, create_rr_block_mask, rr_attention, rr_attention_packed, select_blocks
+from rr_flex import attention as attention_module
+from rr_flex import mass as mass_module
+from rr_flex.runtime import head_slices
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value
@@ -75,6 +79,12 @@ class Case:
     attention: dict[str, Any] = field(default_factory=dict)  # arguments that only rr_attention takes
     valid: str = "right"
     why: str = ""
+    usual: bool = False  # as called: dense where the costs say so
+    on_grid: bool = False  # q_offset as an int: block rows lie on absolute positions
+    Lk: int = 0
+
+    def __post_init__(self) -> None:
+        self.Lk = self.Lk or self.k.shape[2]
 
     def spoil(self, why: str, valid: str = "wrong") -> None:
         self.why += f" {why}"
@@ -92,7 +102,8 @@ def at(base: Any, i: Any) -> Any:
 def draw_mask(form: random.Random, r: random.Random, B: int, Lk: int, depth: int = 0) -> Mask:
     """`form` decides what is compiled, `r` the tensors."""
     kinds = ["causal", "window", "symmetric", "document", "prefix", "padding", "frames", "sink", "bidirectional"]
-    kinds += ["own", "own head", "own table", "span"] + ["both", "either", "from_head"] * (2 - depth)
+    kinds += ["own", "own head", "own table", "span", "dilated"]
+    kinds += ["both", "either", "from_head", "and_masks", "or_masks"] * (2 - depth)
     kind, where, number = form.choice(kinds), form.choice(["none"] * 4 + ["0-dim", "batch"]), form.randint(1, 9)
     dtype = form.choice([torch.int64, torch.int32])
     count = B if where == "batch" else 1
@@ -176,6 +187,10 @@ def draw_mask(form: random.Random, r: random.Random, B: int, Lk: int, depth: int
         f = lambda b, h, i: ((30 * number, 30 * number + 20), (i - number, i - number))  # noqa: E731
         show = lambda b, h, i, j, base, Lk: ((j - 30 * number - 10).abs() <= 10) | (j == i - number)  # noqa: E731
         return Mask(text, lambda Lk: mm.SpanMask(f), show)
+    if kind == "dilated":
+        return positioned(
+            lambda o: Dilated(number, offset=o), lambda p, j: (j <= p) & (j >= p - 2 * number) & ((p - j) % number == 0)
+        )
     if kind == "from_head":
         first = (0, 1, 5, torch.tensor(r.randint(0, 7)))[number % 4]
         part = draw_mask(form, r, B, Lk, depth + 1)
@@ -183,11 +198,14 @@ def draw_mask(form: random.Random, r: random.Random, B: int, Lk: int, depth: int
         build = lambda Lk: mm.from_head(part.build(Lk), first)  # noqa: E731
         return Mask(f"from_head({part.text}, {first})", build, show, part.real, part.valid, part.own)
     parts = [draw_mask(form, r, B, Lk, depth + 1) for _ in range(1 + number % 3)]
-    join, compose = (torch.logical_and, mm.both) if kind == "both" else (torch.logical_or, mm.either)
+    join = torch.logical_and if kind in ("both", "and_masks") else torch.logical_or
+    compose = {"both": mm.both, "either": mm.either, "and_masks": and_masks, "or_masks": or_masks}[kind]
+    plain = kind in ("and_masks", "or_masks")  # a function, whose parts nobody places: they stand at 0
     reals = [part.real for part in parts if part.real is not None]
+    hides = reals and (kind == "both" or (kind == "either" and len(reals) == len(parts)))
 
     def shown(b, h, i, j, base, Lk):
-        first, *rest = (torch.as_tensor(part.show(b, h, i, j, base, Lk)) for part in parts)
+        first, *rest = (torch.as_tensor(part.show(b, h, i, j, 0 if plain else base, Lk)) for part in parts)
         for one in rest:
             first = join(first, one)
         return first
@@ -195,18 +213,28 @@ def draw_mask(form: random.Random, r: random.Random, B: int, Lk: int, depth: int
     def all_real(b, t, Lk):
         first, *rest = (real(b, t, Lk) for real in reals)
         for one in rest:
-            first = first & one
+            first = join(first, one)
         return first
 
-    # Of `either` the text does not say which keys count: no estimate is compared there.
     return Mask(
         f"{kind}({', '.join(part.text for part in parts)})",
         lambda Lk: compose(*(part.build(Lk) for part in parts)),
         shown,
-        all_real if reals else None,
+        all_real if hides else None,
         "either" if any(part.valid == "either" for part in parts) else "right",
-        any(part.own for part in parts),
+        plain or any(part.own for part in parts),
     )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dilated(mm.PositionMask):
+    """A mask of the user's own, as mask_mods/README.md says to write one."""
+
+    step: int
+
+    def spans(self, b, h, q_idx):
+        p = self.position(b, q_idx)
+        return tuple((p - back * self.step, p - back * self.step) for back in range(3))
 
 
 def raises(b, h, i, j):
@@ -254,6 +282,11 @@ def wrong_masks(B: int, Lk: int) -> dict[str, Callable[[], Any]]:
         "spans None": lambda: mm.SpanMask(lambda b, h, i: None),
         "spans flat": lambda: mm.SpanMask(lambda b, h, i: (0, 5)),
         "spans float": lambda: mm.SpanMask(lambda b, h, i: ((0.5, 5.5),)),
+        "span returned": lambda: lambda b, h, i, j: (j, j + 3),
+        "own numpy": lambda: lambda b, h, i, j: np.asarray(True),
+        "own five": lambda: lambda b, h, i, j, x: i >= j,
+        "a module": lambda: mm,
+        "meta": lambda: mm.padding(torch.full((B,), 1, device="meta")),
         "spans raise": lambda: mm.SpanMask(lambda b, h, i: raises(b, h, i, i)),
     }
 
@@ -269,6 +302,10 @@ WRONG_SETTINGS: list[dict[str, Any]] = [
     {"budget": "density", "tau": 0.5}, {"mandatory": "none"}, {"budget": "threshold", "mandatory": "add"},
     {"sink_blocks": -1}, {"sink_blocks": 1.5}, {"local_blocks": None}, {"dense_last_rows": -1}, {"min_length": 1.5},
     {"preset": "better"}, {"preset": None}, {"preset": "best", "tau": 0.5}, {"preset": "rr", "threshold": 0.1},
+    {"tau": True}, {"tau": np.float32(0.5)}, {"tau": torch.tensor(0.5)}, {"tau": 1j}, {"stride": True},
+    {"tau": torch.tensor([math.nan] * 3)}, {"tau": torch.ones(3, dtype=torch.int64)}, {"order": 2.0}, {"budget": None},
+    {"stride": 2**70}, {"sink_blocks": 2**70}, {"min_length": -1}, {"min_length": 2**40}, {"min_length": "auto"},
+    {"budget": "threshold", "threshold": [0.1] * 99}, {"budget": "density", "target_density": [0.5]},
     {"tua": 0.5}, {"dropout": 0.1}, {"preset": "fast", "mandatory": "add"}, {"is_causal": True},
 ]  # fmt: skip
 WRONG_OPTIONS: list[dict[str, Any]] = [
@@ -277,11 +314,16 @@ WRONG_OPTIONS: list[dict[str, Any]] = [
     {"q_offset": torch.tensor(0.5)}, {"q_offset": torch.zeros(9).long()}, {"q_offset": torch.zeros(2, 1).long()},
     {"q_offset": torch.tensor(2**40)}, {"head_offset": -1}, {"head_offset": 0.5}, {"head_offset": torch.tensor(-1)},
     {"head_offset": torch.tensor([1, 2])}, {"causal": "False"}, {"causal": 2}, {"state": 5}, {"state": PrefillState},
-    {"config": {"tau": 0.5}}, {"config": RRConfig}, {"config": "best"},
+    {"config": {"tau": 0.5}}, {"config": RRConfig}, {"config": "best"}, {"causal": None}, {"causal": np.bool_(True)},
+    {"scale": True}, {"scale": np.float32(0.1)}, {"scale": 0.0}, {"softcap": torch.tensor(5.0)}, {"q_offset": True},
+    {"q_offset": np.int64(0)}, {"q_offset": torch.tensor(True)}, {"head_offset": 2**31}, {"mask_mod": 5},
+    {"mask_mod": "causal"}, {"config": RRConfig(), "preset": "best"},
 ]  # fmt: skip
 WRONG_ATTENTION: list[dict[str, Any]] = [
     {"sinks": torch.zeros(99)}, {"sinks": torch.zeros(2, 1)}, {"sinks": [0.0]}, {"sinks": 0.5}, {"backend": "cuda"},
-    {"backend": None}, {"backend": "flash"}, {"return_lse": True}, {"return_density": "yes"},
+    {"sinks": torch.zeros(4, device="meta")}, {"sinks": torch.full((1,), math.nan)}, {"backend": ["auto"]},
+    {"backend": None}, {"backend": "flash"}, {"return_lse": True}, {"return_lse": 1},
+    {"return_density": None}, {"return_density": "yes"},
 ]  # fmt: skip
 WRONG_TENSORS: dict[str, Callable[[Any], Any]] = {
     "3 axes": lambda x: x[0],
@@ -296,6 +338,12 @@ WRONG_TENSORS: dict[str, Callable[[Any], Any]] = {
     "None": lambda x: None,
     "meta": lambda x: x.to("meta"),
     "sparse": lambda x: x.to_sparse(),
+    "5 axes": lambda x: x[None],
+    "empty": lambda x: x[:, :, :0],
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "subclass": lambda x: x.as_subclass(type("Own", (Tensor,), {})),
+    "nested": lambda x: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)], layout=torch.jagged),
+    "conjugate": lambda x: x.to(torch.complex64).conj(),
 }
 
 
@@ -311,6 +359,8 @@ def spoil(r: random.Random, case: Case) -> None:
         case.spoil(f"{case.settings}")
     elif kind == "options":
         case.options |= r.choice(WRONG_OPTIONS)
+        if "mask_mod" in case.options:
+            case.mask = None
         case.spoil(f"{case.options}")
     elif kind == "attention":
         case.attention |= r.choice(WRONG_ATTENTION)
@@ -342,12 +392,15 @@ def draw_settings(form: random.Random, r: random.Random, Hq: int) -> dict[str, A
     budget = form.choice(["top_tau", "top_tau", "threshold", "density"])
     s["budget"] = budget
     name, high = {"top_tau": ("tau", 1.0), "threshold": ("threshold", 0.3), "density": ("target_density", 1.0)}[budget]
-    shape = form.choice(["none", "one", "one", "one", "most", "list", "tensor"])
+    shape = form.choice(["none", "one", "one", "one", "most", "list", "tensor", "tuple", "half", "numpy"])
     if shape == "most":
         s[name] = 1.0 if budget != "threshold" else 0.0
-    elif shape in ("list", "tensor") and budget != "density":
-        levels = [r.uniform(0.01, high) for _ in range(Hq)]
-        s[name] = levels if shape == "list" else torch.tensor(levels)
+    elif shape in ("list", "tensor", "tuple", "half") and budget != "density":
+        levels = [r.uniform(0.01, 0.99 * high) for _ in range(Hq)]
+        as_half = lambda x: torch.tensor(x, dtype=torch.float16)  # noqa: E731
+        s[name] = {"list": list, "tensor": torch.tensor, "tuple": tuple, "half": as_half}[shape](levels)
+    elif shape == "numpy":
+        s[name] = np.float64(r.uniform(0.01, high))
     elif shape != "none":
         s[name] = r.uniform(0.01, high)
     if budget == "top_tau" and form.random() < 0.3:
@@ -365,7 +418,7 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
     g = torch.Generator().manual_seed(seed)
     Hkv = form.randint(1, 3)
     Hq = Hkv * form.randint(2 if family else 1, 3)
-    D = form.choice([16, 32, 64, 64, 17, 40])
+    D = form.choice([16, 32, 64, 64, 17, 40, 40, 128 if family else 256])
     Dv = D if form.random() < 0.8 else form.choice([16, 32, 24])
     dtype = form.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     # A batch of another size, an axis of length 1, and lengths of a single block have graphs of their own.
@@ -374,11 +427,13 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
     if family:
         usual = (2, 7, 8, 63, 64) if form.random() < 0.15 else (129, 191, 256, 257, 300, 384, 400)
     length = lambda: r.choice([*usual, *(r.randint(usual[0], usual[-1]) for _ in usual)])  # noqa: E731
-    Lk = length()
+    Lk = length() if family or r.random() > 0.03 else r.randint(400, 1100)
     Lq = Lk if r.random() < 0.5 else length()
 
     def tensor(H: int, L: int, width: int) -> Tensor:
-        layout = form.choice(["plain", "plain", "transposed", "sliced"])
+        layout = form.choice(["plain", "plain", "transposed", "sliced", "plain" if family else "expanded"])
+        if layout == "expanded":
+            return torch.randn(1, 1, L, width, generator=g).to(dtype).expand(B, H, L, width)
         if layout == "transposed":
             return torch.randn(B, L, H, width, generator=g).to(dtype).transpose(1, 2)
         if layout == "sliced":
@@ -404,10 +459,20 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
     if form.random() < 0.25:
         options["scale"] = form.choice([0.02, 0.1, 0.3, 1])
     attention = {"sinks": torch.randn(Hq, generator=g)} if form.random() < 0.2 else {}
+    if attention and not family:
+        attention["sinks"][0] *= r.choice([1, math.inf]) if attention["sinks"][0] < 0 else 1
+        attention["sinks"] = attention["sinks"].to(r.choice([torch.float32, dtype]))
     settings = draw_settings(form, r, Hq)
     mask = draw_mask(form, r, B, Lk) if masked else None
     gain = form.choice([1.0, 2.0])
     case = Case(tensor(Hq, Lq, D) * gain, tensor(Hkv, Lk, D), tensor(Hkv, Lk, Dv), mask, options, settings, attention)
+    case.usual = not family and r.random() < 0.15
+    case.on_grid = not family and mask is None and where in ("none", "int") and r.random() < 0.7
+    if mask is not None and mask.real is not None and not family and r.random() < 0.3:
+        padding = ~real_keys(case)[:, None, :, None]
+        bad = r.choice([math.nan, math.inf])
+        case.k, case.v = case.k.masked_fill(padding, bad), case.v.masked_fill(padding, bad)
+        case.q = case.q.masked_fill(~pairs_of(case)[0].any(3, keepdim=True), bad)  # queries that see nothing
     if mask is not None and mask.valid != "right":
         case.spoil("perhaps too narrow lengths", "either")
     if where == "outside":
@@ -562,20 +627,18 @@ def check_selection(case: Case, selection: Any, pairs: Tensor, base: Tensor) -> 
         raise Wrong("mass is not finite, negative, or on hidden blocks")
     total = mass.sum(-1, keepdim=True)
     share = mass / total.clamp(min=1e-30)
-    told = case.mask is None or (("either" not in case.mask.text) or case.mask.real is None)
     # What a soft cap does to a variance the documentation leaves open.
-    if told and not (config.order == 2 and "softcap" in case.options):
+    if not (config.order == 2 and "softcap" in case.options):
         theirs, reach = estimate(case, config, pairs)
         gap = float(((share - theirs) * (total > 0)).abs().max())
         if gap > MASS_ERROR[case.q.dtype] * max(1.0, float(reach)):
             raise Wrong(f"the estimate is {gap:.3g} off (logits reach {float(reach):.3g}, {case.q.dtype})")
-    must = mandatory(case, config, visible, base) if told else torch.zeros_like(visible)
+    must = mandatory(case, config, visible, base)
     if (must & ~kept).any():
         raise Wrong(f"a mandatory block is dropped: {(must & ~kept).nonzero()[0].tolist()}")
     if (visible & ~kept & ~(total > 0)).any():
         raise Wrong("a row without an estimate drops blocks")
-    if told:
-        check_budget(case, config, {"kept": kept, "visible": visible, "must": must, "mass": mass, "share": share})
+    check_budget(case, config, {"kept": kept, "visible": visible, "must": must, "mass": mass, "share": share})
 
 
 def check_budget(case: Case, config: RRConfig, found: dict[str, Tensor]) -> None:
@@ -587,7 +650,10 @@ def check_budget(case: Case, config: RRConfig, found: dict[str, Tensor]) -> None
         if case.mask is not None and case.mask.own:
             return  # heads may see differently, and a mean of heads is no count of blocks
         for b in range(kept.shape[0]):
+            # No threshold keeps what has no mass at all.
+            most = float((visible[b] & (must[b] | (share[b] > 1e-16) | (total[b] <= 0))).sum())
             want, got = goal * float(visible[b].sum()), float(kept[b].sum())
+            want = want if goal >= 1 else min(want, most)
             if got < want - 1.001 or (got > want + 1.001 and free[b].any()):
                 raise Wrong(f"density: {got:.0f} of {int(visible[b].sum())} blocks instead of {want:.2f}")
         return
@@ -602,25 +668,26 @@ def check_budget(case: Case, config: RRConfig, found: dict[str, Tensor]) -> None
     if (least < torch.where(rest, share, -math.inf).amax(-1, keepdim=True) - eps).any():
         raise Wrong("a smaller block is kept, a larger dropped")
     have = (share * kept).sum(-1, keepdim=True)
+    needed = have - least
     if (((have < level - 1e-4) & (total > 0)) & rest.any(-1, keepdim=True)).any():
         raise Wrong("a row holds less than tau")
     if config.mandatory == "add":  # mandatory blocks join after the choice: those larger than the last were in it
-        have = (share * (kept & (share >= least - eps))).sum(-1, keepdim=True)
-    if ((have - least > level + 1e-4) & (level < 1)).any():
+        needed = (share * (kept & (share > least + eps))).sum(-1, keepdim=True)
+    if ((needed > level + 1e-4) & (level < 1)).any():
         raise Wrong("a row keeps more than tau needs")
 
 
-def check_output(case: Case, out: Tensor, kept: Tensor, pairs: Tensor, tolerance: float) -> None:
+def check_output(case: Case, out: Tensor, kept: Tensor, pairs: Tensor, tolerance: float, before: int = 0) -> None:
     config = RRConfig.resolve(None, dict(case.settings))
     (bq, bk), (Lq, Lk) = config.block_sizes, pairs.shape[2:]
     each = lambda x: x.repeat_interleave(bq, 2)[:, :, :Lq].repeat_interleave(bk, 3)[..., :Lk]  # noqa: E731
-    expect = attend(case, pairs & each(kept))
+    expect = attend(case, pairs & each(kept))[:, :, before:]
     if out.shape != expect.shape or out.requires_grad:
         raise Wrong(f"output of shape {tuple(out.shape)}, requires_grad {out.requires_grad}")
     allowed = tolerance * (float(case.v.double().abs().max()) + 1e-3)
     error = (out.double() - expect).abs().amax(-1)
     if not (error <= allowed).all():
-        dense = (out.double() - attend(case, pairs)).abs().max()
+        dense = (out.double() - attend(case, pairs)[:, :, before:]).abs().max()
         raise Wrong(
             f"output differs by {float(error.max()):.3g}, allowed {allowed:.2g} (from dense by {float(dense):.3g}), "
             f"in {int((error > allowed).sum())} of {error.numel()} rows"
@@ -632,18 +699,44 @@ def as_selected(case: Case) -> dict[str, Any]:
     dense for its speed, and its block rows begin with the first query, as where only the device knows its position."""
     options = {**case.options, **case.settings}
     if case.mask is not None:
-        options["mask_mod"] = case.mask.build(case.k.shape[2])
+        options["mask_mod"] = case.mask.build(case.Lk)
     if case.valid != "wrong":
-        options.setdefault("min_length", 0)
+        if not case.usual:
+            options.setdefault("min_length", 0)
         place = options.get("q_offset", case.k.shape[2] - case.q.shape[2])
-        if case.mask is None and not isinstance(place, Tensor):
-            options["q_offset"] = torch.tensor(place)
+        if case.mask is None and not isinstance(place, Tensor) and not case.on_grid:
+            options["q_offset"] = torch.tensor(place, device="cpu")  # where a context has another default
     return options
+
+
+def from_the_grid(case: Case) -> tuple[Case, int]:
+    """The call that a call means whose first query is no multiple of the block: with queries before it that fill the
+    block row, and how many these are. Its own queries stand in for them."""
+    row = RRConfig.resolve(None, dict(case.settings)).block_sizes[0]
+    place = case.options.get("q_offset", case.Lk - case.q.shape[2])
+    before = place % row if case.on_grid else 0
+    if not before:
+        return case, 0
+    own = case.q[:, :, : row - before]
+    filling = torch.cat([own] * (before // own.shape[2] + 1), 2)[:, :, :before]
+    options = {**case.options, "q_offset": place - before}
+    return replace(case, q=torch.cat([filling, case.q], 2), options=options, on_grid=False), before
+
+
+def in_half(case: Case) -> Case:
+    """What torch.autocast makes of a call."""
+    half = {name: getattr(case, name).to(torch.bfloat16) for name in "qkv" if isinstance(getattr(case, name), Tensor)}
+    return replace(case, **half)
+
+
+def without_padding(case: Case) -> Case:
+    """What stands in padding counts for nothing, NaN too."""
+    return replace(case, **{name: getattr(case, name).nan_to_num(0, 0, 0) for name in "qkv"})
 
 
 def clear(error: Exception, case: Case) -> str:
     """What an error says of the call, or Wrong."""
-    if isinstance(error, UsersOwn | IndexError) and case.why.strip() in ("own raises", "spans raise", "own short"):
+    if isinstance(error, UsersOwn | IndexError) and case.why.strip().endswith(("raises", "spans raise", "own short")):
         return "the user's own error"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error}"[:700]
@@ -656,6 +749,9 @@ def clear(error: Exception, case: Case) -> str:
 
 
 CONTEXTS = ["inference", "no_grad", "autocast", "device", "double", "eager", "caller eager", "flex", "caller"]
+# Without compilation; the last ones are traced anew in each call.
+UNCOMPILED = [*CONTEXTS[:6], "slices", "strips", "flex"] * 2
+TRACED = ["caller eager", "any length", "aot", "export", "strict export"]
 
 
 class Hunt:
@@ -676,13 +772,18 @@ class Hunt:
         chunks = own.random() < 0.2
         case = draw(form(), r, r.randrange(2**31), self.calls_each > 1)
         # Most contexts have graphs of their own: two a family.
-        uses = own.sample(CONTEXTS, 2) if self.calls_each > 1 else CONTEXTS[:6] * 2
+        uses = own.sample(CONTEXTS, 2) if self.calls_each > 1 else UNCOMPILED
         context = r.choice(["plain"] * 8 + ["grad", "threads", "beside"] + uses)
+        if self.calls_each == 1 and r.random() < 0.002:
+            context = r.choice(TRACED)
+        pack = self.calls_each == 1 and r.random() < 0.06
         begin = time.monotonic()
         faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             if chunks and case.valid == "right" and RRConfig.resolve(None, dict(case.settings)).pool != "queries":
                 result = self.in_chunks(r, case)
+            elif pack and case.valid == "right":
+                result, context = self.in_pack(r, case), "packed"
             elif r.random() < 0.08:
                 spoil(r, case)
                 result = self.judge(case, lambda: self.run(case, "plain"), OUTPUT_ERROR)
@@ -697,7 +798,12 @@ class Hunt:
                 errors = OUTPUT_ERROR
                 if context == "autocast":
                     errors = dict.fromkeys(OUTPUT_ERROR, 0.12)  # logits in bfloat16
-                result = self.judge(case, lambda: self.run(case, context, family), errors)
+                if context == "slices" and case.settings["budget"] == "density":
+                    context = "plain"  # each slice has the density for itself
+                if context in ("flex", "slices"):
+                    case.on_grid = False
+                judged = in_half(case) if context == "autocast" else case
+                result = self.judge(judged, lambda: self.run(case, context, family), errors, context)
             self.counts[f"{result}, {'in chunks' if chunks else context}" if result == "right" else result] += 1
         except Wrong as wrong:
             self.counts["WRONG"] += 1
@@ -711,7 +817,7 @@ class Hunt:
         rest = f"{case.options} {case.attention} {case.settings}"
         return f"{shapes} {case.mask and case.mask.text} {rest} {case.why}".replace("\n", " ")
 
-    def judge(self, case: Case, call: Callable, errors: dict) -> str:
+    def judge(self, case: Case, call: Callable, errors: dict, context: str = "") -> str:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         try:
             selection, out, density = call()
@@ -720,17 +826,26 @@ class Hunt:
         except Exception as error:
             kind = clear(error, case)
             self.errors[re.sub(r"-?\d+(\.\d+)?", "#", f"{type(error).__name__}: {error}")[:200]] += 1
-            if torch._dynamo.utils.counters["stats"]["unique_graphs"] != graphs:
+            if context not in TRACED and torch._dynamo.utils.counters["stats"]["unique_graphs"] != graphs:
                 raise Wrong("the error comes after a compilation") from None
             return kind
         if case.valid == "wrong":
             raise Wrong("a wrong call is not refused")
+        self.compare(case, selection, out, density, errors[case.q.dtype])
+        return "right"
+
+    def compare(self, case: Case, selection: Any, out: Tensor, density: Any, error: float) -> None:
+        case, before = from_the_grid(without_padding(case))
         pairs, base = pairs_of(case)
         check_selection(case, selection, pairs, base)
-        check_output(case, out, selection.kept, pairs, errors[case.q.dtype])
-        if density is not None and abs(float(density) - float(selection.density)) > 1e-5:
-            raise Wrong(f"return_density {float(density)}, the selection's {float(selection.density)}")
-        return "right"
+        kept, expected = selection.kept, float(selection.density)
+        visible = blocks_of(pairs, selection.block_size)
+        dense = float(visible.any(3).any(2).double().mean())  # a head that sees nothing has density 0
+        if case.usual and density is not None and abs(float(density) - dense) < 1e-6:
+            kept, expected = visible, dense
+        check_output(case, out, kept, pairs, error, before)
+        if density is not None and abs(float(density) - expected) > 1e-5:
+            raise Wrong(f"return_density {float(density)}, the selection's {expected}")
 
     def run(self, case: Case, context: str, family: int = 0) -> tuple[Any, Tensor, Any]:
         def attention(q, k, v, **more):
@@ -740,8 +855,27 @@ class Hunt:
         options = as_selected(case)
         q, k, v = case.q, case.k, case.v
         both = {**options, **case.attention}
+
+        whole = case if case.valid == "wrong" else from_the_grid(case)[0]
+        chosen = options if whole is case else as_selected(whole)
+
+        def select() -> Any:
+            return select_blocks(q if whole is case else whole.q, k, **chosen)
+
         if context == "grad":
             v = v.detach().requires_grad_()
+        if context == "flex" and self.calls_each == 1:
+            if "softcap" in options or case.attention:
+                return self.run(case, "plain")
+            block_mask = create_rr_block_mask(q, k, **options)
+            settings = {"enable_gqa": True, "scale": case.options.get("scale")}
+            clean = without_padding(case)  # what padding holds is the caller's matter here
+            return select(), flex_attention(clean.q, clean.k, clean.v, block_mask=block_mask, **settings), None
+        if context in TRACED and self.calls_each == 1:
+            both = {name: float(x) if isinstance(x, np.floating) else x for name, x in both.items()}
+            with torch.compiler.set_stance("default"):
+                out, density = traced_anew(context, attention, (q, k, v), both)
+            return select(), out / 2, density
         if context == "flex":
             # Each pair of lengths is a graph of its own: cut to one pair a family.
             if "softcap" in options or case.attention or case.k.shape[2] < 2:
@@ -754,7 +888,7 @@ class Hunt:
             block_mask = create_rr_block_mask(q, k, **options)
             scale = case.options.get("scale")
             out = flex(q, k, v, block_mask=block_mask, enable_gqa=True, scale=scale)
-            return select_blocks(q, k, **options), out, None
+            return select(), out, None
         if context.startswith("caller"):
             key = (context, family)
             if key not in self.callers:
@@ -763,7 +897,7 @@ class Hunt:
                     lambda q, k, v, more: [x * 2 for x in attention(q * 1.0, k, v, **more)], backend=backend
                 )
             out, density = self.callers[key](q, k, v, both)
-            return select_blocks(q, k, **options), out / 2, density / 2
+            return select(), out / 2, density / 2
         with contextlib.ExitStack() as stack:
             if context == "inference":
                 stack.enter_context(torch.inference_mode())
@@ -779,8 +913,19 @@ class Hunt:
             elif context == "double":
                 torch.set_default_dtype(torch.float64)
                 stack.callback(torch.set_default_dtype, torch.float32)
+            elif context in ("slices", "strips"):
+                where, name = {"slices": (head_slices, "SLICE_BYTES"), "strips": (mass_module, "STRIP_ELEMENTS")}[
+                    context
+                ]
+                stack.callback(setattr, where, name, getattr(where, name))
+                setattr(where, name, 1 if context == "slices" else 1 << 10)
+            counted = attention_module.calls["dense"] + attention_module.calls["cpu"]
             out, density = attention(q, k, v, **both)
-            return select_blocks(q, k, **options), out, density
+            if threading.active_count() == 1:
+                counted = attention_module.calls["dense"] + attention_module.calls["cpu"] - counted
+                if counted != 1:
+                    raise Wrong(f"counted as {counted} calls")
+            return select(), out, density
 
     def at_once(self, cases: list[Case], beside: bool) -> str:
         """Two calls of two lengths in two threads; or one call while another thread compiles something else."""
@@ -816,27 +961,98 @@ class Hunt:
         return "right" if set(kinds) == {"right"} else next(kind for kind in kinds if kind != "right")
 
     def in_chunks(self, r: random.Random, case: Case) -> str:
-        """A prompt cut anywhere, with a state; each chunk is judged as a call of its own."""
+        """A prompt cut anywhere, with a state that is copied, trimmed and reordered in between; each chunk is judged as
+        a call of its own."""
         Lk = case.k.shape[2]
         cuts = sorted({*r.sample(range(2, max(Lk - 1, 4)), 2), Lk}) if Lk > 4 else [Lk]
         state, begin = PrefillState(), 0
-        q = torch.cat([case.q] * (-(-Lk // case.q.shape[2])), 2)
-        for end in cuts:
-            tensors = q[:, :, begin:end], case.k[:, :, :end], case.v[:, :, :end]
-            part = Case(*tensors, case.mask, dict(case.options), case.settings, case.attention)
+        q = torch.cat([case.q.nan_to_num(0, 0, 0)] * (-(-Lk // case.q.shape[2])), 2)
+        k, v = case.k.clone(), case.v
+        while cuts:
+            end = cuts.pop(0)
+            tensors = q[:, :, begin:end], k[:, :, :end], v[:, :, :end]
+            part = Case(*tensors, case.mask, dict(case.options), case.settings, case.attention, usual=case.usual)
             part.options["q_offset"] = r.choice([int, torch.tensor])(begin)
+            part.on_grid = case.mask is None and type(part.options["q_offset"]) is int and case.on_grid
 
-            def call(part: Case = part) -> tuple[Any, Tensor, Any]:
+            def call(part: Case = part, state: PrefillState = state) -> tuple[Any, Tensor, Any]:
                 options = as_selected(part)
                 before = state.copy()
                 both = {**options, **part.attention, "state": state, "return_density": True}
                 out, density = rr_attention(part.q, part.k, part.v, **both)
+                whole, filled = from_the_grid(part)
+                if filled:  # its queries begin before the state ends
+                    return select_blocks(whole.q, whole.k, **as_selected(whole)), out, density
                 return select_blocks(part.q, part.k, state=before, **options), out, density
 
             if (kind := self.judge(part, call, OUTPUT_ERROR)) != "right":
                 return kind
             begin = end
+            event = r.choice(["none", "none", "copy", "trim", "reorder"])
+            if event == "copy":
+                state = state.copy()
+            elif event == "trim" and len(cuts) == 1:
+                begin = r.randint(0, end)
+                state.trim(begin)
+                if k.isfinite().all():
+                    k = torch.cat([k[:, :, :begin], k[:, :, begin:].flip(2)], 2)
+                cuts = sorted({r.randint(begin + 1, Lk), Lk}) if begin + 1 < Lk else cuts
+            elif event == "reorder" and case.mask is None:
+                rows = torch.tensor([r.randrange(q.shape[0]) for _ in range(r.randint(1, 3))])
+                state.reorder(rows)
+                q, k, v = (x[rows] for x in (q, k, v))
         return "right"
+
+    def in_pack(self, r: random.Random, case: Case) -> str:
+        """Prompts packed end to end, each judged as a call of its own."""
+        if case.mask is not None or "q_offset" in case.options:
+            return self.judge(case, lambda: self.run(case, "plain"), OUTPUT_ERROR)
+        q, k, v = (x[:1] for x in (case.q, case.k, case.v))
+        sizes, parts = [], []
+        for _ in range(r.randint(1, 4)):
+            keys = r.randint(1, k.shape[2])
+            queries = r.choice([keys, r.randint(1, keys)])
+            queries = min(queries, q.shape[2])
+            keys = max(keys, queries)
+            sizes.append((queries, keys))
+            parts.append((q[:, :, -queries:], k[:, :, :keys], v[:, :, -keys:]))
+        pack = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
+        queries, keys = zip(*sizes, strict=True)
+        options = {**case.options, **case.settings, **case.attention}
+        if not case.usual:
+            options.setdefault("min_length", 0)
+        outs = rr_attention_packed(*pack, list(queries), key_lengths=list(keys), **options).split(queries, 2)
+        for part, out in zip(parts, outs, strict=True):
+            own = Case(*part, None, case.options, case.settings, case.attention, usual=case.usual, on_grid=True)
+            whole, _ = from_the_grid(own)
+            selection = select_blocks(whole.q, whole.k, **as_selected(whole))
+            try:
+                self.compare(own, selection, out, None, OUTPUT_ERROR[own.q.dtype])
+            except Wrong:
+                if not case.usual:
+                    raise
+                dense = pairs_of(own)[0]  # as the costs may say
+                every = blocks_of(dense, selection.block_size)
+                check_output(own, out, every, dense, OUTPUT_ERROR[own.q.dtype])
+        return "right"
+
+
+def traced_anew(
+    how: str, attention: Callable, qkv: tuple[Tensor, ...], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """(twice the output, density) by a graph of the caller's, for this call alone."""
+    torch._dynamo.reset()
+
+    def call(q, k, v):
+        out, density = attention(q * 1.0, k, v, **options)
+        return out * 2, density
+
+    if how.endswith("export"):
+        module = torch.nn.Module()
+        module.forward = call
+        return torch.export.export(module, qkv, strict=how == "strict export").module()(*qkv)
+    backend = "aot_eager" if how == "aot" else "eager"
+    return torch.compile(call, backend=backend, dynamic=True if how == "any length" else None)(*qkv)
 
 
 def hunt(calls: range, seed: int, calls_each: int = 1, until: float = math.inf, tell: Callable = str) -> Hunt:

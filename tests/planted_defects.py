@@ -115,6 +115,13 @@ DEFECTS = [
     Defect("mask_mods/heads.py", "place(self.mask_mod, q_offset)", "self.mask_mod", PARTS),
     Defect("mask_mods/checks.py", "value.shape[0] != B", "value.shape[0] > B", REFUSED),
     Defect(
+        "mask_mods/checks.py",
+        " and type(torch.empty(0)) is not Tensor",
+        "",
+        "test_mask_checks.py::test_what_another_thread_exports",
+    ),
+    Defect("rr_flex/level.py", "torch.full((), share, ", "torch.full((), level[0], ", f"{STRANGE}levels_are_the_same"),
+    Defect(
         "mask_mods/compose.py",
         "for mask in self.masks:\n            check_mask_mod",
         "for mask in self.masks[:1]:\n            check_mask_mod",

@@ -102,5 +102,9 @@ def test_what_a_call_refuses():
     for first in (-1, 745, 1.0, True):
         with pytest.raises(ValueError, match=r"^first must be an int from 0 to 744, got"):
             RunAnew(256)(q[:, :, :256], k, v, first)
+    with pytest.raises(NotImplementedError, match=r"^q, k and v must not require grad"):
+        RunAnew(256)(q[:, :, :256].clone().requires_grad_(), k, v, 0)
+    with pytest.raises(NotImplementedError, match=r"outside of torch.autocast"), torch.autocast("cpu", torch.bfloat16):
+        RunAnew(256)(q[:, :, :256], k, v, 0)
     with pytest.raises(NotImplementedError, match=r"^q must be on a CUDA device, got cpu"):
         CapturedPrefill(256)(q[:, :, :256], k, v, 0)

@@ -87,6 +87,15 @@ def test_new_masks_compile_nothing_in_the_caller_s_own_flex():
             compiled_flex(q, k, v, block_mask=create_rr_block_mask(q, k, tau=0.1 * seed, **FREE), enable_gqa=True)
 
 
+def test_the_compiled_kernel_reads_no_map_of_kept_blocks():
+    """Whose index would overflow int32 at 1,048,576 tokens and 33 heads; eager attention reads it."""
+    q, k, v = tensors(SQUARE)
+    block_mask = create_rr_block_mask(q, k, tau=0.3, **FREE)
+    exact = compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=True)
+    block_mask.mask_mod.kept.zero_()
+    assert torch.equal(compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=True), exact)
+
+
 def test_both_calls_work_inside_the_caller_s_graph():
     """A model that is compiled as a whole: selection and attention are part of its graph, and not eager, not dense."""
     q, k, v = tensors(SQUARE)

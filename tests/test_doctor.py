@@ -42,6 +42,17 @@ def test_a_failing_compiler_is_told_not_raised(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_a_width_of_the_estimate_s_features_is_no_head_dim_that_was_tuned(monkeypatch):
+    monkeypatch.setattr(
+        doctor, "TUNED", {"cpu": {"64": doctor.TUNED["cpu"]["64"], "256": {"float32": {"estimate": {}}}}}
+    )
+    found = doctor.break_even()
+    assert found.state == "ok" and "of 64, float32" in found.found and "256" not in found.found
+    monkeypatch.setattr(doctor, "TUNED", {"cpu": {"256": {"float32": {"estimate": {}}}}})
+    assert doctor.break_even().state == "optional"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_missing_parts_come_with_their_command(monkeypatch, capsys):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)

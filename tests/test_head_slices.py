@@ -45,6 +45,24 @@ def test_the_sizes_that_occur():
     assert strips(M) == 16  # half a group
 
 
+def test_a_slice_takes_no_more_than_half_of_what_the_card_has_free(monkeypatch):
+    free = 0
+
+    def asked(*_):
+        return free << 30, 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 3 << 30)  # of which one is not in use
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 2 << 30)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    slices = []
+    for free in (60, 11, 3):
+        found = head_slices.head_slices((1, 32, 8), (M, M), RRConfig(), torch.device("cuda"))
+        assert head_slices.bytes_for(50 << 30, torch.device("cuda")) == min(12, (free + 1) / 2) * (1 << 30)
+        slices.append(len(found))
+    assert slices == [16, 32, 32] and head_slices.bytes_for(1 << 30, torch.device("cuda")) == 12 << 30
+
+
 @pytest.fixture(params=[1, 2])
 def strips_of(request, monkeypatch):
     """Strips of one head, which is half a group here, or of two, which is a whole one."""

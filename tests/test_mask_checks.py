@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 import re
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from mask_mods import (
     sink,
     sliding_window,
 )
-from mask_mods.checks import can_be_read
+from mask_mods.checks import can_be_read, recorded
 
 CALL = {"B": 2, "Hq": 4, "Lq": 5, "Lk": 8, "device": "cpu"}
 lengths = partial(torch.tensor, dtype=torch.int32)
@@ -254,3 +255,26 @@ def test_the_page_names_every_mask():
     makers = {name for name in mask_mods.__all__ if name[0].islower()}
     helpers = {"any_key_visible", "block_visibility", "check_mask_mod", "hides_keys", "last_queries", "place"}
     assert makers - helpers - {"seeing_queries", "visible_keys"} == set(re.findall(r"`(\w+)\(", PAGE)) & makers
+
+
+def test_what_another_thread_exports_lets_no_mask_pass():
+    """torch.compiler.is_exporting() is true for every thread while one exports."""
+    inside, done = threading.Event(), threading.Event()
+
+    class Waits(torch.nn.Module):
+        def forward(self, x):
+            inside.set()
+            assert done.wait(60) and recorded()
+            return x + 1
+
+    exporting = partial(torch.export.export, Waits(), (torch.ones(3),), strict=False)
+    other = threading.Thread(target=exporting)
+    other.start()
+    try:
+        assert inside.wait(60) and torch.compiler.is_exporting()
+        for wrong in (padding(lengths([3, -1])), lambda b, h, q_idx, kv_idx: None):
+            with pytest.raises((TypeError, ValueError)):
+                check_mask_mod(wrong, **CALL)
+    finally:
+        done.set()
+        other.join()

@@ -85,6 +85,8 @@ def test_gradients_and_bad_lengths():
         ([3, 4], [4, 3], ValueError, r"^key_lengths must be at least lengths, got 3 for 4"),
         (torch.tensor([3, 4]), None, TypeError, r"^lengths must be a sequence of ints"),
         ([3.0, 4], None, TypeError, r"^lengths must be a sequence of ints"),
+        (None, None, TypeError, r"^lengths must be a sequence of ints, got None"),
+        ([3, 4], 7, TypeError, r"^key_lengths must be a sequence of ints, got 7"),
     ):
         with pytest.raises(error, match=message):
             rr_attention_packed(q, k, v, lengths, key_lengths=keys)

@@ -10,8 +10,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mask_mods import padding, sliding_window
-from rr_flex import attention, mass, rr_attention, select_blocks
+from rr_flex import RRConfig, attention, level, mass, rr_attention, select_blocks
 from rr_flex.kernels import flash
+from rr_flex.level import level_per_head
 from rr_flex.runtime import private
 from rr_flex.selection import largest_by_bits
 
@@ -152,3 +153,16 @@ def test_a_private_part_that_moved_is_named_with_the_versions_that_were_tested()
     words = rf"^torch must have torch.gone .*tested with torch {private.TESTED}"
     with pytest.raises(ImportError, match=words), private._named("torch.gone"):
         import torch.gone  # noqa: F401
+
+
+def test_levels_are_the_same_where_nothing_may_be_uploaded(monkeypatch):
+    """As while a CUDA graph is captured."""
+    levels = [0.2, 0.9, 0.4, 0.7]
+    exact = level_per_head(RRConfig(tau=levels), 4, torch.device("cpu"))
+
+    def captured(*_):
+        raise level._Capturing
+
+    monkeypatch.setattr(level, "_kept_level", captured)
+    assert torch.equal(level_per_head(RRConfig(tau=levels), 4, torch.device("cpu")), exact)
+    assert torch.equal(level_per_head(RRConfig(tau=0.5), 4, torch.device("cpu")), torch.full((4,), 0.5))

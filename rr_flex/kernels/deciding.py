@@ -4,6 +4,7 @@ measured costs predict for the work of the call (break_even.py)."""
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -95,7 +96,9 @@ def expected_density(work: Work, keeps: Keeps) -> float:
     fixed = min(1.0, (rows * keeps.a_row + keeps.last_rows * work.keys / k_block) / visible)
     if keeps.of_all:
         return max(fixed, keeps.share)
-    return fixed + (1 - fixed) * min(keeps.share, keeps.most * rows / visible)
+    # In a graph rows are a symbol, of which no expression may be infinite (torch 2.15).
+    share = keeps.share if math.isinf(keeps.most) else min(keeps.share, keeps.most * rows / visible)
+    return fixed + (1 - fixed) * share
 
 
 def _most_over(threshold: Level | None) -> float:
@@ -132,4 +135,4 @@ def _in_a_graph(work: Work, costs: Costs, fused: bool, keeps: Keeps) -> Decision
 
 def _without_dense_kernel(costs: Costs) -> Costs:
     """Dense attention is the sparse kernel over all visible blocks, in a graph that estimates nothing."""
-    return Costs(**vars(costs) | {"dense_host": costs.host, "dense_block": costs.kept_block})
+    return replace(costs, dense_host=costs.host, dense_block=costs.kept_block)
