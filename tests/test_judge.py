@@ -8,10 +8,14 @@ import torch
 from cases import Shape, tensors
 
 from benchmarks.study import judge_tables
+from benchmarks.study.carriers import Mixed
+from benchmarks.study.compensation import attend_by_lists, compensate
 from benchmarks.study.judged_rules import FLOOR, JUDGED, by_head, by_row_length, with_floor
 from rr_flex import RRConfig, select_blocks
+from rr_flex.evaluation.block_outputs import KeptBlocks
 from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.rules import Case
+from rr_flex.evaluation.sparse_model import attend_densely, attend_to_blocks
 
 CONFIG = RRConfig.from_preset("best")
 
@@ -61,6 +65,26 @@ def test_values_are_their_formulas(case, share):
             for j in sorted(free, key=lambda j: -share[0, h, row, j]):
                 assert (floor[0, h, row, j] == math.inf) == (held < FLOOR)
                 held += share[0, h, row, j].item()
+
+
+def test_what_is_dropped_comes_back_whole_where_a_row_s_queries_are_alike(case, share):
+    _, visible, mandatory = share
+    q = case.q[:, :, ::128].repeat_interleave(128, 2)
+    kept = KeptBlocks(visible & (mandatory | (torch.arange(4) % 2 == 0)[:, None, None]), (128, 128))
+    attended = attend_by_lists((q, case.k, case.v), kept, 0.25)
+    torch.testing.assert_close(attended[0], attend_to_blocks(q, case.k, case.v, kept, scale=0.25))
+    back = compensate((q, case.k, case.v), attended, visible & ~kept.kept, (128, 128), (0.25, True))
+    dense = attend_densely(q, case.k, case.v, layer=0, scale=0.25, window=None)
+    torch.testing.assert_close(back, dense, rtol=1e-4, atol=1e-5)
+    assert (attended[0] - dense).abs().max() > 0.01
+
+
+def test_heads_that_take_the_other_rule_are_as_under_it(case):
+    near = {"layer": 3, "scale": 0.25, "window": None}
+    runs = (JUDGED["best"], 0.2), (JUDGED["fast"], 0.3)
+    first, second = (Mixed(*run)(case.q, case.k, case.v, **near) for run in runs)
+    mixed = Mixed(*runs[0], other=runs[1], others=frozenset({(3, 1), (2, 0)}))(case.q, case.k, case.v, **near)
+    assert torch.equal(mixed[:, 1], second[:, 1]) and torch.equal(mixed[:, [0, 2, 3]], first[:, [0, 2, 3]])
 
 
 def rows(kl):

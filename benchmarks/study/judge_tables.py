@@ -200,28 +200,33 @@ def density_like(rules: dict[str, list[dict]], rule: str) -> float:
     return density_between(lambda density: at(rules[rule], density).mean, wanted, rising=False)
 
 
-def draw(found: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """Divergence against time: a rule is a line between its two levels. Needs matplotlib."""
+def draw(found: dict[str, dict[str, list[dict]]]):
+    """Divergence against time, a figure of matplotlib's: a rule is a line between its two levels."""
     from matplotlib.figure import Figure
 
     clock = Clock()
     figure = Figure(figsize=(11, 5.6), layout="constrained")
+    others = [rule for rule in TIMED if rule not in PICTURED]
     for axis, (model, rules) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
-        for rule in PICTURED:
+        for rule in (*others, *PICTURED):
             backend = KERNELS[TIMED[rule][0]][0]
             points = [
                 (clock.ms(rule, density, backend), mean([row["kl"] for row in texts.values()]))
                 for density, texts in levels_of(rules[rule])
             ]
-            style = "--" if backend == "flash" else "-"
-            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=f"{rule} ({backend})")
+            style = {"linestyle": "--" if backend == "flash" else "-", "marker": "o", "markersize": 4}
+            if rule in others:
+                style |= {"color": "0.8", "label": "other rules" if rule == others[0] else None, "markersize": 2}
+            else:
+                style["label"] = f"{rule} ({backend})"
+            axis.plot(*zip(*points, strict=True), **style)
         axis.set_yscale("log")
         axis.set_title(f"{model}, 8,192 tokens, ten texts", fontsize=11)
         axis.set_xlabel("estimate and attention of one layer at 131,072 tokens (ms, H200)")
         axis.set_ylabel("next-token KL from the dense model (nats)")
         axis.grid(alpha=0.3, which="both")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    return figure
 
 
 def section(found: dict[str, dict[str, list[dict]]]) -> str:
@@ -234,7 +239,7 @@ def main() -> None:
     found = read()
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(replace_between(text, BEGIN, END, f"{section(found)}\n", PAGE), encoding="utf-8")
-    draw(found, RESULTS / "judge.png")
+    draw(found).savefig(RESULTS / "judge.png", dpi=130)
     print(section(found))
 
 

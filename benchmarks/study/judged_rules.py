@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
-from benchmarks.study.estimators import true_blocks
 from rr_flex.config import RRConfig
+from rr_flex.evaluation.block_outputs import TOKENS, strips
 from rr_flex.evaluation.equal_density import Spending, value_of
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.rules import Case
 from rr_flex.evaluation.true_mass import true_block_mass
+from rr_flex.geometry import ceil_div
 
 Value = Float[Tensor, "1 Hq nQ nK"]
 FLOOR = 0.6  # share of a row's mass that "threshold and floor" keeps whatever the threshold says
@@ -86,12 +88,25 @@ def oracle_mass(size: tuple[int, int]) -> JudgedRule:
     return JudgedRule(size, value)
 
 
+def true_displacement(case: Case, size: tuple[int, int]) -> Value:
+    """Σ over a block's queries of ‖Σ_j p_j (v_j − out)‖², exact, in one pass over causal attention."""
+    (B, Hq, L), (q_block, k_block) = case.q.shape[:3], size
+    found = torch.zeros(B, Hq, ceil_div(L, q_block), ceil_div(L, k_block), device=case.q.device)
+    step = k_block // TOKENS
+    for row, parts in strips(case.q, case.k, case.v):
+        total = parts.sum(2, keepdim=True)
+        share = parts / total[..., -1:]  # B Hq nJ rows Dv+1: a block's part of the output, and of the mass
+        joined = F.pad(share, (0, 0, 0, 0, 0, -share.shape[2] % step)).unflatten(2, (-1, step)).sum(3)
+        moved = joined[..., :-1] - joined[..., -1:] * total[..., :-1] / total[..., -1:]
+        found[..., row * TOKENS // q_block, : joined.shape[2]] += moved.square().sum((-1, -2))
+    return found
+
+
 def oracle_displacement(size: tuple[int, int]) -> JudgedRule:
-    """Σ over queries of ‖Σ_j p_j (v_j − out)‖², relative to the mean square of the layer's values: how far the output
-    moves without the block."""
+    """How far the output moves without the block, relative to the mean square of the layer's values."""
 
     def value(case: Case, visible: Tensor, mandatory: Tensor) -> Value:
-        return true_blocks(case, size).displacement / case.v.float().square().sum(-1).mean()
+        return true_displacement(case, size) / case.v.float().square().sum(-1).mean()
 
     return JudgedRule(size, value)
 

@@ -105,7 +105,7 @@ def table(found, title: str) -> str:
     from rr_flex.evaluation.summaries import summarise
 
     lines = [title, "", "output error at equal density in every layer (95 % interval over texts)"]
-    errors, kept = (summarise(found.records, scope="layer", measure=measure) for measure in ("error", "kept"))
+    errors, kept = (summarise(found.records, measure) for measure in ("error", "kept"))
     densities = sorted(next(iter(errors.values())))
     lines.append(" " * 42 + "".join(f"{density:>22.2f}" for density in densities))
     for rule, row in errors.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rr_flex.geometry import ceil_div, diagonal_blocks
 
-Spending = Literal["top_tau", "threshold", "per_head", "raw"]
+Spending = Literal["top_tau", "threshold", "raw"]
 
 
 def kept_at_densities(
@@ -19,19 +19,24 @@ def kept_at_densities(
     *,
     densities: Sequence[float],
     spending: Spending,
-    together: bool = False,
 ) -> list[Bool[Tensor, "B H nQ nK"]]:
     """The blocks kept when the mean density over H is each of `densities` (kept / visible blocks), mandatory ones
-    counted; more where those alone are more, or at a tie. B is layers, each at the density, or `together` all of them.
+    counted; more where those alone are more, or at a tie. B is layers, each at the density.
 
-    `top_tau`: one τ. `threshold`: one threshold on a block's share of its row. `per_head`: a threshold a head, each
-    head at the density. `raw`: one threshold on the weight itself.
+    `top_tau`: one τ. `threshold`: one threshold on a block's share of its row. `raw`: one on the weight itself.
     """
     visible, mandatory = visible.expand_as(weight), mandatory.expand_as(weight)
     value = value_of(weight, visible, mandatory, spending)
-    cuts = cuts_at(value, visible, mandatory, densities, 2 if spending == "per_head" else 0 if together else 1)
     free = visible & ~mandatory
-    return [mandatory | (free & (value >= cut)) for cut in cuts]
+    ordered = torch.where(free, value, -torch.inf).flatten(1).sort(dim=-1, descending=True).values
+    seen, fixed, left = (x.flatten(1).sum(-1, keepdim=True) for x in (visible, mandatory, free))
+    found = []
+    for density in densities:
+        count = ((density * seen.double()).round().long() - fixed).minimum(left)
+        # Infinite where mandatory blocks are enough.
+        cut = torch.where(count > 0, ordered.gather(-1, (count - 1).clamp(min=0)), torch.inf)
+        found.append(mandatory | (free & (value >= cut[..., None, None])))
+    return found
 
 
 def visible_and_mandatory(L: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -55,21 +60,3 @@ def value_of(weight: Tensor, visible: Tensor, mandatory: Tensor, spending: Spend
     ordered, order = torch.where(visible & ~mandatory, share, 0).sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered + torch.where(mandatory, share, 0).sum(-1, keepdim=True)
     return torch.empty_like(before).scatter_(-1, order, -before)
-
-
-def cuts_at(
-    value: Tensor, visible: Tensor, mandatory: Tensor, densities: Sequence[float], axes: int
-) -> list[Float[Tensor, "#B #H 1 1"]]:
-    """The least value to keep for each density; infinite where mandatory blocks are enough. The first `axes` axes have
-    a cut each."""
-    free = visible & ~mandatory
-    shape = (*value.shape[:axes], *(1,) * (4 - axes))
-    groups = [x.reshape(*shape[:axes], -1) for x in (torch.where(free, value, -torch.inf), visible, mandatory, free)]
-    ordered = groups[0].sort(dim=-1, descending=True).values
-    seen, fixed, left = (x.sum(-1, keepdim=True) for x in groups[1:])
-    cuts = []
-    for density in densities:
-        count = ((density * seen.double()).round().long() - fixed).minimum(left)
-        cut = torch.where(count > 0, ordered.gather(-1, (count - 1).clamp(min=0)), torch.inf)
-        cuts.append(cut.view(shape))
-    return cuts

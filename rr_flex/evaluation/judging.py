@@ -14,14 +14,12 @@ from rr_flex.evaluation.rules import Case, Rule
 
 DENSITIES = (0.2, 0.25, 0.3, 0.4, 0.5)
 GROUP_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 30}  # of one tensor; few small operations keep a GPU waiting
-SCOPES = ("layer", "model")  # what has the density: every layer on its own, or one level for all layers of a text
 
 
 class Record(NamedTuple):
     """One rule at one density on one layer of one text."""
 
     rule: str
-    scope: str
     density: float
     text: str
     layer: int
@@ -36,7 +34,6 @@ def judge_text(
     layers: dict[int, tuple[Tensor, Tensor, Tensor]],
     rules: dict[str, Rule],
     densities: Sequence[float] = DENSITIES,
-    scopes: Sequence[str] = SCOPES,
     judged: Sequence[int] | None = None,
 ) -> list[Record]:
     """All rules on all layers (q, k, v) of one text, or on those in `judged`; batch 1, L a multiple of 128."""
@@ -50,15 +47,10 @@ def judge_text(
     labels = []
     for name, rule in rules.items():
         visible, mandatory = blocks[rule.block_size]
-        weight = None if rule.keep else torch.cat([rule.weigh(case) for case in cases])
-        for scope in scopes:
-            facts = {"densities": densities, "together": scope == "model"}
-            if rule.keep:
-                found = rule.keep(cases, visible, mandatory, **facts)
-            else:
-                found = kept_at_densities(weight, visible, mandatory, spending=rule.spending, **facts)
-            chosen += [KeptBlocks(kept, rule.block_size) for kept in found]
-            labels += [(name, scope, density) for density in densities]
+        weight = torch.cat([rule.weigh(case) for case in cases])
+        found = kept_at_densities(weight, visible, mandatory, densities=densities, spending=rule.spending)
+        chosen += [KeptBlocks(kept, rule.block_size) for kept in found]
+        labels += [(name, density) for density in densities]
     measured = torch.zeros(len(judged), len(chosen), 4, dtype=torch.float64, device="cpu")
     for group in _groups(range(len(judged)), Hq * len(chosen) * TOKENS * (D + 1), device):
         own = [KeptBlocks(each.kept[group[0] : group[-1] + 1], each.block_size) for each in chosen]

@@ -11,12 +11,12 @@ from rr_flex.evaluation.summaries import summarise
 LEAST = 1e-6  # shown: a logarithmic axis has no place for nothing
 
 
-def error_figure(records: Sequence[Record], rules: Sequence[str] | None = None, title: str = "") -> Figure:
+def error_figure(records: Sequence[Record], title: str = "") -> Figure:
     """Output error, and mass lost, against density; each layer at the density; bands are 95 % over texts."""
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     for axis, measure in zip(figure.subplots(1, 2), ("error", "recall"), strict=True):
-        summary = summarise(records, scope="layer", measure=measure)
-        for number, rule in enumerate(rules or summary):
+        summary = summarise(records, measure)
+        for number, rule in enumerate(summary):
             densities = sorted(summary[rule])
             intervals = [summary[rule][density] for density in densities]
             if measure == "recall":

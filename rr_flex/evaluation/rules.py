@@ -29,10 +29,7 @@ class Rule:
     weigh: Weigh
     block_size: tuple[int, int]
     spending: Spending
-    cost: float | None = None  # of the estimate, in units of published RR's: see `cost_of`; None: not a candidate
     config: RRConfig | None = None  # the settings, where the rule is the library's own
-    # (cases, visible, mandatory, densities, together) -> what is kept at each density; None: the largest weights
-    keep: Callable[..., list[Tensor]] | None = None
 
 
 def configured(**settings) -> Rule:
@@ -42,25 +39,7 @@ def configured(**settings) -> Rule:
     def weigh(case: Case) -> Tensor:
         return plain_selection(case.q, case.k, config=config).mass
 
-    return Rule(weigh, config.block_sizes, config.budget, cost_of(config), config)
-
-
-def cost_of(config: RRConfig, D: int = 128, columns: int = 128) -> float:
-    """Multiplications of the estimate as attention over those of published RR: a pair of a query and a key that are
-    scored costs its features (D, at order 2 twice that) and a column of V for each of the key blocks in a segment."""
-    published = (D + columns) / 8**2
-    cost = 0.0
-    if config.pool != "queries":
-        cost += (config.order * D + columns) / (config.strides[0] * config.strides[1])
-    if config.pool != "keys":
-        order = config.order if config.pool == "queries" else 1
-        cost += (order * D + columns) / config.tokens_per_pooled_query
-    return cost / published
-
-
-def multiplications(config: RRConfig) -> float:
-    """The same without V: the features of scored pairs alone, as they would count in a kernel that sums blocks."""
-    return cost_of(config, D=1, columns=0)
+    return Rule(weigh, config.block_sizes, config.budget, config)
 
 
 def true_mass(size: tuple[int, int], spending: Spending = "threshold") -> Rule:

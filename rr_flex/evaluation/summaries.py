@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rr_flex.evaluation.judging import Record
@@ -22,15 +22,12 @@ def over_texts(values: dict[str, Sequence[float]], draws: int = 1000, seed: int 
     return Interval(sum(means) / len(means), again[int(0.025 * draws)], again[math.ceil(0.975 * draws) - 1])
 
 
-def summarise(
-    records: Iterable[Record], *, scope: str, measure: str = "error", texts: Callable[[str], bool] = lambda text: True
-) -> dict[str, dict[float, Interval]]:
+def summarise(records: Iterable[Record], measure: str = "error") -> dict[str, dict[float, Interval]]:
     """By rule and density: the measure's mean over layers and texts, with an interval over texts."""
     found: dict[tuple[str, float], dict[str, list[float]]] = {}
     for record in records:
-        if record.scope == scope and texts(record.text):
-            by_text = found.setdefault((record.rule, record.density), {})
-            by_text.setdefault(record.text, []).append(getattr(record, measure))
+        by_text = found.setdefault((record.rule, record.density), {})
+        by_text.setdefault(record.text, []).append(getattr(record, measure))
     summary: dict[str, dict[float, Interval]] = {}
     for (rule, density), by_text in found.items():
         summary.setdefault(rule, {})[density] = over_texts(by_text)
