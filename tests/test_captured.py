@@ -48,6 +48,8 @@ def test_every_chunk_is_what_it_is_alone():
                     alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=0, **rule)
                     torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
         assert prefill.calls == {"replayed": 2 * 5, "called": 2 * 4}
+        prefill.forget()
+        torch.testing.assert_close(prefill(q[:, :, :256], k, v, 0), alone, rtol=0, atol=1e-5)
 
 
 def test_a_prefix_that_is_in_the_cache():
