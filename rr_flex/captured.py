@@ -14,10 +14,8 @@ from rr_flex.attention import Asked, answer, attend, count
 from rr_flex.checks import check_queries_and_keys, check_values, gradient_wanted
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
-from rr_flex.kernels.break_even import decide
 from rr_flex.kernels.choose import Backend, check_backend, choose_kernel
-from rr_flex.kernels.deciding import decide_call, expected_density, keeps, work_of
-from rr_flex.kernels.options import costs_of
+from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.registry import ESTIMATORS
 from rr_flex.request import make_request
 from rr_flex.runtime.compiling import compile_whole
@@ -163,11 +161,9 @@ class CapturedPrefill:
         """Whether a chunk at the end of k is faster sparse, by the kernel of this name, than dense."""
         if self.config.min_length is not None:
             return True  # asked at every call
-        Lq, Lk = q.shape[2], k.shape[2]
-        work, costs = work_of(q, k, Lk - Lq, causal=True, pooled=Lk - Lq), costs_of(q, name)
-        if costs is None:
-            return decide_call(name, q, work, self.config, fused=True).sparse
-        return decide(work, replace(costs, host=REPLAY_HOST), expected_density(work, keeps(self.config))).sparse
+        earlier = k.shape[2] - q.shape[2]
+        work = work_of(q, k, earlier, causal=True, pooled=earlier)
+        return decide_call(name, q, work, self.config, fused=True, host=REPLAY_HOST).sparse
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """What repeats the kernels that `run` launches."""

@@ -18,9 +18,7 @@ from benchmarks.environment import describe
 from benchmarks.study.judge import Judge, JudgedAttention, texts_of, told
 from benchmarks.study.judged_rules import JUDGED
 from rr_flex.evaluation.block_outputs import KeptBlocks
-from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.language_model import compare_logits
-from rr_flex.evaluation.rules import Case
 from rr_flex.evaluation.sparse_model import attend_densely, hidden_states
 from rr_flex.models.loading import load_causal_lm
 
@@ -34,16 +32,11 @@ class Compensated(JudgedAttention):
 
     shift: bool | None = None  # None: no compensation at all
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
-        if window is not None:
-            return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
-        visible, mandatory = visible_and_mandatory(q.shape[2], self.rule.block_size, q.device)
-        kept = self.rule.kept(Case(q, k, v, (layer,)), self.level, visible, mandatory)
-        self.densities.append(kept.sum() / (visible.sum() * q.shape[1]))
-        out, lse = attend_by_lists((q, k, v), KeptBlocks(kept, self.rule.block_size), scale)
+    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], kept: Tensor, visible: Tensor, scale: float) -> Tensor:
+        out, lse = attend_by_lists(qkv, KeptBlocks(kept, self.rule.block_size), scale)
         if self.shift is None:
             return out
-        return compensate((q, k, v), (out, lse), visible & ~kept, self.rule.block_size, (scale, self.shift))
+        return compensate(qkv, (out, lse), visible & ~kept, self.rule.block_size, (scale, self.shift))
 
 
 def attend_by_lists(qkv: tuple, chosen: KeptBlocks, scale: float) -> tuple[Tensor, Tensor]:

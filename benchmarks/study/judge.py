@@ -48,7 +48,11 @@ class JudgedAttention:
         visible, mandatory = visible_and_mandatory(q.shape[2], self.rule.block_size, q.device)
         kept = self.rule.kept(Case(q, k, v, (layer,)), self.level, visible, mandatory)
         self.densities.append(kept.sum() / (visible.sum() * q.shape[1]))
-        return attend_to_blocks(q, k, v, KeptBlocks(kept, self.rule.block_size), scale=scale)
+        return self.attend((q, k, v), kept, visible, scale)
+
+    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], kept: Tensor, visible: Tensor, scale: float) -> Tensor:
+        """The output from the kept ones of the visible blocks."""
+        return attend_to_blocks(*qkv, KeptBlocks(kept, self.rule.block_size), scale=scale)
 
     @property
     def density(self) -> float:

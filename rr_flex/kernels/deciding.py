@@ -33,20 +33,26 @@ def work_of(q: Tensor, k: Tensor, first: int | None, *, causal: bool, pooled: in
     return Work(batch=B, heads=Hq, kv_heads=Hkv, queries=Lq, keys=Lk, first_position=first, pooled_keys=left)
 
 
-def decide_call(kernel: str, q: Tensor, work: Work, config: RRConfig, *, fused: bool) -> Decision:
+def decide_call(
+    kernel: str, q: Tensor, work: Work, config: RRConfig, *, fused: bool, host: float | None = None
+) -> Decision:
     """Whether a call of this work on q's device, head dim and dtype is sparse, by the kernel of that name.
 
     `fused`: whether a dense kernel serves the call; else dense attention is the sparse kernel over all visible blocks.
+    `host`: milliseconds that a sparse call takes of the host; None: what was measured.
     """
-    return decider(kernel, q, config, fused=fused)(work)
+    return decider(kernel, q, config, fused=fused, host=host)(work)
 
 
-def decider(kernel: str, q: Tensor, config: RRConfig, *, fused: bool) -> Callable[[Work], Decision]:
+def decider(
+    kernel: str, q: Tensor, config: RRConfig, *, fused: bool, host: float | None = None
+) -> Callable[[Work], Decision]:
     """`decide_call` for many calls that differ in their work alone."""
     if config.min_length is not None:
         return partial(_by_length, shortest=config.min_length, whose="min_length")
     costs = costs_of(q, kernel)
     if costs is not None:
+        costs = costs if host is None else replace(costs, host=host)
         return partial(_in_a_graph if traced() else _by_costs, costs=costs, fused=fused, keeps=keeps(config))
     shortest = tuned(q.device, q.shape[-1], q.dtype).get("min_length", 0) if fused else 0
     return partial(_by_length, shortest=shortest, whose="on this card sparse from")

@@ -13,10 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rr_flex.geometry import ceil_div
-from rr_flex.pipeline import join, select
-from rr_flex.request import in_head_slices, make_request
+from rr_flex.pipeline import select_in_slices
+from rr_flex.request import make_request
 from rr_flex.result import Selection
-from rr_flex.runtime.compiling import compile_whole
 from rr_flex.serving.pages import Pool, PooledPages, read_pages
 from rr_flex.serving.settings import Layer
 from rr_flex.serving.step_rows import ROW, Piece
@@ -100,10 +99,4 @@ def select_batch(
     request = replace(make_request(q, k, layer.config, options), q_offset=batch.starts)
     if pooled is not None:
         request = replace(request, pooled_keys=pooled.read(batch.table)[:, :, : most // pooled.stride])
-    # On the CPU single operations serve as well; elsewhere the kernels are worth their compilation.
-    choose = select if q.device.type == "cpu" else _select_compiled
-    chosen = [choose(*qk, own) for _, own, qk in in_head_slices(request, q, k)]
-    return chosen[0] if len(chosen) == 1 else join(chosen, request.mask_mod)
-
-
-_select_compiled = compile_whole(select)
+    return select_in_slices(q, k, request)
