@@ -19,6 +19,7 @@ from rr_flex.distributed.layout import Layout
 from rr_flex.distributed.positions import from_query
 from rr_flex.distributed.shards import HEADS, SEQUENCE, Shards
 from rr_flex.distributed.transfer import exchange, in_order
+from rr_flex.geometry import as_tensors
 
 TAKES = {"sinks", "backend"}
 
@@ -112,6 +113,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, config: RRConfig, fir
     own = {"scale": asked.scale, "softcap": asked.softcap, "sinks": asked.sinks, "backend": asked.backend}
     own |= {"q_offset": None if Lq == Lk else Lk - Lq, "head_offset": first_head, "config": config}
     if asked.mask_mod is not None:
-        first_query, head = (torch.full((), x, dtype=torch.int64, device=q.device) for x in (Lk - Lq, first_head))
+        first_query, head = as_tensors((Lk - Lq, first_head), q.device)
         own["mask_mod"] = from_head(from_query(asked.mask_mod, first_query), head)
     return rr_attention(q, k, v, causal=asked.causal, **own)
