@@ -1,6 +1,7 @@
 """A prompt's chunks over a cache that stays gives what each chunk gives by itself; on a CPU the graphs are run anew."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -82,6 +83,63 @@ def test_where_dense_attention_is_faster_it_is_called():
     assert prefill.calls == {"replayed": 1, "called": 2}
 
 
+def test_a_cache_that_is_another_one(monkeypatch):
+    """Moved, with other strides, longer, in half precision; or where the one before was freed and another put."""
+    q, k, v = tensors(CACHE)
+    prefill = RunAnew(256, min_length=0, tau=0.4)
+
+    def is_right(q, k, v):
+        for start in (0, 256):
+            end = start + 256
+            found = prefill(q[:, :, start:end], k, v, start)
+            alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=0, tau=0.4)
+            torch.testing.assert_close(found, alone)
+
+    is_right(q, k, v)
+    is_right(q, -k, v)
+    is_right(q, k.transpose(1, 2).contiguous().transpose(1, 2), v)
+    is_right(q, torch.cat([k, -k], 2)[:, :, :1500], torch.cat([v, v], 2)[:, :, 500:])
+    is_right(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    monkeypatch.setattr(captured, "_place", lambda *_: "here")
+    for factor in (3, -1):
+        is_right(q, k * factor, v)
+
+
+def test_one_thread_at_a_time():
+    q, k, v = tensors(CACHE)
+    call = lambda prefill: prefill(q[:, :, :256], k, v, 0)  # noqa: E731
+
+    class Interrupted(RunAnew):
+        def _record(self, run):
+            self.error = pool.submit(call, self).exception()
+            return run
+
+    with ThreadPoolExecutor(1) as pool:
+        prefill = Interrupted(256, min_length=0, tau=0.4)
+        found = call(prefill).clone()
+        assert type(prefill.error) is RuntimeError and "by one thread at a time" in str(prefill.error)
+        assert torch.equal(pool.submit(call, prefill).result(), found)
+
+
+def test_a_capture_that_fails_is_tried_again():
+    q, k, v = tensors(CACHE)
+
+    class Fails(RunAnew):
+        def _record(self, run):
+            run()
+            del Fails._record
+            raise torch.OutOfMemoryError("none left")
+
+    prefill = Fails(256, min_length=0, tau=0.4)
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        prefill(q[:, :, :256], k, v, 0)
+    for start in (0, 256):
+        end = start + 256
+        found = prefill(q[:, :, start:end], k, v, start)
+        alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=0, tau=0.4)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+
+
 def test_the_steps_of_a_cache():
     assert [captured.step_end(end, 1000) for end in (1, 384, 385, 900, 1000)] == [384, 384, 768, 1000, 1000]
     assert captured.step_end(5, 1 << 20) == 1 << 15  # thirty-two graphs and no more
@@ -108,5 +166,10 @@ def test_what_a_call_refuses():
         RunAnew(256)(q[:, :, :256].clone().requires_grad_(), k, v, 0)
     with pytest.raises(NotImplementedError, match=r"outside of torch.autocast"), torch.autocast("cpu", torch.bfloat16):
         RunAnew(256)(q[:, :, :256], k, v, 0)
+    with (
+        pytest.raises(NotImplementedError, match=r"outside of torch.compile"),
+        torch.compiler.set_stance("default"),
+    ):
+        torch.compile(lambda q: RunAnew(256)(q, k, v, 0), backend="eager")(q[:, :, :256])
     with pytest.raises(NotImplementedError, match=r"^q must be on a CUDA device, got cpu"):
         CapturedPrefill(256)(q[:, :, :256], k, v, 0)
