@@ -483,7 +483,7 @@ def test_captured_chunks_in_other_streams_and_after_errors(monkeypatch):
     assert calls == [False, True]
     torch.testing.assert_close(call(0), alone[0], rtol=0, atol=2e-2)
     with (
-        pytest.raises(NotImplementedError, match="outside of torch.cuda.graph"),
+        pytest.raises(NotImplementedError, match=r"outside of torch.cuda.graph"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         call(512)
