@@ -36,7 +36,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, flex_attention, or_masks
 
 import mask_mods as mm
-from rr_flex import PrefillState, RRConfig, create_rr_block_mask, rr_attention, rr_attention_packed, select_blocks
+from rr_flex import (
+    CapturedPrefill,
+    PrefillState,
+    RRConfig,
+    captured,
+    create_rr_block_mask,
+    rr_attention,
+    rr_attention_packed,
+    select_blocks,
+)
 from rr_flex import attention as attention_module
 from rr_flex import mass as mass_module
 from rr_flex.runtime import head_slices
@@ -45,11 +54,21 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value
 MASS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # of a row, for logits near 1
 HANGS = 600  # seconds for one call, its compilation among them
+captured.LEAST_STEP = 256  # tokens: caches are short here
 WHERE = torch.device("cpu")  # where the calls run; the oracle is always on the CPU
 
 
 class Wrong(Exception):
     """A call that was wrong, silent, or failed unclearly."""
+
+
+class RunAnew(CapturedPrefill):
+    """Without CUDA graphs: the same chunks, launched each time."""
+
+    _devices = ("cpu",)
+
+    def _record(self, run):
+        return run
 
 
 class UsersOwn(Exception):
@@ -809,11 +828,15 @@ class Hunt:
             kernel = own.choice(["triton", "triton", "auto"]) if self.calls_each > 1 else "triton"
             case.attention["backend"] = kernel
         pack = self.calls_each == 1 and r.random() < 0.06
+        # Operations that run one by one can't be captured on a card.
+        cache = case.valid == "right" and r.random() < 0.03 and (WHERE.type == "cpu" or self.calls_each > 1)
         begin = time.monotonic()
         faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             if chunks and case.valid == "right" and RRConfig.resolve(None, dict(case.settings)).pool != "queries":
                 result = self.in_chunks(r, case)
+            elif cache and RRConfig.resolve(None, dict(case.settings)).pool != "queries":
+                result, context = self.in_cache(r, case), "in a cache"
             elif pack and case.valid == "right":
                 result, context = self.in_pack(r, case), "packed"
             elif r.random() < 0.08:
@@ -1010,12 +1033,14 @@ class Hunt:
             part = Case(*tensors, case.mask, dict(case.options), case.settings, case.attention, usual=case.usual)
             part.options["q_offset"] = r.choice([int, torch.tensor])(begin)
             part.on_grid = case.mask is None and type(part.options["q_offset"]) is int and case.on_grid
+            inference = torch.inference_mode(r.random() < 0.3)
 
-            def call(part: Case = part, state: PrefillState = state) -> tuple[Any, Tensor, Any]:
+            def call(part: Case = part, state: PrefillState = state, inference: Any = inference) -> tuple:
                 options = as_selected(part)
                 before = state.copy()
                 both = {**options, **there(part.attention), "state": state, "return_density": True}
-                out, density = rr_attention(there(part.q), there(part.k), there(part.v), **both)
+                with inference:
+                    out, density = rr_attention(there(part.q), there(part.k), there(part.v), **both)
                 whole, filled = from_the_grid(part)
                 if filled:  # its queries begin before the state ends
                     return select_blocks(there(whole.q), there(whole.k), **as_selected(whole)), out, density
@@ -1037,6 +1062,42 @@ class Hunt:
                 rows = torch.tensor([r.randrange(q.shape[0]) for _ in range(r.randint(1, 3))])
                 state.reorder(rows)
                 q, k, v = (x[rows] for x in (q, k, v))
+        return "right"
+
+    def in_cache(self, r: random.Random, case: Case) -> str:
+        """Prompts in a cache that stays, each chunk judged as a call of its own; some go on from a common prefix."""
+        B, Hkv = case.k.shape[:2]
+        queries, capacity = r.choice([128, 256]), r.randint(260, 700)
+        settings = {"min_length": 0} | case.settings
+        options = {name: x for name, x in case.options.items() if name in ("scale", "softcap", "head_offset")}
+        backend = case.attention.get("backend", "auto")
+        kind = CapturedPrefill if WHERE.type == "cuda" else RunAnew
+        prefill = kind(queries, backend=backend, **options, **settings)
+        g = torch.Generator().manual_seed(r.randrange(2**31))
+        cache = [torch.randn(B, Hkv, capacity, x.shape[3], generator=g).to(x.dtype) for x in (case.k, case.v)]
+        own = [there(x) for x in cache]
+        begin = 0
+        for _ in range(r.randint(2, 7)):
+            Lq = min(queries if r.random() < 0.8 else r.randint(1, 300), capacity - begin)
+            end = begin + Lq
+            for x, mine in zip(cache, own, strict=True):
+                x[:, :, begin:end] = torch.randn(*x[:, :, begin:end].shape, generator=g).to(x.dtype)
+                mine.copy_(x)
+            q = torch.randn(B, case.q.shape[1], Lq, case.q.shape[3], generator=g).to(case.q.dtype)
+            part = Case(q, *(x[:, :, :end] for x in cache), None, options, settings, on_grid=True)
+            inference = torch.inference_mode(r.random() < 0.3)
+
+            def call(part: Case = part, begin: int = begin, inference: Any = inference) -> tuple:
+                with inference:
+                    out = prefill(there(part.q), *own, begin)
+                whole, _ = from_the_grid(part)
+                return select_blocks(there(whole.q), there(whole.k), **as_selected(whole)), out, None
+
+            if (kind := self.judge(part, call, OUTPUT_ERROR)) != "right":
+                return kind
+            begin = end if end < capacity and r.random() < 0.8 else r.choice([0, begin // 2])
+            if r.random() < 0.1:
+                prefill.forget()
         return "right"
 
     def in_pack(self, r: random.Random, case: Case) -> str:
