@@ -465,6 +465,8 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
     usual: tuple[int, ...] = (1, 2, 8, 63, 65, 128, 129, 300, 400)
     if family:
         usual = (2, 7, 8, 63, 64) if form.random() < 0.15 else (129, 191, 256, 257, 300, 384, 400)
+        if WHERE.type != "cpu":  # whole tiles have graphs of their own, of which a card takes half a minute for each
+            usual = (129, 191, 257, 300, 400)
     length = lambda: r.choice([*usual, *(r.randint(usual[0], usual[-1]) for _ in usual)])  # noqa: E731
     Lk = length() if family or r.random() > 0.03 else r.randint(400, 1100)
     Lq = Lk if r.random() < 0.5 else length()
