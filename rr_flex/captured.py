@@ -147,20 +147,23 @@ class CapturedPrefill:
 
     def forget(self) -> None:
         """Lets go of all caches, their pooled keys and graphs, once what was launched of them has ended."""
-        if self._stream is not None:
-            self._stream.synchronize()
-        self._caches.clear()
-        self._shared.clear()
-        self._pool = self._stream = None
+        with self._alone(torch.device("cpu")):
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._caches.clear()
+            self._shared.clear()
+            self._pool = self._stream = None
 
     def _captured(self, cache: "_Cache", q: Tensor, keys: int, first: int) -> Callable[[Tensor, int], Tensor] | None:
         """A chunk over the first `keys` of a cache as a graph; None where dense attention is faster."""
-        k, v = cache.k[:, :, :keys], cache.v[:, :, :keys]
-        request = make_request(q, k, self.config, self._options)
+        # What is returned holds neither this object nor the cache's record: both are freed where they are let go of.
+        state, all_keys, queries, config = cache.state, cache.k, self.queries, self.config
+        k, v = all_keys[:, :, :keys], cache.v[:, :, :keys]
+        request = make_request(q, k, config, self._options)
         name = choose_kernel(self._backend, q, v, request)
         if not self._pays(name, q, k):
             return None
-        cache.state.settle(cache.k, self.config, room=cache.k.shape[2])
+        state.settle(all_keys, config, room=all_keys.shape[2])
         shape = (*q.shape, v.shape[3], q.dtype, q.device)
         if shape not in self._shared:
             out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -168,22 +171,22 @@ class CapturedPrefill:
                 torch.empty_like(q, memory_format=torch.contiguous_format), out, request.q_offset
             )
         shared = self._shared[shape]
-        pooled = cache.state.pooled(keys)
+        pooled = state.pooled(keys)
         request = replace(request, q_offset=shared.first, pooled_keys=rearrange(pooled, "n b h e -> b h n e"))
 
         def chunk() -> None:
-            _pool_chunk_compiled(k, pooled, shared.first, self.queries, self.config)
+            _pool_chunk_compiled(k, pooled, shared.first, queries, config)
             shared.out.copy_(attend(name, (shared.q, k, v), request).out)
 
         def put(q: Tensor, first: int) -> None:
-            cache.state.pool_new(cache.k[:, :, :first])  # what ordinary calls, all dense, have left
+            state.pool_new(all_keys[:, :, :first])  # what ordinary calls, all dense, have left
             shared.q.copy_(q)
             shared.first.fill_(first)
 
         def replay(q: Tensor, first: int) -> Tensor:
             put(q, first)
             again()
-            cache.state.note(first + self.queries)
+            state.note(first + queries)
             count(name)
             return shared.out
 

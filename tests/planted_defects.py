@@ -463,6 +463,24 @@ DEFECTS = [
     Defect("rr_flex/captured.py", "shared.first.fill_(first)", "pass", CAPTURED),
     Defect("rr_flex/captured.py", "cache.state.trim(first)", "pass", CAPTURED),
     Defect(
+        "rr_flex/captured.py", " or not self._caches[place].lies_at(k, v)", "", "test_captured.py::test_a_cache_that_is"
+    ),
+    Defect(
+        "rr_flex/captured.py",
+        "if not self._busy.acquire(blocking=False):",
+        "if self._busy.acquire(blocking=False) and False:",
+        "test_captured.py::test_one_thread",
+    ),
+    Defect("rr_flex/captured.py", "if traced():", "if False:", "test_captured.py::test_what_a_call_refuses"),
+    Defect("rr_flex/captured.py", "state.note(", "cache.state.note(", "test_captured.py::test_what_is_let_go_of"),
+    Defect(
+        "rr_flex/state.py",
+        "with torch.inference_mode(False):  # it must",
+        "with torch.no_grad():  # it must",
+        "test_state.py::test_in_inference_mode",
+    ),
+    Defect("rr_flex/packed.py", "check_differentiable(q, k, v, sinks)", "pass", "test_packed.py::test_gradients"),
+    Defect(
         "rr_flex/mass.py",
         "last_query, Lk = samples.ends",
         "last_query, Lk = samples.seq_lengths[0] - 1, samples.seq_lengths[1]",

@@ -1,7 +1,9 @@
 """A prompt's chunks over a cache that stays gives what each chunk gives by itself; on a CPU the graphs are run anew."""
 
+import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from weakref import ref
 
 import pytest
 import torch
@@ -111,14 +113,32 @@ def test_one_thread_at_a_time():
 
     class Interrupted(RunAnew):
         def _record(self, run):
-            self.error = pool.submit(call, self).exception()
+            self._record = lambda run: run
+            self.errors = [pool.submit(other).exception() for other in (lambda: call(self), self.forget)]
             return run
 
     with ThreadPoolExecutor(1) as pool:
         prefill = Interrupted(256, min_length=0, tau=0.4)
         found = call(prefill).clone()
-        assert type(prefill.error) is RuntimeError and "by one thread at a time" in str(prefill.error)
+        for error in prefill.errors:
+            assert type(error) is RuntimeError and "by one thread at a time" in str(error)
         assert torch.equal(pool.submit(call, prefill).result(), found)
+
+
+def test_what_is_let_go_of_is_freed_at_once():
+    q, k, v = tensors(CACHE)
+    gc.disable()
+    try:
+        for let_go in (RunAnew.forget, lambda _: None):
+            prefill = RunAnew(256, min_length=0, tau=0.4)
+            prefill(q[:, :, :256], k, v, 0)
+            (cache,) = map(ref, prefill._caches.values())
+            let_go(prefill)
+            if let_go is not RunAnew.forget:
+                del prefill
+            assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_a_capture_that_fails_is_tried_again():

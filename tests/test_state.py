@@ -115,9 +115,9 @@ def test_trimmed_copied_and_reordered():
 
 def test_in_inference_mode_and_out_of_it():
     q, k, _ = tensors(Shape(Lq=700, Lk=700))
-    for modes in ((True, False, True), (False, True, False)):
-        state = PrefillState()
-        for (start, end), mode, turn in zip(chunks(700, (520, 600)), modes, ("copy", "reorder", ""), strict=True):
+    for modes in ((True, False) * 2, (False, True) * 2):
+        state, turns = PrefillState(), ("", "copy", "reorder", "")
+        for (start, end), mode, turn in zip(chunks(700, (520, 560, 600)), modes, turns, strict=True):
             with torch.inference_mode(mode):
                 found = select_blocks(q[:, :, start:end], k[:, :, :end], state=state, tau=0.4)
                 state = state.copy() if turn == "copy" else state
