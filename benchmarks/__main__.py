@@ -190,10 +190,11 @@ def write_report(options: argparse.Namespace) -> int:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
     tables.write_page(options.readme, rows)
     task_tables.write_page(task_tables.load(options.results))
-    (options.results / tables.ALL_ROWS).write_text(tables.every_row(rows))
+    prefills, server_rows = prefill_tables.load(options.results), server_tables.load(options.results)
+    of_servers = "\n# Every row of `python -m benchmarks chunks`\n\n" + server_tables.markdown(server_rows, whole=True)
+    (options.results / tables.ALL_ROWS).write_text(tables.every_row(rows) + (of_servers if server_rows else ""))
     time_plot.draw(rows, options.plot or options.results / "time-against-length.png")
     task_tables.draw(options.results)
-    prefills, server_rows = prefill_tables.load(options.results), server_tables.load(options.results)
     if prefills:
         prefill_tables.write_page(options.readme, prefills)
     if server_rows:

@@ -102,17 +102,37 @@ def text(rows: list[Row]) -> str:
     return "\n".join(one_line(row) for row in sorted(rows, key=lambda row: bool(row["failed"])))
 
 
-def markdown(rows: list[Row]) -> str:
-    """For benchmarks/README.md: a table a card and suite, a CPU's last."""
+def markdown(rows: list[Row], *, whole: bool = False) -> str:
+    """For benchmarks/README.md, a table a card and suite, a CPU's last: cells by their gain, without `host`.
+
+    `whole`: every row with all its columns, for results/rows.md.
+    """
     lines = []
     for setting in sorted(dict.fromkeys(map(setting_of, rows)), key=lambda setting: setting.startswith("CPU")):
-        lines += [f"**{setting}**", ""]
         of_setting = [row for row in rows if setting_of(row) == setting]
-        for suite in SUITES:
+        tables: list[str] = []
+        for suite in SUITES if whole else ("chunks", "packed", "cells"):
             of_suite = [row for row in of_setting if row["suite"] == suite]
-            if of_suite:
-                lines += [f"`{suite}`", "", *markdown_table(COLUMNS[suite], map(cells_of, of_suite)), ""]
+            if of_suite and suite == "cells" and not whole:
+                tables += [f"`{suite}`: times as fast as {of_suite[0]['dense']}", "", *gains(of_suite), ""]
+            elif of_suite:
+                tables += [f"`{suite}`", "", *markdown_table(COLUMNS[suite], map(cells_of, of_suite)), ""]
+        lines += [f"**{setting}**", "", *tables] if tables else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def gains(rows: list[Row]) -> list[str]:
+    """A line a cell and kernel, a column a wanted density: dense time / sparse time, in italics where the costs in
+    tuned.json take the dense way."""
+    densities = sorted({row["wanted_density"] for row in rows})
+    lines: dict[tuple, dict[float, str]] = {}
+    for row in sorted(rows, key=lambda row: (row["backend"], row["batch"], row["keys"], row["queries"])):
+        gain = f"{row['dense_ms'] / row['sparse_ms']:.2f}×"
+        shown = f"*{gain}*" if work_suite.taken(row) == "dense" else gain
+        name = (f"{row['batch']} × {row['queries']:,}, {row['keys']:,}", row["backend"])
+        lines.setdefault(name, {})[row["wanted_density"]] = shown
+    heads = ["batch × queries, keys", "kernel", *(f"density {density:g}" for density in densities)]
+    return markdown_table(heads, [[*name, *(of.get(d, "–") for d in densities)] for name, of in lines.items()])
 
 
 def write_page(page: Path, rows: list[Row]) -> None:
