@@ -191,8 +191,7 @@ def write_report(options: argparse.Namespace) -> int:
     tables.write_page(options.readme, rows)
     task_tables.write_page(task_tables.load(options.results))
     prefills, server_rows = prefill_tables.load(options.results), server_tables.load(options.results)
-    of_servers = "\n# Every row of `python -m benchmarks chunks`\n\n" + server_tables.markdown(server_rows, whole=True)
-    (options.results / tables.ALL_ROWS).write_text(tables.every_row(rows) + (of_servers if server_rows else ""))
+    (options.results / tables.ALL_ROWS).write_text(tables.every_row(rows) + server_tables.every_row(server_rows))
     time_plot.draw(rows, options.plot or options.results / "time-against-length.png")
     task_tables.draw(options.results)
     if prefills:

@@ -102,23 +102,28 @@ def text(rows: list[Row]) -> str:
     return "\n".join(one_line(row) for row in sorted(rows, key=lambda row: bool(row["failed"])))
 
 
-def markdown(rows: list[Row], *, whole: bool = False) -> str:
-    """For benchmarks/README.md, a table a card and suite, a CPU's last: cells by their gain, without `host`.
+def markdown(rows: list[Row]) -> str:
+    """For benchmarks/README.md, a table a card and suite, a CPU's last: cells by their gain, without `host`."""
+    return _by_setting(rows, {"chunks": table_of, "packed": table_of, "cells": gains})
 
-    `whole`: every row with all its columns, for results/rows.md.
-    """
+
+def every_row(rows: list[Row]) -> str:
+    """For results/rows.md, with all columns; nothing where there are none."""
+    tables = _by_setting(rows, dict.fromkeys(SUITES, table_of))
+    return f"\n# Every row of `python -m benchmarks chunks`\n\n{tables}" if rows else ""
+
+
+def _by_setting(rows: list[Row], shown: dict[str, Callable[[list[Row]], list[str]]]) -> str:
     lines = []
     for setting in sorted(dict.fromkeys(map(setting_of, rows)), key=lambda setting: setting.startswith("CPU")):
-        of_setting = [row for row in rows if setting_of(row) == setting]
-        tables: list[str] = []
-        for suite in SUITES if whole else ("chunks", "packed", "cells"):
-            of_suite = [row for row in of_setting if row["suite"] == suite]
-            if of_suite and suite == "cells" and not whole:
-                tables += [f"`{suite}`: times as fast as {of_suite[0]['dense']}", "", *gains(of_suite), ""]
-            elif of_suite:
-                tables += [f"`{suite}`", "", *markdown_table(COLUMNS[suite], map(cells_of, of_suite)), ""]
-        lines += [f"**{setting}**", "", *tables] if tables else []
+        of_setting = {name: [r for r in rows if setting_of(r) == setting and r["suite"] == name] for name in shown}
+        tables = [[f"`{name}`", "", *shown[name](own), ""] for name, own in of_setting.items() if own]
+        lines += [f"**{setting}**", "", *(line for table in tables for line in table)] if tables else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def table_of(rows: list[Row]) -> list[str]:
+    return markdown_table(COLUMNS[rows[0]["suite"]], map(cells_of, rows))
 
 
 def gains(rows: list[Row]) -> list[str]:
@@ -131,7 +136,8 @@ def gains(rows: list[Row]) -> list[str]:
         shown = f"*{gain}*" if work_suite.taken(row) == "dense" else gain
         name = (f"{row['batch']} × {row['queries']:,}, {row['keys']:,}", row["backend"])
         lines.setdefault(name, {})[row["wanted_density"]] = shown
-    heads = ["batch × queries, keys", "kernel", *(f"density {density:g}" for density in densities)]
+    heads = [f"times as fast as {rows[0]['dense']}: batch × queries, keys", "kernel"]
+    heads += [f"density {density:g}" for density in densities]
     return markdown_table(heads, [[*name, *(of.get(d, "–") for d in densities)] for name, of in lines.items()])
 
 
