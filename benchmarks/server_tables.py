@@ -103,16 +103,42 @@ def text(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For benchmarks/README.md: a table a card and suite, a CPU's last."""
+    """For benchmarks/README.md, a table a card and suite, a CPU's last: cells by their gain, without `host`."""
+    return _by_setting(rows, {"chunks": table_of, "packed": table_of, "cells": gains})
+
+
+def every_row(rows: list[Row]) -> str:
+    """For results/rows.md, with all columns; nothing where there are none."""
+    tables = _by_setting(rows, dict.fromkeys(SUITES, table_of))
+    return f"\n# Every row of `python -m benchmarks chunks`\n\n{tables}" if rows else ""
+
+
+def _by_setting(rows: list[Row], shown: dict[str, Callable[[list[Row]], list[str]]]) -> str:
     lines = []
     for setting in sorted(dict.fromkeys(map(setting_of, rows)), key=lambda setting: setting.startswith("CPU")):
-        lines += [f"**{setting}**", ""]
-        of_setting = [row for row in rows if setting_of(row) == setting]
-        for suite in SUITES:
-            of_suite = [row for row in of_setting if row["suite"] == suite]
-            if of_suite:
-                lines += [f"`{suite}`", "", *markdown_table(COLUMNS[suite], map(cells_of, of_suite)), ""]
+        of_setting = {name: [r for r in rows if setting_of(r) == setting and r["suite"] == name] for name in shown}
+        tables = [[f"`{name}`", "", *shown[name](own), ""] for name, own in of_setting.items() if own]
+        lines += [f"**{setting}**", "", *(line for table in tables for line in table)] if tables else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def table_of(rows: list[Row]) -> list[str]:
+    return markdown_table(COLUMNS[rows[0]["suite"]], map(cells_of, rows))
+
+
+def gains(rows: list[Row]) -> list[str]:
+    """A line a cell and kernel, a column a wanted density: dense time / sparse time, in italics where the costs in
+    tuned.json take the dense way."""
+    densities = sorted({row["wanted_density"] for row in rows})
+    lines: dict[tuple, dict[float, str]] = {}
+    for row in sorted(rows, key=lambda row: (row["backend"], row["batch"], row["keys"], row["queries"])):
+        gain = f"{row['dense_ms'] / row['sparse_ms']:.2f}×"
+        shown = f"*{gain}*" if work_suite.taken(row) == "dense" else gain
+        name = (f"{row['batch']} × {row['queries']:,}, {row['keys']:,}", row["backend"])
+        lines.setdefault(name, {})[row["wanted_density"]] = shown
+    heads = [f"times as fast as {rows[0]['dense']}: batch × queries, keys", "kernel"]
+    heads += [f"density {density:g}" for density in densities]
+    return markdown_table(heads, [[*name, *(of.get(d, "–") for d in densities)] for name, of in lines.items()])
 
 
 def write_page(page: Path, rows: list[Row]) -> None:

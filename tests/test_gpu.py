@@ -510,6 +510,20 @@ def test_the_lookup_of_kept_blocks_is_not_in_the_kernel():
     assert "is_kept" not in "".join(code)
 
 
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+def test_a_warm_call_waits_for_nothing_that_runs(backend):
+    """Sparse, with a level a head; a pack of dense prompts, whose lengths are uploaded."""
+    q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=64), dtype=torch.bfloat16)
+    sparse = {"tau": [0.3, 0.6, 0.2, 0.5], "backend": backend, "min_length": 0, "dense_last_rows": 0}
+    try:
+        for _ in range(2):
+            rr_attention(q, k, v, **sparse)
+            rr_flex.rr_attention_packed(q, k, v, [300, 500, 200], backend=backend, min_length=1 << 20)
+            torch.cuda.set_sync_debug_mode("error")  # the second time
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_captured_graph_takes_a_level_a_head_that_no_call_had_before():
     q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=64), dtype=torch.bfloat16)
     chosen = {"sink_blocks": 0, "dense_last_rows": 0}
