@@ -69,14 +69,17 @@ def select_density(
     wanted = density * visible.sum((1, 2, 3), dtype=torch.float32)[:, None]  # B 1
     fixed = (mandatory | (visible & ~told)).sum((1, 2, 3), dtype=torch.float32)[:, None]
     free = torch.where(visible & ~mandatory & told, share, -1.0)
-    steps = torch.arange(9, device=mass.device, dtype=share.dtype) / 8
+    steps = torch.arange(1, 8, device=mass.device, dtype=share.dtype) / 8
     low, high = (torch.full_like(fixed, end, dtype=share.dtype) for end in DENSITY_RANGE)
     for _ in range(DENSITY_PASSES):
-        edges = low + (high - low) * steps  # B 9, ascending: what they keep falls
-        cuts = edges[:, 1:-1].exp()
-        counts = (free[..., None] > cuts[:, None, None, None]).sum((1, 2, 3), dtype=torch.float32)
-        place = (counts + fixed > wanted).sum(-1, keepdim=True)
-        low, high = edges.gather(1, place), edges.gather(1, place + 1)
+        edges = low + (high - low) * steps  # B 7, ascending: what they keep falls
+        counts = (free[..., None] > edges.exp()[:, None, None, None]).sum((1, 2, 3), dtype=torch.float32)
+        too_many = counts + fixed > wanted
+        # By a choice, not an index: a batch's graph for any length fails to compile with one (CUDA, torch 2.11).
+        low, high = (
+            torch.where(too_many, edges, low).amax(-1, keepdim=True),
+            torch.where(too_many, high, edges).amin(-1, keepdim=True),
+        )
     above = free > high.exp()[:, :, None, None]
     # What lies between the last two thresholds is equal to them: the first of these, as many as there is room for.
     tied = (free > low.exp()[:, :, None, None]) & ~above
