@@ -94,7 +94,7 @@ def block_visibility(
         return _blocks_of_row_ends(mask_mod, b.view(B, 1, 1, 1), h.view(1, H, 1, 1), (Lq, Lk), block_size)
     # A ragged last block repeats the last query (below, the last key): a real pair twice changes neither answer.
     # Buffered: inductor (2.13) fails to simplify quotients of bounds that are nothing but arithmetic of an arange.
-    q_idx = buffered(smaller(torch.arange(nQ * q_block, device=device), Lq - 1))
+    q_idx = buffered(torch.arange(nQ * q_block, device=device).clamp(max=Lq - 1))
     if isinstance(mask_mod, SpanMask):
         spans = mask_mod.spans(b.view(B, 1, 1), h.view(1, H, 1), q_idx.view(1, 1, -1))
         return _blocks_of_spans(spans, q_idx, Lk, block_size)
@@ -107,8 +107,8 @@ def _blocks_of_row_ends(mask_mod: SpanMask, b: Tensor, h: Tensor, lengths: tuple
     nQ, nK = -(-Lq // q_block), -(-Lk // k_block)
     row = torch.arange(nQ, device=b.device)[:, None]
     k_first = torch.arange(nK, device=b.device) * k_block
-    k_last = smaller(k_first + k_block, Lk) - 1
-    ((first, last),) = mask_mod.spans(b, h, smaller((row + 1) * q_block, Lq) - 1)
+    k_last = (k_first + k_block).clamp(max=Lk) - 1
+    ((first, last),) = mask_mod.spans(b, h, ((row + 1) * q_block).clamp(max=Lq) - 1)
     visible = larger(first, k_first) <= smaller(last, k_last)
     ((first, last),) = mask_mod.spans(b, h, row * q_block)
     whole = (first <= k_first) & (k_last <= last)

@@ -35,5 +35,5 @@ def diagonal_blocks(
     """
     (row, column), (q_block, k_block) = grid, block_size
     first = torch.div(row * q_block + q_offset, k_block, rounding_mode="floor")
-    last = torch.div(smaller((row + 1) * q_block, Lq) - 1 + q_offset, k_block, rounding_mode="floor")
+    last = torch.div(((row + 1) * q_block).clamp(max=Lq) - 1 + q_offset, k_block, rounding_mode="floor")
     return (column >= first - reach) & (column <= last)

@@ -6,7 +6,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from mask_mods.spans import smaller
 from rr_flex.geometry import ceil_div, sampled_index
 
 FEW_TOKENS = 32  # in a run that is summed one by one
@@ -67,7 +66,7 @@ def stride_weights_of_all(L: int, stride: int, device: torch.device) -> Float[Te
 
 def _real_tokens(L: int, stride: int, device: torch.device) -> Int[Tensor, " n"]:
     """How many of L tokens each run holds."""
-    return smaller(L - stride * torch.arange(ceil_div(L, stride), device=device), stride)
+    return (L - stride * torch.arange(ceil_div(L, stride), device=device)).clamp(max=stride)
 
 
 def with_square(x: Float[Tensor, "B H n D"], factor: float) -> Float[Tensor, "B H n 2*D"]:

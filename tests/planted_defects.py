@@ -332,9 +332,15 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/selection.py",
-        "(counts + fixed > wanted)",
-        "(counts > wanted)",
+        "torch.where(count + fixed > wanted, edge, low)",
+        "torch.where(count > wanted, edge, low)",
         "test_estimators.py::test_a_density_is_kept_by_one_threshold_a_sequence",
+    ),
+    Defect(
+        "rr_flex/selection.py",
+        "(count.flatten(1).cumsum(1, dtype=torch.int32) - count.flatten(1)).view_as(count)",
+        "torch.zeros_like(count)",
+        "test_estimators.py::test_equal_blocks_fill_a_density_from_the_first",
     ),
     Defect(
         "rr_flex/level.py",

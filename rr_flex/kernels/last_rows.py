@@ -66,7 +66,7 @@ def piece_queries(q: Float[Tensor, "B H Lq D"], rows: int, q_block: int) -> Floa
     So n is the same for every length, and one graph serves them all.
     """
     place = first_query(q.shape[2], rows, q_block) + torch.arange(rows * q_block, device=q.device)
-    return q.index_select(2, smaller(place, q.shape[2] - 1)).repeat_interleave(PIECES, dim=1)
+    return q.index_select(2, place.clamp(max=q.shape[2] - 1)).repeat_interleave(PIECES, dim=1)
 
 
 def piece_mask(mask_mod: MaskMod, first_query: Int[Tensor, ""], last_query: Int[Tensor, ""]) -> MaskMod:
