@@ -59,8 +59,12 @@ class CapturedPrefill:
     ) -> None:
         if type(queries) is not int or queries < GRID or queries % GRID:
             raise ValueError(f"queries must be a multiple of {GRID}, got {queries!r}")
+        if type(head_offset) is not int:
+            raise TypeError(f"head_offset must be an int, got {type(head_offset).__name__}")
         self.queries = queries
         self.config = RRConfig.resolve(config, settings)
+        if isinstance(level := self.config.level, Tensor):  # a graph would not see what is written to it later
+            self.config = self.config.with_settings({self.config.level_field: level.clone()})
         if "key_stride" not in ESTIMATORS[self.config.pool].reads:
             raise ValueError(f"pool must be one that pools keys, got {self.config.pool!r}")
         self.calls: Counter[str] = Counter()
@@ -102,6 +106,8 @@ class CapturedPrefill:
         if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise NotImplementedError("a captured prefill must be called outside of torch.cuda.graph")
         Lq, capacity = q.shape[2], k.shape[2]
+        if Lq > capacity:
+            raise ValueError(f"q must have at most the cache's {capacity} tokens, got {Lq}")
         if type(first) is not int or not 0 <= first <= capacity - Lq:
             raise ValueError(f"first must be an int from 0 to {capacity - Lq}, got {first!r}")
         # What is kept must take the next call's too, in inference mode or out of it.

@@ -1071,7 +1071,8 @@ class Hunt:
         B, Hkv = case.k.shape[:2]
         queries, capacity = r.choice([128, 256]), r.randint(260, 700)
         settings = {"min_length": 0} | case.settings
-        options = {name: x for name, x in case.options.items() if name in ("scale", "softcap", "head_offset")}
+        options = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
+        options["head_offset"] = int(case.options.get("head_offset", 0))
         backend = case.attention.get("backend", "auto")
         kind = CapturedPrefill if WHERE.type == "cuda" else RunAnew
         prefill = kind(queries, backend=backend, **options, **settings)

@@ -107,6 +107,17 @@ def test_a_cache_that_is_another_one(monkeypatch):
         is_right(q, k * factor, v)
 
 
+def test_levels_are_those_of_the_beginning():
+    q, k, v = tensors(CACHE)
+    levels = torch.full((4,), 0.3)
+    prefill = RunAnew(256, min_length=0, sink_blocks=0, dense_last_rows=0, tau=levels)
+    prefill(q[:, :, 512:768], k, v, 512)
+    exact = [prefill(q[:, :, i : i + n], k, v, i).clone() for i, n in ((512, 256), (512, 200))]
+    levels.fill_(1)
+    for found, (i, n) in zip(exact, ((512, 256), (512, 200)), strict=True):
+        assert torch.equal(prefill(q[:, :, i : i + n], k, v, i), found)
+
+
 def test_one_thread_at_a_time():
     q, k, v = tensors(CACHE)
     call = lambda prefill: prefill(q[:, :, :256], k, v, 0)  # noqa: E731
@@ -182,6 +193,10 @@ def test_what_a_call_refuses():
     for first in (-1, 745, 1.0, True):
         with pytest.raises(ValueError, match=r"^first must be an int from 0 to 744, got"):
             RunAnew(256)(q[:, :, :256], k, v, first)
+    with pytest.raises(ValueError, match=r"^q must have at most the cache's 1000 tokens, got 1024"):
+        RunAnew(256)(torch.zeros(2, 4, 1024, 16), k, v, 0)
+    with pytest.raises(TypeError, match=r"^head_offset must be an int, got Tensor"):
+        RunAnew(256, head_offset=torch.tensor(1))
     with pytest.raises(NotImplementedError, match=r"^q, k and v must not require grad"):
         RunAnew(256)(q[:, :, :256].clone().requires_grad_(), k, v, 0)
     with pytest.raises(NotImplementedError, match=r"outside of torch.autocast"), torch.autocast("cpu", torch.bfloat16):

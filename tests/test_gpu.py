@@ -32,6 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Argument .* cannot be converted to a JitArgument:UserWarning"),
     # A hint of torch's, raised where it compiles what multiplies in float32.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    # How torch says that it looks for synchronizations.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
     # torch's graph trees warm up with an empty graph.
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
 ]
