@@ -135,6 +135,12 @@ DEFECTS = [
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
     Defect("mask_mods/blocks.py", "buffered(mask_mod.keys(b, h, kv_idx))", "mask_mod.keys(b, h, kv_idx)", SHORT),
     Defect("rr_flex/runtime/mends.py", "[*names, *(symbol", "[*names, *(() and symbol", SEQUENCES),
+    Defect(
+        "rr_flex/runtime/mends.py",
+        "self.args[0]._eval_evalf(precision)",
+        "None",
+        "test_compile.py::test_a_padded_index_is_a_number_where_it_stands_at_one",
+    ),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
     Defect("mask_mods/blocks.py", "((row + 1) * q_block).clamp(max=Lq) - 1)", "row * q_block)", BLOCKS),
