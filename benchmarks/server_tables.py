@@ -180,15 +180,17 @@ def draw(rows: list[Row], path: Path) -> None:
         return
     figure = Figure(figsize=(8, 5 * len(settings)), layout="constrained")
     for axis, setting in zip(figure.subplots(len(settings), squeeze=False)[:, 0], settings, strict=True):
-        lines: dict[str, dict[int, float]] = {}
+        lines: dict[tuple[str, str], dict[int, float]] = {}  # (what, how it is called) -> chunk -> ms
         for row in (row for row in chunks if place_of(row) == setting):
             if row["dense_ms"]:
-                lines.setdefault(f"dense, {row['dense']}", {})[row["chunk"]] = row["dense_ms"]
-            label = f"{row['config']}, density {row['density']:.2f}, {way(row)}"
-            lines.setdefault(label, {})[row["chunk"]] = row["ms"]
-        for label, points in lines.items():
+                lines.setdefault((f"dense, {row['dense']}", "--"), {})[row["chunk"]] = row["dense_ms"]
+            label = f"{row['config']}, density {row['density']:.2f}, {row['backend']}"
+            lines.setdefault((label, "-" if row["kept"] == "graphs" else ":"), {})[row["chunk"]] = row["ms"]
+        names = list(dict.fromkeys(label for label, _ in lines))
+        for (label, style), points in lines.items():
             sizes, times = zip(*sorted(points.items()), strict=True)
-            axis.plot(sizes, times, "--" if label.startswith("dense") else "-", marker="o", markersize=4, label=label)
+            named = {"-": f"{label}: graphs", ":": f"{label}: a call a chunk", "--": label}[style]
+            axis.plot(sizes, times, style, color=f"C{names.index(label)}", marker="o", markersize=4, label=named)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         chunk_sizes = sorted({row["chunk"] for row in chunks})
@@ -199,5 +201,5 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xlabel("queries a chunk (tokens); the rightmost is one shot")
         axis.set_ylabel("time of one layer's whole prompt (ms)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     figure.savefig(path, dpi=130)
