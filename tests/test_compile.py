@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from torch.nn.attention.flex_attention import flex_attention
 
 from rr_flex import create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.runtime.compiling import compile_whole
 
 few = settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 
@@ -109,3 +110,15 @@ def test_both_calls_work_inside_the_caller_s_graph():
     expected = rr_attention(q, k, v, tau=0.3, **FREE)
     for out in two_calls_and_one(q, k, v):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_a_padded_index_has_its_value():
+    """As a GPU pads from torch 2.14 on: the number of real keys in each stride, and zeros behind."""
+
+    def padded(x):
+        keys = torch.minimum(1300 - 8 * torch.arange(163), torch.tensor(8))
+        return torch.cat([keys, torch.zeros(93, dtype=torch.int64)]) * x
+
+    x = torch.ones(256)
+    with torch._inductor.config.patch(force_pointwise_cat=True, fx_graph_cache=False):
+        assert torch.equal(compile_whole(padded)(x), padded(x))
