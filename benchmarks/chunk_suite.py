@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from benchmarks import stages
-from benchmarks.cases import COARSE_BOTH, COARSE_QUERIES, PUBLISHED
+from benchmarks.cases import BEST, COARSE_BOTH, COARSE_QUERIES, PUBLISHED
 from benchmarks.server import Row, Server, dense_kernel
 from benchmarks.timing import measure, one_call, synchronize
 from benchmarks.workloads import Inputs
 from rr_flex import CapturedPrefill, PrefillState, RRConfig, rr_attention, select_blocks
 
 CHUNKS = (16384, 8192, 2048, 512)
-# label -> (setting, density of one shot that its level is sought for)
+# label -> (setting, density of one shot that its level is sought for; None: its own level)
 SETTINGS = {
     "order 2, 16/8, threshold": (COARSE_QUERIES, 0.13),
     "order 2, 16/16, threshold": (COARSE_BOTH, 0.13),
     "τ": (PUBLISHED, 0.27),
+    "best": (BEST, None),
 }
 REPEATS = (2, 4)
 
@@ -68,11 +69,12 @@ def ways_of(server: Server, chunked: bool) -> tuple[str, ...]:
     return ("state" if chunked else "nothing", *(("graphs",) if server.device.type == "cuda" else ()))
 
 
-def at_density(inputs: Inputs, config: RRConfig, wanted: float) -> tuple[RRConfig, float]:
+def at_density(inputs: Inputs, config: RRConfig, wanted: float | None) -> tuple[RRConfig, float]:
     """The setting at the level that keeps about that much of one shot, without dense last rows, and its density."""
     config = replace(config, dense_last_rows=0, min_length=0)
     mass = select_blocks(inputs.q, inputs.k, config=config).mass
-    found = stages.config_for_density(mass, config, inputs.q.shape[2], wanted)
+    L = inputs.q.shape[2]
+    found = config if wanted is None else stages.config_for_density(mass, config, L, wanted)
     level = found.level
     return found, stages.density_at(mass, level, found, inputs.q.shape[2])
 

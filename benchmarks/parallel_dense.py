@@ -14,7 +14,7 @@ def dense_ulysses(q: Tensor, k: Tensor, v: Tensor, shards: Shards) -> Tensor:
     query_heads, key_heads = split_heads(q.shape[1], k.shape[1], shards.layout.ranks)
     parts = (q, query_heads), (k, key_heads), (v, key_heads)
     whole = [to_heads(x, heads, shards.layout, shards)[0] for x, heads in parts]
-    out = dense_attention(*whole, causal=True, scale=None, flash=q.device.type == "cuda")
+    out = dense_attention(*whole, causal=True, scale=None, flash="must" if q.device.type == "cuda" else "no")
     return to_tokens(out, query_heads, shards.layout, shards)[0]
 
 

@@ -145,6 +145,6 @@ def dense_ways(prompt: Prompt) -> dict[str, Callable[[], Tensor]]:
     if run.device.type == "cuda" and prompt.length <= run.options.most_whole:
         found["dense context"] = lambda c, a: dense_context(*prompt.part, prompt.shards)
     if prompt.whole is not None and prompt.length <= run.options.most_dense:
-        whole = {"causal": True, "scale": None, "flash": run.device.type == "cuda"}
+        whole = {"causal": True, "scale": None, "flash": "must" if run.device.type == "cuda" else "no"}
         found["one card, dense"] = lambda c, a: dense_attention(*prompt.whole, **whole)
     return found

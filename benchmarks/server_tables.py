@@ -28,7 +28,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "chunks": {
         "setting": lambda row: f"{row['config']}, density {row['density']:.3f}",
         "kernel": way,
-        "chunk": lambda row: f"{row['chunk']:,}",
+        "chunk, of tokens": lambda row: f"{row['chunk']:,}, {row['length']:,}",
         "ms": lambda row: number(row["ms"], ".1f"),
         "÷ one shot": lambda row: number(ratio(row["ms"], row["one_shot_ms"])),
         "dense, ms": lambda row: f"{number(row['dense_ms'], '.1f')} ({row['dense']})" if row["dense_ms"] else "–",
@@ -82,7 +82,19 @@ def load(folder: Path) -> list[Row]:
 
 
 def what(row: Row) -> tuple:
-    names = ("config", "chunk", "batch", "queries", "keys", "prompts", "wanted_density", "backend", "way", "kept")
+    names = (
+        "config",
+        "chunk",
+        "length",
+        "batch",
+        "queries",
+        "keys",
+        "prompts",
+        "wanted_density",
+        "backend",
+        "way",
+        "kept",
+    )
     return tuple(row.get(name) for name in (*names, "heads", "kv_heads", "head_dim", "dtype", "workload", "seed"))
 
 
@@ -162,6 +174,7 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     chunks = [row for row in rows if row["suite"] == "chunks"]
+    chunks = [row for row in chunks if row["length"] == max(row["length"] for row in chunks)]
     settings = list(dict.fromkeys(map(place_of, chunks)))
     if not settings:
         return

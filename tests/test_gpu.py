@@ -513,6 +513,15 @@ def test_the_lookup_of_kept_blocks_is_not_in_the_kernel():
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+def test_a_density_of_a_batch_over_lengths(backend):
+    chosen = {"budget": "density", "target_density": 0.5, "dense_last_rows": 0}
+    for length in (1000, 1300, 700):
+        q, k, v = on_gpu(Shape(B=3, Hq=4, Hkv=2, Lq=length, Lk=length, D=64), dtype=torch.bfloat16)
+        out = rr_attention(q, k, v, backend=backend, **chosen)
+        assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu(), allowed_pairs(q, k, **chosen))
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
 def test_a_warm_call_waits_for_nothing_that_runs(backend):
     """Sparse, with a level a head; a pack of dense prompts, whose lengths are uploaded."""
     q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=64), dtype=torch.bfloat16)

@@ -98,7 +98,10 @@ def test_tables_show_the_last_row_of_each(tmp_path):
     rows = server_tables.load(tmp_path)
     assert [row["ms"] for row in rows] == [70.0]
     page = server_tables.markdown(rows)
-    assert "| τ, density 0.270 | flash, state | 8,192 | 70.0 | 1.01 | 205.0 (fa4) | 2.93× | 1.90 | 0.0e+00 |" in page
+    assert (
+        "| τ, density 0.270 | flash, state | 8,192, 131,072 | 70.0 | 1.01 | 205.0 (fa4) | 2.93× | 1.90 | 0.0e+00 |"
+        in page
+    )
     assert "Some Card, torch 2.11.0; 32/8 heads of 128, bfloat16; commit abc (2026-01-01)" in page
     server_tables.draw(rows, tmp_path / "chunks.png")
     assert (tmp_path / "chunks.png").read_bytes().startswith(b"\x89PNG")

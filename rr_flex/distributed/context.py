@@ -26,7 +26,9 @@ from rr_flex.distributed.local import Chunk, Local, prepare, shape_of_keys
 from rr_flex.distributed.shards import Shards
 from rr_flex.distributed.transfer import gather_tokens
 from rr_flex.geometry import ceil_div
-from rr_flex.pipeline import select_in_slices
+from rr_flex.pipeline import join, select_in_slices
+from rr_flex.request import Request, in_head_slices
+from rr_flex.result import Selection
 from rr_flex.state import pool_into
 
 
@@ -85,13 +87,19 @@ def choose_blocks(local: Local) -> tuple[list[Blocks], Tensor | None]:
         own = local.of_chunk(chunk)
         if pooled is not None:
             own = replace(own, pooled_keys=pooled[:, :, : ceil_div(chunk.keys, local.config.strides[1])])
-        found = select_in_slices(local.q[:, :, chunk.rows], keys[:, :, : chunk.keys], own)
+        found = _select(local.q[:, :, chunk.rows], keys[:, :, : chunk.keys], own)
         kept = found.kept
         if not request.dense and local.first_far == local.count:
             kept = kept | (found.visible & _last_rows(local, chunk))
         local.asked.account.add_blocks(kept, found.visible)
         chosen.append((kept, found.whole))
     return chosen, all_keys
+
+
+def _select(q: Tensor, keys: Tensor, request: Request) -> Selection:
+    """Without the mass: four bytes a block, for which there is room for a slice of heads only."""
+    found = (select_in_slices(*qk, own) for _, own, qk in in_head_slices(request, q, keys))
+    return join([replace(part, mass=part.mass[..., :0].clone()) for part in found], request.mask_mod)
 
 
 def needs_every_key(config: RRConfig) -> bool:
