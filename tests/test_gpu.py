@@ -601,6 +601,17 @@ def test_a_caller_s_compile_over_many_lengths():
             assert_attends(out.cpu(), *(x.cpu() for x in own), allowed_pairs(*own[:2], tau=0.3))
 
 
+def test_a_caller_s_graph_where_the_costs_of_a_card_decide(monkeypatch):
+    monkeypatch.undo()
+    for length in (600, 20000):  # dense and sparse
+        q, k, v = on_gpu(Shape(B=1, Hq=4, Hkv=2, Lq=length, Lk=length, D=128), dtype=torch.bfloat16)
+        chosen = {"tau": 0.5, "backend": "triton"}
+        call = torch.compile(lambda q, k, v: rr_attention(q, k, v, **chosen), fullgraph=True, dynamic=False)  # noqa: B023
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dynamo's word on functions that remember
+            torch.testing.assert_close(call(q, k, v), rr_attention(q, k, v, **chosen), rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("name", ["document", "right padding"])
 def test_masks_at_other_batch_sizes_and_lengths(name):
     for shape in (LONG._replace(Lq=900, Lk=900), LONG._replace(B=3, Lq=900, Lk=900), LONG._replace(B=3)):
