@@ -21,7 +21,7 @@ SLICE_BYTES = 12 << 30
 class Rates:
     """Of one rank. ValueError for what is not positive."""
 
-    attention_flops: float  # per second, of the block-sparse kernel
+    attention_flops: dict[str, float]  # tokens -> per second, of the block-sparse kernel: long keys leave its cache
     dense_flops: float  # of the fastest dense kernel
     estimate_flops: float  # of the estimate as attention
     block_seconds: float  # to select and list one block of the map
@@ -52,9 +52,9 @@ class Rates:
         return rates
 
 
-def nearest(table: dict[str, dict[str, float]], density: float, ranks: int) -> float:
-    """What was measured at the nearest density and number of ranks, on a scale of ratios."""
-    for wanted in (density, ranks):
+def nearest(table: dict, *where: float) -> float:
+    """What was measured nearest to `where`, a number for each level of the table, on a scale of ratios."""
+    for wanted in where:
         table = table[min(table, key=lambda at: max(float(at) / wanted, wanted / float(at)))]
     return table
 
@@ -146,7 +146,7 @@ def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
 
     pool = prompt.kv_bytes / 2 / ranks / rates.pool_bytes
     choose = prompt.estimate_flops / ranks / rates.estimate_flops + prompt.blocks / ranks * rates.block_seconds
-    attend = prompt.flops(prompt.density) / ranks / rates.attention_flops
+    attend = prompt.flops(prompt.density) / ranks / nearest(rates.attention_flops, prompt.tokens)
     maps = min(SLICE_BYTES, prompt.blocks / ranks * BYTES_PER_BLOCK)
     alone = pool + choose + rates.call_seconds
     if way in ("one card", "heads"):
