@@ -33,6 +33,7 @@ def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if run.device.type == "cuda" else 0
     account = Account()
     alone = name.startswith("one card")
 
@@ -44,8 +45,9 @@ def measure(prompt: Prompt, name: str, way: Callable, config: RRConfig) -> dict[
     out, times = run.time((lambda: None) if alone and run.rank else on_all, on_all)
     row = {"way": name, "ms": statistics.median(times), "least_ms": min(times), "most_ms": max(times)}
     peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
-    moved = run.largest(peak, account.fetched, account.selecting, account.all_gather)
-    row |= dict(zip(("peak_bytes", "fetched_bytes", "selecting_bytes", "all_gather_bytes"), moved, strict=True))
+    most = run.largest(peak, held, account.fetched, account.selecting, account.all_gather)
+    names = "peak_bytes", "held_bytes", "fetched_bytes", "selecting_bytes", "all_gather_bytes"
+    row |= dict(zip(names, most, strict=True))
     if account.kept:
         own = float(sum(account.kept))
         row["balance"] = run.largest(own)[0] / (run.total(own)[0] / run.ranks)

@@ -49,11 +49,12 @@ def test_predictions_beside_measured_rows(tmp_path, capsys):
     from benchmarks import plan_check
 
     shape = {"heads": 32, "kv_heads": 8, "head_dim": 128, "length": 1 << 17, "density": 0.1, "ranks": 2}
-    rows = [shape | {"way": way, "ms": 50.0, "peak_bytes": 1e9} for way in ("kept", "all, triton", "unknown")]
+    ways = "kept", "all, triton", "1 heads × 2 sequence", "one card, dense", "unknown"
+    rows = [shape | {"way": way, "ms": 50.0, "peak_bytes": 2e9, "held_bytes": 1e9} for way in ways]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     assert plan_check.main([str(path), "--plot", str(tmp_path / "check.png")]) == 0
-    assert "mean of |off| over 2 rows" in capsys.readouterr().out
+    assert "mean of |off| over 4 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

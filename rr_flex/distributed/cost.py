@@ -21,7 +21,7 @@ SLICE_BYTES = 12 << 30
 class Rates:
     """Of one rank. ValueError for what is not positive."""
 
-    attention_flops: float  # per second, of the block-sparse kernel
+    attention_flops: dict[str, float]  # tokens -> per second, of the block-sparse kernel: long keys leave its cache
     dense_flops: float  # of the fastest dense kernel
     estimate_flops: float  # of the estimate as attention
     block_seconds: float  # to select and list one block of the map
@@ -52,9 +52,9 @@ class Rates:
         return rates
 
 
-def nearest(table: dict[str, dict[str, float]], density: float, ranks: int) -> float:
-    """What was measured at the nearest density and number of ranks, on a scale of ratios."""
-    for wanted in (density, ranks):
+def nearest(table: dict, *where: float) -> float:
+    """What was measured nearest to `where`, a number for each level of the table, on a scale of ratios."""
+    for wanted in where:
         table = table[min(table, key=lambda at: max(float(at) / wanted, wanted / float(at)))]
     return table
 
@@ -106,25 +106,26 @@ class Cost:
     moved: float  # bytes received
 
 
-WAYS = ("one card", "heads", "ulysses", "kept", "all", "ring", "dense ulysses")
+WAYS = ("one card", "heads", "ulysses", "kept", "all", "ring", "dense ulysses", "dense context")
 
 
 def costs(prompt: Prompt, ranks: int, rates: Rates) -> list[Cost]:
     """Every way that fits the heads, fastest first; heads × sequence by its best split."""
     found = [cost(way, prompt, ranks, rates) for way in WAYS[1:]] if ranks > 1 else [cost("one card", prompt, 1, rates)]
     splits = [h for h in range(2, ranks) if ranks % h == 0 and prompt.kv_heads % h == 0]
-    planes = [plane(prompt, h, ranks // h, rates) for h in splits]
+    planes = [plane(prompt, (h, ranks // h), way, rates) for h in splits for way in ("all", "kept")]
     if planes:
         found.append(min(planes, key=lambda each: each.seconds))
     return sorted(filter(None, found), key=lambda each: each.seconds)
 
 
-def plane(prompt: Prompt, heads: int, sequence: int, rates: Rates) -> Cost:
-    """Heads × sequence: each group of `sequence` ranks fetches by block for its part of the heads."""
+def plane(prompt: Prompt, mesh: tuple[int, int], way: str, rates: Rates) -> Cost:
+    """Heads × sequence: each group of ranks along the sequence is context parallel for its part of the heads."""
+    heads, sequence = mesh
     part = replace(prompt, heads=prompt.heads // heads, kv_heads=prompt.kv_heads // heads)
     # Neighbours on a host share the sequence first.
-    of_part = cost("kept", part, sequence, rates)
-    return Cost(f"{heads} heads × {sequence} kept", heads * sequence, of_part.seconds, of_part.memory, of_part.moved)
+    of_part = cost(way, part, sequence, rates)
+    return replace(of_part, way=f"{heads} heads × {sequence} {way}", ranks=heads * sequence)
 
 
 def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
@@ -137,14 +138,15 @@ def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
     if way in ("heads", "ulysses", "dense ulysses") and ranks > prompt.kv_heads:
         kv *= ranks / prompt.kv_heads  # a key head goes to each rank that shares it
     own = (2 * prompt.q_bytes + kv) / ranks  # q, out, k, v
-    if way == "dense ulysses":
-        moved = foreign * own
+    if way.startswith("dense"):
+        moved = foreign * (own if way == "dense ulysses" else kv)
         seconds = prompt.flops(1) / ranks / rates.dense_flops + moved / link
-        return Cost(way, ranks, seconds + rates.call_seconds, 2 * own, moved)
+        memory = 2 * own if way == "dense ulysses" else own + kv
+        return Cost(way, ranks, seconds + rates.call_seconds, memory, moved)
 
     pool = prompt.kv_bytes / 2 / ranks / rates.pool_bytes
     choose = prompt.estimate_flops / ranks / rates.estimate_flops + prompt.blocks / ranks * rates.block_seconds
-    attend = prompt.flops(prompt.density) / ranks / rates.attention_flops
+    attend = prompt.flops(prompt.density) / ranks / nearest(rates.attention_flops, prompt.tokens)
     maps = min(SLICE_BYTES, prompt.blocks / ranks * BYTES_PER_BLOCK)
     alone = pool + choose + rates.call_seconds
     if way in ("one card", "heads"):

@@ -24,7 +24,9 @@ from rr_flex.kernels.last_rows import MOST_ROWS
 from rr_flex.request import Request, make_request
 from rr_flex.runtime.head_slices import head_slices
 
-STRIPS = 4  # of key heads at least, where there are so many: all but the first travel while another attends
+STRIPS = 4  # of key heads, where there are so many: all but the first travel while another attends
+# Of a strip's keys and values at least. What is less travels in less time than the host takes to queue its attention.
+STRIP_BYTES = 256 << 20
 
 
 class Chunk(NamedTuple):
@@ -64,7 +66,7 @@ class Local(NamedTuple):
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Local:
-    (B, Hq, _, _), Hkv, layout = q.shape, k.shape[1], shards.layout
+    Hq, Hkv, layout = q.shape[1], k.shape[1], shards.layout
     config, count = asked.config_of(shards, Hq), layout.tokens
     options = {"causal": asked.causal, "scale": asked.scale, "softcap": asked.softcap, "q_offset": 0}
     options["head_offset"] = shards.rank(HEADS) * Hq
@@ -83,7 +85,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, shards: Shards, asked: Asked) -> Lo
         *(q, k, v, shards, asked, config, request),
         kernel=kernel,
         chunks=_chunks(shards, asked, first_far),
-        strips=_strips((B, Hq, Hkv), shards, config),
+        strips=_strips(Hq, (k, v), shards, config),
         first_far=first_far,
     )
 
@@ -115,12 +117,13 @@ def _first_far(shards: Shards, asked: Asked, config: RRConfig, request: Request)
     return max(layout.first_query, (ceil_div(layout.tokens, q_block) - rows) * q_block)
 
 
-def _strips(heads: tuple[int, int, int], shards: Shards, config: RRConfig) -> list[tuple[slice, slice]]:
+def _strips(Hq: int, kv: tuple[Tensor, Tensor], shards: Shards, config: RRConfig) -> list[tuple[slice, slice]]:
     """The same on every rank, though their shards differ: whole groups, at least as many as memory asks for."""
-    (_, Hq, Hkv), layout = heads, shards.layout
+    (B, Hkv, m, _), layout = kv[0].shape, shards.layout
     most = max(layout.queries_on(rank) for rank in range(layout.ranks))
-    by_memory = head_slices(heads, (most, layout.tokens), config, torch.device("cpu"))
-    least, group = max(STRIPS, len(by_memory)), Hq // Hkv
+    by_memory = head_slices((B, Hq, Hkv), (most, layout.tokens), config, torch.device("cpu"))
+    gathered = sum(x.nbytes for x in kv) // m * layout.tokens
+    least, group = max(1, min(STRIPS, gathered // STRIP_BYTES), len(by_memory)), Hq // Hkv
     width = max(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (Hkv // n >= least or n == 1))
     return [(slice(h * group, (h + width) * group), slice(h, h + width)) for h in range(0, Hkv, width)]
 
