@@ -38,14 +38,14 @@ def write_page(cells: list[Cell], page: Path = PAGE) -> None:
 
 
 def draw(folder: Path) -> None:
-    """ruler.png beside the cells: a heat map a column of the table of most samples."""
+    """ruler.png beside the cells: a heat map a column of the table that has most cells."""
     cells = load(folder)
     headings = {attention: heading.strip("`") for heading, attention in COLUMNS.items()}
-    most = max((cell.samples for cell in cells), default=0)
+    settings = [setting_of(cell) for cell in cells]
     shown = [
         replace(cell, attention=headings[cell.attention])
         for cell in cells
-        if cell.attention in headings and cell.samples == most
+        if cell.attention in headings and setting_of(cell) == max(settings, key=settings.count)
     ]
     if shown:
         results.heat_map(shown).savefig(folder / "ruler.png", dpi=120)
