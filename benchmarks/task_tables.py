@@ -40,7 +40,7 @@ def write_page(cells: list[Cell], page: Path = PAGE) -> None:
 def draw(folder: Path) -> None:
     """ruler.png beside the cells: a heat map a column of the table that has most cells."""
     cells = load(folder)
-    headings = {attention: heading.strip("`") for heading, attention in COLUMNS.items()}
+    headings = {attention: heading.replace("`", "") for heading, attention in COLUMNS.items()}
     settings = [setting_of(cell) for cell in cells]
     shown = [
         replace(cell, attention=headings[cell.attention])
