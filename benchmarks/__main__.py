@@ -190,10 +190,10 @@ def write_report(options: argparse.Namespace) -> int:
         raise SystemExit(f"--results must hold rows, got none in {options.results}")
     tables.write_page(options.readme, rows)
     task_tables.write_page(task_tables.load(options.results))
-    (options.results / tables.ALL_ROWS).write_text(tables.every_row(rows))
+    prefills, server_rows = prefill_tables.load(options.results), server_tables.load(options.results)
+    (options.results / tables.ALL_ROWS).write_text(tables.every_row(rows) + server_tables.every_row(server_rows))
     time_plot.draw(rows, options.plot or options.results / "time-against-length.png")
     task_tables.draw(options.results)
-    prefills, server_rows = prefill_tables.load(options.results), server_tables.load(options.results)
     if prefills:
         prefill_tables.write_page(options.readme, prefills)
     if server_rows:

@@ -147,6 +147,12 @@ SUITES: dict[str, list[Case]] = {
         for config, backend in ((BEST, "flash"), (BEST_WIDE, "triton"), (FAST, "flash"))
         for density in (0.25, 0.4)
     ],
+    # Where the estimate costs most beside what is kept.
+    "low-density": [
+        Case(config=config, density=density, backend="flash", dense=("fa4",))
+        for config in (COARSE_BOTH, COARSE_QUERIES)
+        for density in (0.05, 0.13, 0.08, 0.19)
+    ],
     # Time against length.
     "lengths": [
         Case(length=length * K, config=config, density=0.3, backend=backend)
@@ -154,7 +160,7 @@ SUITES: dict[str, list[Case]] = {
         for config, backend in ((COARSE_QUERIES, "flash"), (COARSE_QUERIES, "triton"), (PUBLISHED, "triton"))
     ],
     # As users call it, with the library's own choice of when to be dense.
-    "short": [Case(length=length * K, config=PUBLISHED) for length in (8, 4, 2, 16)],
+    "short": [Case(length=length * K, config=config) for config in (PUBLISHED, BEST) for length in (8, 16, 4, 2)],
     "shapes": _shapes(),
     "million": _million(),
     # The cheapest settings that stay under an output error.

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
-    config = RRConfig(min_length=0).with_settings(options.config)
+    config = RRConfig.resolve(None, {"min_length": 0} | options.config)
     if config.budget == "density":
         raise ValueError(
             "--config must leave the budget 'top_tau' or 'threshold', whose level is sought, got 'density'"

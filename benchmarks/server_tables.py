@@ -28,7 +28,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "chunks": {
         "setting": lambda row: f"{row['config']}, density {row['density']:.3f}",
         "kernel": way,
-        "chunk": lambda row: f"{row['chunk']:,}",
+        "chunk, of tokens": lambda row: f"{row['chunk']:,}, {row['length']:,}",
         "ms": lambda row: number(row["ms"], ".1f"),
         "÷ one shot": lambda row: number(ratio(row["ms"], row["one_shot_ms"])),
         "dense, ms": lambda row: f"{number(row['dense_ms'], '.1f')} ({row['dense']})" if row["dense_ms"] else "–",
@@ -82,7 +82,19 @@ def load(folder: Path) -> list[Row]:
 
 
 def what(row: Row) -> tuple:
-    names = ("config", "chunk", "batch", "queries", "keys", "prompts", "wanted_density", "backend", "way", "kept")
+    names = (
+        "config",
+        "chunk",
+        "length",
+        "batch",
+        "queries",
+        "keys",
+        "prompts",
+        "wanted_density",
+        "backend",
+        "way",
+        "kept",
+    )
     return tuple(row.get(name) for name in (*names, "heads", "kv_heads", "head_dim", "dtype", "workload", "seed"))
 
 
@@ -103,16 +115,42 @@ def text(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For benchmarks/README.md: a table a card and suite, a CPU's last."""
+    """For benchmarks/README.md, a table a card and suite, a CPU's last: cells by their gain, without `host`."""
+    return _by_setting(rows, {"chunks": table_of, "packed": table_of, "cells": gains})
+
+
+def every_row(rows: list[Row]) -> str:
+    """For results/rows.md, with all columns; nothing where there are none."""
+    tables = _by_setting(rows, dict.fromkeys(SUITES, table_of))
+    return f"\n# Every row of `python -m benchmarks chunks`\n\n{tables}" if rows else ""
+
+
+def _by_setting(rows: list[Row], shown: dict[str, Callable[[list[Row]], list[str]]]) -> str:
     lines = []
     for setting in sorted(dict.fromkeys(map(setting_of, rows)), key=lambda setting: setting.startswith("CPU")):
-        lines += [f"**{setting}**", ""]
-        of_setting = [row for row in rows if setting_of(row) == setting]
-        for suite in SUITES:
-            of_suite = [row for row in of_setting if row["suite"] == suite]
-            if of_suite:
-                lines += [f"`{suite}`", "", *markdown_table(COLUMNS[suite], map(cells_of, of_suite)), ""]
+        of_setting = {name: [r for r in rows if setting_of(r) == setting and r["suite"] == name] for name in shown}
+        tables = [[f"`{name}`", "", *shown[name](own), ""] for name, own in of_setting.items() if own]
+        lines += [f"**{setting}**", "", *(line for table in tables for line in table)] if tables else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def table_of(rows: list[Row]) -> list[str]:
+    return markdown_table(COLUMNS[rows[0]["suite"]], map(cells_of, rows))
+
+
+def gains(rows: list[Row]) -> list[str]:
+    """A line a cell and kernel, a column a wanted density: dense time / sparse time, in italics where the costs in
+    tuned.json take the dense way."""
+    densities = sorted({row["wanted_density"] for row in rows})
+    lines: dict[tuple, dict[float, str]] = {}
+    for row in sorted(rows, key=lambda row: (row["backend"], row["batch"], row["keys"], row["queries"])):
+        gain = f"{row['dense_ms'] / row['sparse_ms']:.2f}×"
+        shown = f"*{gain}*" if work_suite.taken(row) == "dense" else gain
+        name = (f"{row['batch']} × {row['queries']:,}, {row['keys']:,}", row["backend"])
+        lines.setdefault(name, {})[row["wanted_density"]] = shown
+    heads = [f"times as fast as {rows[0]['dense']}: batch × queries, keys", "kernel"]
+    heads += [f"density {density:g}" for density in densities]
+    return markdown_table(heads, [[*name, *(of.get(d, "–") for d in densities)] for name, of in lines.items()])
 
 
 def write_page(page: Path, rows: list[Row]) -> None:
@@ -136,20 +174,23 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     chunks = [row for row in rows if row["suite"] == "chunks"]
+    chunks = [row for row in chunks if row["length"] == max(row["length"] for row in chunks)]
     settings = list(dict.fromkeys(map(place_of, chunks)))
     if not settings:
         return
     figure = Figure(figsize=(8, 5 * len(settings)), layout="constrained")
     for axis, setting in zip(figure.subplots(len(settings), squeeze=False)[:, 0], settings, strict=True):
-        lines: dict[str, dict[int, float]] = {}
+        lines: dict[tuple[str, str], dict[int, float]] = {}  # (what, how it is called) -> chunk -> ms
         for row in (row for row in chunks if place_of(row) == setting):
             if row["dense_ms"]:
-                lines.setdefault(f"dense, {row['dense']}", {})[row["chunk"]] = row["dense_ms"]
-            label = f"{row['config']}, density {row['density']:.2f}, {way(row)}"
-            lines.setdefault(label, {})[row["chunk"]] = row["ms"]
-        for label, points in lines.items():
+                lines.setdefault((f"dense, {row['dense']}", "--"), {})[row["chunk"]] = row["dense_ms"]
+            label = f"{row['config']}, density {row['density']:.2f}, {row['backend']}"
+            lines.setdefault((label, "-" if row["kept"] == "graphs" else ":"), {})[row["chunk"]] = row["ms"]
+        names = list(dict.fromkeys(label for label, _ in lines))
+        for (label, style), points in lines.items():
             sizes, times = zip(*sorted(points.items()), strict=True)
-            axis.plot(sizes, times, "--" if label.startswith("dense") else "-", marker="o", markersize=4, label=label)
+            named = {"-": f"{label}: graphs", ":": f"{label}: a call a chunk", "--": label}[style]
+            axis.plot(sizes, times, style, color=f"C{names.index(label)}", marker="o", markersize=4, label=named)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         chunk_sizes = sorted({row["chunk"] for row in chunks})
@@ -160,5 +201,5 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xlabel("queries a chunk (tokens); the rightmost is one shot")
         axis.set_ylabel("time of one layer's whole prompt (ms)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     figure.savefig(path, dpi=130)

@@ -1,8 +1,10 @@
 """A prompt's chunks as CUDA graphs: what a chunk costs the host is one replay, for caches that stay where they are."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.registry import ESTIMATORS
 from rr_flex.request import make_request
 from rr_flex.runtime.compiling import compile_whole
+from rr_flex.runtime.tracing import traced
 from rr_flex.sampling import pooled_features
 from rr_flex.state import PrefillState
 
@@ -35,8 +38,9 @@ class CapturedPrefill:
     prompt. A chunk of `queries` tokens (a multiple of 128) that begins at a multiple of 128 replays a CUDA graph; there
     is one for each 8,192 keys of a cache (of its thirty-second part, if that is more), captured when a chunk first
     reaches into them. Any other chunk, and one for which dense attention is faster, is an ordinary call; `calls` says
-    how many were "replayed" and how many "called". One object serves all layers of a model, and holds the pooled keys
-    of each cache (see PrefillState) and the memory of the graphs. Not for two threads at once.
+    how many were "replayed" and how many "called". One object serves all layers of a model, and holds each cache that
+    it has seen, its pooled keys (see PrefillState) and the memory of the graphs until it is told to `forget`. On
+    another stream than the last call's, work waits for that call's.
 
     `config` or single `settings`, `scale`, `softcap`, `head_offset`, `backend`: as in `rr_attention`, and so are the
     errors; ValueError for an estimator that pools no keys.
@@ -55,8 +59,12 @@ class CapturedPrefill:
     ) -> None:
         if type(queries) is not int or queries < GRID or queries % GRID:
             raise ValueError(f"queries must be a multiple of {GRID}, got {queries!r}")
+        if type(head_offset) is not int:
+            raise TypeError(f"head_offset must be an int, got {type(head_offset).__name__}")
         self.queries = queries
         self.config = RRConfig.resolve(config, settings)
+        if isinstance(level := self.config.level, Tensor):  # a graph would not see what is written to it later
+            self.config = self.config.with_settings({self.config.level_field: level.clone()})
         if "key_stride" not in ESTIMATORS[self.config.pool].reads:
             raise ValueError(f"pool must be one that pools keys, got {self.config.pool!r}")
         self.calls: Counter[str] = Counter()
@@ -65,6 +73,8 @@ class CapturedPrefill:
         self._caches: dict[tuple, _Cache] = {}
         self._shared: dict[tuple, _Shared] = {}
         self._pool: Any = None  # memory that all graphs share
+        self._stream: Any = None  # of the last call
+        self._busy = Lock()
 
     _devices = ("cuda",)
 
@@ -79,8 +89,11 @@ class CapturedPrefill:
 
         The cache is written up to the chunk's end by then, and before `first` it is what it was at the calls before.
         `first` = 0 begins a new prompt. The next call may overwrite the result. ValueError for a chunk that does not
-        lie in the cache; NotImplementedError off CUDA, under torch.autocast, and for tensors that require grad.
+        lie in the cache; NotImplementedError off CUDA, under torch.autocast, inside torch.compile and torch.cuda.graph,
+        and for tensors that require grad; RuntimeError while another thread is in a call.
         """
+        if traced():
+            raise NotImplementedError("a captured prefill must be called outside of torch.compile")
         check_queries_and_keys(q, k)
         check_values(q, k, v)
         check_backend(self._backend, q)
@@ -90,16 +103,41 @@ class CapturedPrefill:
             raise NotImplementedError("a captured prefill must be called outside of torch.autocast")
         if q.device.type not in self._devices:
             raise NotImplementedError(f"q must be on a CUDA device, got {q.device}; rr_attention takes a PrefillState")
+        if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise NotImplementedError("a captured prefill must be called outside of torch.cuda.graph")
         Lq, capacity = q.shape[2], k.shape[2]
+        if Lq > capacity:
+            raise ValueError(f"q must have at most the cache's {capacity} tokens, got {Lq}")
         if type(first) is not int or not 0 <= first <= capacity - Lq:
             raise ValueError(f"first must be an int from 0 to {capacity - Lq}, got {first!r}")
         # What is kept must take the next call's too, in inference mode or out of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with self._alone(q.device), torch.inference_mode(False), torch.no_grad():
             return self._attend(q, k, v, first)
+
+    @contextmanager
+    def _alone(self, device: torch.device) -> Iterator[None]:
+        """No other thread's call, on this device, behind the last call's work: all share buffers and memory."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("a captured prefill must be called by one thread at a time, got a second call")
+        try:
+            if device.type != "cuda":
+                yield
+                return
+            with torch.cuda.device(device):  # where a graph is captured
+                stream = torch.cuda.current_stream()
+                if self._stream not in (None, stream):
+                    stream.wait_stream(self._stream)
+                self._stream = stream
+                yield
+        finally:
+            self._busy.release()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         Lq, capacity = q.shape[2], k.shape[2]
-        cache = self._caches.setdefault(_place(q, k, v), _Cache(k.detach(), v.detach()))
+        place = _place(q, k, v)
+        if place not in self._caches or not self._caches[place].lies_at(k, v):
+            self._caches[place] = _Cache(k.detach(), v.detach())
+        cache = self._caches[place]
         cache.state.trim(first)
         end = first + Lq
         if Lq == self.queries and first % GRID == 0 and end >= (self.config.min_length or 0):
@@ -114,19 +152,24 @@ class CapturedPrefill:
         return answer(q, k[:, :, :end], v[:, :, :end], asked, **self._options).out
 
     def forget(self) -> None:
-        """Lets go of all caches, their pooled keys and graphs."""
-        self._caches.clear()
-        self._shared.clear()
-        self._pool = None
+        """Lets go of all caches, their pooled keys and graphs, once what was launched of them has ended."""
+        with self._alone(torch.device("cpu")):
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._caches.clear()
+            self._shared.clear()
+            self._pool = self._stream = None
 
     def _captured(self, cache: "_Cache", q: Tensor, keys: int, first: int) -> Callable[[Tensor, int], Tensor] | None:
         """A chunk over the first `keys` of a cache as a graph; None where dense attention is faster."""
-        k, v = cache.k[:, :, :keys], cache.v[:, :, :keys]
-        request = make_request(q, k, self.config, self._options)
+        # What is returned holds neither this object nor the cache's record: both are freed where they are let go of.
+        state, all_keys, queries, config = cache.state, cache.k, self.queries, self.config
+        k, v = all_keys[:, :, :keys], cache.v[:, :, :keys]
+        request = make_request(q, k, config, self._options)
         name = choose_kernel(self._backend, q, v, request)
         if not self._pays(name, q, k):
             return None
-        cache.state.settle(cache.k, self.config, room=cache.k.shape[2])
+        state.settle(all_keys, config, room=all_keys.shape[2])
         shape = (*q.shape, v.shape[3], q.dtype, q.device)
         if shape not in self._shared:
             out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -134,22 +177,22 @@ class CapturedPrefill:
                 torch.empty_like(q, memory_format=torch.contiguous_format), out, request.q_offset
             )
         shared = self._shared[shape]
-        pooled = cache.state.pooled(keys)
+        pooled = state.pooled(keys)
         request = replace(request, q_offset=shared.first, pooled_keys=rearrange(pooled, "n b h e -> b h n e"))
 
         def chunk() -> None:
-            _pool_chunk_compiled(k, pooled, shared.first, self.queries, self.config)
+            _pool_chunk_compiled(k, pooled, shared.first, queries, config)
             shared.out.copy_(attend(name, (shared.q, k, v), request).out)
 
         def put(q: Tensor, first: int) -> None:
-            cache.state.pool_new(cache.k[:, :, :first])  # what ordinary calls, all dense, have left
+            state.pool_new(all_keys[:, :, :first])  # what ordinary calls, all dense, have left
             shared.q.copy_(q)
             shared.first.fill_(first)
 
         def replay(q: Tensor, first: int) -> Tensor:
             put(q, first)
             again()
-            cache.state.note(first + self.queries)
+            state.note(first + queries)
             count(name)
             return shared.out
 
@@ -171,8 +214,12 @@ class CapturedPrefill:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                run()
+        except BaseException:
+            self._pool = None  # one whose only graph has failed is none any more
+            raise
 
         def replay(keep: Callable = run) -> None:  # the tensors that the graph reads live as long as it does
             graph.replay()
@@ -198,6 +245,10 @@ class _Cache:
     state: PrefillState = field(default_factory=PrefillState)
     # Keys of a graph -> the chunk through it; None where dense attention is faster.
     replays: dict[int, Callable[[Tensor, int], Tensor] | None] = field(default_factory=dict)
+
+    def lies_at(self, k: Tensor, v: Tensor) -> bool:
+        """False where `resize_` has moved what was kept, and others have come to lie at its place."""
+        return (self.k.data_ptr(), self.v.data_ptr()) == (k.data_ptr(), v.data_ptr())
 
 
 def _place(q: Tensor, k: Tensor, v: Tensor) -> tuple:

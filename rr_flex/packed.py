@@ -9,7 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rr_flex.attention import Asked, answer, count
-from rr_flex.checks import as_autocast_says, check_queries_and_keys, check_sinks, check_values, gradient_wanted
+from rr_flex.checks import (
+    as_autocast_says,
+    check_differentiable,
+    check_queries_and_keys,
+    check_sinks,
+    check_values,
+    gradient_wanted,
+)
 from rr_flex.config import RRConfig
 from rr_flex.kernels.break_even import Work
 from rr_flex.kernels.choose import Backend, check_backend, choose_kernel
@@ -47,6 +54,7 @@ def rr_attention_packed(
     named = {name: options.pop(name) for name in REQUESTED if name in options}
     sinks = options.pop("sinks", None)
     check_sinks(q, sinks)
+    check_differentiable(q, k, v, sinks)
     asked = Asked(RRConfig.resolve(config, options), sinks, backend=backend)
     request = replace(make_request(q, k, asked.config, named), sinks=sinks, backward=gradient_wanted(q, k, v))
     together = dense_ones(q, k, v, sizes, request, backend)

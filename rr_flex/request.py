@@ -17,6 +17,7 @@ from rr_flex.config import RRConfig
 from rr_flex.level import level_per_head
 from rr_flex.runtime.fence import fence
 from rr_flex.runtime.head_slices import head_slices
+from rr_flex.runtime.mends import mend_torch
 from rr_flex.runtime.tracing import traced
 
 
@@ -86,6 +87,8 @@ def make_request(q: Tensor, k: Tensor, config: RRConfig, options: dict[str, Any]
 
     ValueError or TypeError naming the argument.
     """
+    if traced():
+        mend_torch()  # a caller's graph may be the first of the process
     known = dict(mask_mod=None, causal=True, scale=None, softcap=None, q_offset=None, head_offset=0) | options
     mask_mod, causal = known["mask_mod"], known["causal"]
     check_flag("causal", causal)

@@ -69,19 +69,23 @@ def select_density(
     wanted = density * visible.sum((1, 2, 3), dtype=torch.float32)[:, None]  # B 1
     fixed = (mandatory | (visible & ~told)).sum((1, 2, 3), dtype=torch.float32)[:, None]
     free = torch.where(visible & ~mandatory & told, share, -1.0)
-    steps = torch.arange(9, device=mass.device, dtype=share.dtype) / 8
     low, high = (torch.full_like(fixed, end, dtype=share.dtype) for end in DENSITY_RANGE)
     for _ in range(DENSITY_PASSES):
-        edges = low + (high - low) * steps  # B 9, ascending: what they keep falls
-        cuts = edges[:, 1:-1].exp()
-        counts = (free[..., None] > cuts[:, None, None, None]).sum((1, 2, 3), dtype=torch.float32)
-        place = (counts + fixed > wanted).sum(-1, keepdim=True)
-        low, high = edges.gather(1, place), edges.gather(1, place + 1)
+        # Ascending: what they keep falls. Counted one by one, all in a kernel that reads the shares once.
+        edges = [low + (high - low) * (step / 8) for step in range(1, 8)]
+        counts = [(free > edge.exp()[:, :, None, None]).sum((1, 2, 3), dtype=torch.float32)[:, None] for edge in edges]
+        # By choices, not an index: a batch's graph for any length fails to compile with one (CUDA, torch 2.11).
+        for edge, count in zip(edges, counts, strict=True):
+            low = torch.where(count + fixed > wanted, edge, low)
+        for edge, count in zip(reversed(edges), reversed(counts), strict=True):
+            high = torch.where(count + fixed > wanted, high, edge)
     above = free > high.exp()[:, :, None, None]
     # What lies between the last two thresholds is equal to them: the first of these, as many as there is room for.
     tied = (free > low.exp()[:, :, None, None]) & ~above
     room = wanted - fixed - above.sum((1, 2, 3), dtype=torch.float32)[:, None]
-    first = (tied.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(tied)
+    count = tied.sum(-1, dtype=torch.int32)  # of each block row
+    before = (count.flatten(1).cumsum(1, dtype=torch.int32) - count.flatten(1)).view_as(count)
+    first = tied.cumsum(-1, dtype=torch.int32) + before[..., None] <= room[..., None, None]
     everything = torch.as_tensor(density, device=mass.device) >= 1
     return torch.where(told & ~everything, above | (tied & first) | mandatory, visible)
 

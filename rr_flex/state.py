@@ -73,14 +73,16 @@ class PrefillState:
         if self._layout is not None:
             if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < self._layout.batch)).all()):
                 raise ValueError(f"rows must be from 0 to {self._layout.batch - 1}, got {rows.tolist()}")
-            self._pooled = self._pooled.index_select(1, rows.to(self._pooled.device))
+            with torch.inference_mode(False):
+                self._pooled = self._pooled.index_select(1, rows.to(self._pooled.device))
             self._layout = replace(self._layout, batch=self._pooled.shape[1])
 
     def copy(self) -> "PrefillState":
         """A state of its own with the same keys: prompts that go on from a common prefix."""
         other = PrefillState()
         other._layout, other._whole = self._layout, self._whole
-        other._pooled = None if self._pooled is None else self._pooled.clone()
+        with torch.inference_mode(False):
+            other._pooled = None if self._pooled is None else self._pooled.clone()
         return other
 
     def pool(self, q: Float[Tensor, "B Hq Lq D"], k: Float[Tensor, "B Hkv Lk D"], request: Request) -> Request:
@@ -140,7 +142,8 @@ class PrefillState:
         capacity = 0 if self._pooled is None else self._pooled.shape[0]
         if strides > capacity:
             size = (1 << (strides - 1).bit_length(), about.batch, about.key_heads, about.features)
-            grown = torch.zeros(size, dtype=about.dtype, device=about.device)
+            with torch.inference_mode(False):  # it must take the next call's too, in inference mode or out of it
+                grown = torch.zeros(size, dtype=about.dtype, device=about.device)
             if capacity:
                 grown[:capacity] = self._pooled
             self._pooled = grown

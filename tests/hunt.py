@@ -2,6 +2,7 @@
 
     python tests/hunt.py --calls 20000 --calls-each 500 --seed 0
     python tests/hunt.py --calls 20000 --calls-each 500 --seed 0 --only 1234
+    python tests/hunt.py --calls 20000 --calls-each 1000 --device cuda
 
 A family has one form (heads, widths, blocks, masks, rules), so that its calls share graphs; lengths, batch, levels,
 tensors, contexts and threads change from call to call. Without --calls-each each call has a form of its own and runs
@@ -35,7 +36,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, flex_attention, or_masks
 
 import mask_mods as mm
-from rr_flex import PrefillState, RRConfig, create_rr_block_mask, rr_attention, rr_attention_packed, select_blocks
+from rr_flex import (
+    CapturedPrefill,
+    PrefillState,
+    RRConfig,
+    captured,
+    create_rr_block_mask,
+    rr_attention,
+    rr_attention_packed,
+    select_blocks,
+)
 from rr_flex import attention as attention_module
 from rr_flex import mass as mass_module
 from rr_flex.runtime import head_slices
@@ -44,10 +54,21 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value
 MASS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # of a row, for logits near 1
 HANGS = 600  # seconds for one call, its compilation among them
+captured.LEAST_STEP = 256  # tokens: caches are short here
+WHERE = torch.device("cpu")  # where the calls run; the oracle is always on the CPU
 
 
 class Wrong(Exception):
     """A call that was wrong, silent, or failed unclearly."""
+
+
+class RunAnew(CapturedPrefill):
+    """Without CUDA graphs: the same chunks, launched each time."""
+
+    _devices = ("cpu",)
+
+    def _record(self, run):
+        return run
 
 
 class UsersOwn(Exception):
@@ -94,6 +115,17 @@ class Case:
 def at(base: Any, i: Any) -> Any:
     """Positions of query indices [.., i, j]: base an int, 0-dim or [B]."""
     return i + (base.long().reshape(-1, 1, 1, 1) if isinstance(base, Tensor) and base.ndim else int(base))
+
+
+def there(x: Any) -> Any:
+    """What a call is given, on the device, with its strides."""
+    if isinstance(x, dict):
+        return {name: there(one) for name, one in x.items()}
+    if not isinstance(x, Tensor) or WHERE.type == "cpu" or x.device.type == "meta":
+        return x
+    if x.layout != torch.strided or x.is_nested or type(x) is not Tensor or 0 in x.stride() or x.is_conj():
+        return x.to(WHERE)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=WHERE).copy_(x)
 
 
 # ------------------------------------------------------------------------------------------- masks, right and wrong
@@ -325,6 +357,9 @@ WRONG_ATTENTION: list[dict[str, Any]] = [
     {"backend": None}, {"backend": "flash"}, {"return_lse": True}, {"return_lse": 1},
     {"return_density": None}, {"return_density": "yes"},
 ]  # fmt: skip
+RIGHT_ON_CUDA = ({"backend": "flash"}, {"return_lse": True})
+# Masks whose values are wrong, which on an accelerator nobody waits for.
+UNSEEN = ("document back", "padding beyond", "padding below", "own short")
 WRONG_TENSORS: dict[str, Callable[[Any], Any]] = {
     "3 axes": lambda x: x[0],
     "double": lambda x: x.double(),
@@ -351,7 +386,10 @@ def spoil(r: random.Random, case: Case) -> None:
     """One thing wrong."""
     kind = r.choice(["mask", "mask", "settings", "settings", "options", "attention", "tensor"])
     if kind == "mask":
-        name, build = r.choice(sorted(wrong_masks(case.q.shape[0], case.k.shape[2]).items()))
+        masks = wrong_masks(case.q.shape[0], case.k.shape[2])
+        if WHERE.type != "cpu":
+            masks = {name: build for name, build in masks.items() if name not in UNSEEN}
+        name, build = r.choice(sorted(masks.items()))
         case.mask = Mask(f"wrong {name}", lambda Lk: build(), lambda *a: None)
         case.spoil(name)
     elif kind == "settings":
@@ -363,7 +401,8 @@ def spoil(r: random.Random, case: Case) -> None:
             case.mask = None
         case.spoil(f"{case.options}")
     elif kind == "attention":
-        case.attention |= r.choice(WRONG_ATTENTION)
+        choices = [wrong for wrong in WRONG_ATTENTION if WHERE.type == "cpu" or wrong not in RIGHT_ON_CUDA]
+        case.attention |= r.choice(choices)
         case.spoil(f"{case.attention}")
     else:
         name, which = r.choice(sorted(WRONG_TENSORS)), r.choice("qkv")
@@ -426,6 +465,8 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
     usual: tuple[int, ...] = (1, 2, 8, 63, 65, 128, 129, 300, 400)
     if family:
         usual = (2, 7, 8, 63, 64) if form.random() < 0.15 else (129, 191, 256, 257, 300, 384, 400)
+        if WHERE.type != "cpu":  # whole tiles have graphs of their own, of which a card takes half a minute for each
+            usual = (129, 191, 257, 300, 400)
     length = lambda: r.choice([*usual, *(r.randint(usual[0], usual[-1]) for _ in usual)])  # noqa: E731
     Lk = length() if family or r.random() > 0.03 else r.randint(400, 1100)
     Lq = Lk if r.random() < 0.5 else length()
@@ -463,7 +504,14 @@ def draw(form: random.Random, r: random.Random, seed: int, family: bool) -> Case
         attention["sinks"][0] *= r.choice([1, math.inf]) if attention["sinks"][0] < 0 else 1
         attention["sinks"] = attention["sinks"].to(r.choice([torch.float32, dtype]))
     settings = draw_settings(form, r, Hq)
+    states = form.getstate(), r.getstate()
     mask = draw_mask(form, r, B, Lk) if masked else None
+    if mask is not None and WHERE.type != "cpu":
+        again = random.Random(), random.Random()
+        for one, state in zip(again, states, strict=True):
+            one.setstate(state)
+        with WHERE:
+            mask.build = draw_mask(*again, B, Lk).build
     gain = form.choice([1.0, 2.0])
     case = Case(tensor(Hq, Lq, D) * gain, tensor(Hkv, Lk, D), tensor(Hkv, Lk, Dv), mask, options, settings, attention)
     case.usual = not family and r.random() < 0.15
@@ -699,7 +747,8 @@ def as_selected(case: Case) -> dict[str, Any]:
     dense for its speed, and its block rows begin with the first query, as where only the device knows its position."""
     options = {**case.options, **case.settings}
     if case.mask is not None:
-        options["mask_mod"] = case.mask.build(case.Lk)
+        with WHERE:
+            options["mask_mod"] = case.mask.build(case.Lk)
     if case.valid != "wrong":
         if not case.usual:
             options.setdefault("min_length", 0)
@@ -771,17 +820,25 @@ class Hunt:
         own = random.Random(f"{self.seed}/use/{family}")
         chunks = own.random() < 0.2
         case = draw(form(), r, r.randrange(2**31), self.calls_each > 1)
-        # Most contexts have graphs of their own: two a family.
-        uses = own.sample(CONTEXTS, 2) if self.calls_each > 1 else UNCOMPILED
+        # Most contexts have graphs of their own: two a family, on a card one.
+        uses = own.sample(CONTEXTS, 2 if WHERE.type == "cpu" else 1) if self.calls_each > 1 else UNCOMPILED
         context = r.choice(["plain"] * 8 + ["grad", "threads", "beside"] + uses)
         if self.calls_each == 1 and r.random() < 0.002:
             context = r.choice(TRACED)
+        if WHERE.type != "cpu":
+            context = "plain" if context == "grad" else context  # right there, and test_gpu.py's
+            kernel = own.choice(["triton", "triton", "auto"]) if self.calls_each > 1 else "triton"
+            case.attention["backend"] = kernel
         pack = self.calls_each == 1 and r.random() < 0.06
+        # Operations that run one by one can't be captured on a card.
+        cache = case.valid == "right" and r.random() < 0.03 and (WHERE.type == "cpu" or self.calls_each > 1)
         begin = time.monotonic()
         faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             if chunks and case.valid == "right" and RRConfig.resolve(None, dict(case.settings)).pool != "queries":
                 result = self.in_chunks(r, case)
+            elif cache and RRConfig.resolve(None, dict(case.settings)).pool != "queries":
+                result, context = self.in_cache(r, case), "in a cache"
             elif pack and case.valid == "right":
                 result, context = self.in_pack(r, case), "packed"
             elif r.random() < 0.08:
@@ -837,6 +894,8 @@ class Hunt:
     def compare(self, case: Case, selection: Any, out: Tensor, density: Any, error: float) -> None:
         case, before = from_the_grid(without_padding(case))
         pairs, base = pairs_of(case)
+        on_cpu = {name: getattr(selection, name).cpu() for name in ("kept", "mass", "visible", "whole")}
+        selection, out = replace(selection, **on_cpu), out.cpu()
         check_selection(case, selection, pairs, base)
         kept, expected = selection.kept, float(selection.density)
         visible = blocks_of(pairs, selection.block_size)
@@ -853,24 +912,25 @@ class Hunt:
             return out, density
 
         options = as_selected(case)
-        q, k, v = case.q, case.k, case.v
-        both = {**options, **case.attention}
+        q, k, v = map(there, (case.q, case.k, case.v))
+        both = {**options, **there(case.attention)}
 
         whole = case if case.valid == "wrong" else from_the_grid(case)[0]
         chosen = options if whole is case else as_selected(whole)
 
         def select() -> Any:
-            return select_blocks(q if whole is case else whole.q, k, **chosen)
+            return select_blocks(q if whole is case else there(whole.q), k, **chosen)
 
         if context == "grad":
             v = v.detach().requires_grad_()
         if context == "flex" and self.calls_each == 1:
-            if "softcap" in options or case.attention:
+            if "softcap" in options or "sinks" in case.attention:
                 return self.run(case, "plain")
             block_mask = create_rr_block_mask(q, k, **options)
             settings = {"enable_gqa": True, "scale": case.options.get("scale")}
             clean = without_padding(case)  # what padding holds is the caller's matter here
-            return select(), flex_attention(clean.q, clean.k, clean.v, block_mask=block_mask, **settings), None
+            clean = map(there, (clean.q, clean.k, clean.v))
+            return select(), flex_attention(*clean, block_mask=block_mask, **settings), None
         if context in TRACED and self.calls_each == 1:
             both = {name: float(x) if isinstance(x, np.floating) else x for name, x in both.items()}
             with torch.compiler.set_stance("default"):
@@ -878,10 +938,11 @@ class Hunt:
             return select(), out / 2, density
         if context == "flex":
             # Each pair of lengths is a graph of its own: cut to one pair a family.
-            if "softcap" in options or case.attention or case.k.shape[2] < 2:
+            if "softcap" in options or "sinks" in case.attention or case.k.shape[2] < 2:
                 return self.run(case, "plain")
             flex = self.callers.setdefault("flex", torch.compile(flex_attention, fullgraph=True, dynamic=False))
-            case.v = v = torch.nn.functional.pad(v, (0, q.shape[3]))[..., : q.shape[3]]
+            case.v = torch.nn.functional.pad(case.v, (0, q.shape[3]))[..., : q.shape[3]]
+            v = there(case.v)
             shape = (family, q.shape[0], q.shape[2], k.shape[2])
             if self.flex_lengths.setdefault(family, shape) != shape:
                 return self.run(case, "plain")
@@ -905,7 +966,7 @@ class Hunt:
                 stack.enter_context(torch.no_grad())
                 q, v = q.detach().requires_grad_(), v.detach().requires_grad_()
             elif context == "autocast":
-                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                stack.enter_context(torch.autocast(WHERE.type, torch.bfloat16))
             elif context == "device":
                 stack.enter_context(torch.device("meta"))
             elif context == "eager":
@@ -919,10 +980,10 @@ class Hunt:
                 ]
                 stack.callback(setattr, where, name, getattr(where, name))
                 setattr(where, name, 1 if context == "slices" else 1 << 10)
-            counted = attention_module.calls["dense"] + attention_module.calls["cpu"]
+            counted = calls_counted()
             out, density = attention(q, k, v, **both)
             if threading.active_count() == 1:
-                counted = attention_module.calls["dense"] + attention_module.calls["cpu"] - counted
+                counted = calls_counted() - counted
                 if counted != 1:
                     raise Wrong(f"counted as {counted} calls")
             return select(), out, density
@@ -943,7 +1004,7 @@ class Hunt:
         if beside:
             number = random.random()
             other = torch.compile(lambda x: (x * number).sin() + 1, backend="eager", dynamic=False)
-            compiles = lambda: [other(torch.ones(2, 1 + n)) for n in range(3)]  # noqa: E731
+            compiles = lambda: [other(torch.ones(2, 1 + n, device=WHERE)) for n in range(3)]  # noqa: E731
             threads.append(threading.Thread(target=compiles, daemon=True))
         for thread in threads:
             thread.start()
@@ -974,16 +1035,18 @@ class Hunt:
             part = Case(*tensors, case.mask, dict(case.options), case.settings, case.attention, usual=case.usual)
             part.options["q_offset"] = r.choice([int, torch.tensor])(begin)
             part.on_grid = case.mask is None and type(part.options["q_offset"]) is int and case.on_grid
+            inference = torch.inference_mode(r.random() < 0.3)
 
-            def call(part: Case = part, state: PrefillState = state) -> tuple[Any, Tensor, Any]:
+            def call(part: Case = part, state: PrefillState = state, inference: Any = inference) -> tuple:
                 options = as_selected(part)
                 before = state.copy()
-                both = {**options, **part.attention, "state": state, "return_density": True}
-                out, density = rr_attention(part.q, part.k, part.v, **both)
+                both = {**options, **there(part.attention), "state": state, "return_density": True}
+                with inference:
+                    out, density = rr_attention(there(part.q), there(part.k), there(part.v), **both)
                 whole, filled = from_the_grid(part)
                 if filled:  # its queries begin before the state ends
-                    return select_blocks(whole.q, whole.k, **as_selected(whole)), out, density
-                return select_blocks(part.q, part.k, state=before, **options), out, density
+                    return select_blocks(there(whole.q), there(whole.k), **as_selected(whole)), out, density
+                return select_blocks(there(part.q), there(part.k), state=before, **options), out, density
 
             if (kind := self.judge(part, call, OUTPUT_ERROR)) != "right":
                 return kind
@@ -1003,6 +1066,43 @@ class Hunt:
                 q, k, v = (x[rows] for x in (q, k, v))
         return "right"
 
+    def in_cache(self, r: random.Random, case: Case) -> str:
+        """Prompts in a cache that stays, each chunk judged as a call of its own; some go on from a common prefix."""
+        B, Hkv = case.k.shape[:2]
+        queries, capacity = r.choice([128, 256]), r.randint(260, 700)
+        settings = {"min_length": 0} | case.settings
+        options = {name: x for name, x in case.options.items() if name in ("scale", "softcap")}
+        options["head_offset"] = int(case.options.get("head_offset", 0))
+        backend = case.attention.get("backend", "auto")
+        kind = CapturedPrefill if WHERE.type == "cuda" else RunAnew
+        prefill = kind(queries, backend=backend, **options, **settings)
+        g = torch.Generator().manual_seed(r.randrange(2**31))
+        cache = [torch.randn(B, Hkv, capacity, x.shape[3], generator=g).to(x.dtype) for x in (case.k, case.v)]
+        own = [there(x) for x in cache]
+        begin = 0
+        for _ in range(r.randint(2, 7)):
+            Lq = min(queries if r.random() < 0.8 else r.randint(1, 300), capacity - begin)
+            end = begin + Lq
+            for x, mine in zip(cache, own, strict=True):
+                x[:, :, begin:end] = torch.randn(*x[:, :, begin:end].shape, generator=g).to(x.dtype)
+                mine.copy_(x)
+            q = torch.randn(B, case.q.shape[1], Lq, case.q.shape[3], generator=g).to(case.q.dtype)
+            part = Case(q, *(x[:, :, :end] for x in cache), None, options, settings, on_grid=True)
+            inference = torch.inference_mode(r.random() < 0.3)
+
+            def call(part: Case = part, begin: int = begin, inference: Any = inference) -> tuple:
+                with inference:
+                    out = prefill(there(part.q), *own, begin)
+                whole, _ = from_the_grid(part)
+                return select_blocks(there(whole.q), there(whole.k), **as_selected(whole)), out, None
+
+            if (kind := self.judge(part, call, OUTPUT_ERROR)) != "right":
+                return kind
+            begin = end if end < capacity and r.random() < 0.8 else r.choice([0, begin // 2])
+            if r.random() < 0.1:
+                prefill.forget()
+        return "right"
+
     def in_pack(self, r: random.Random, case: Case) -> str:
         """Prompts packed end to end, each judged as a call of its own."""
         if case.mask is not None or "q_offset" in case.options:
@@ -1018,14 +1118,15 @@ class Hunt:
             parts.append((q[:, :, -queries:], k[:, :, :keys], v[:, :, -keys:]))
         pack = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
         queries, keys = zip(*sizes, strict=True)
-        options = {**case.options, **case.settings, **case.attention}
+        options = {**case.options, **case.settings, **there(case.attention)}
         if not case.usual:
             options.setdefault("min_length", 0)
+        pack = map(there, pack)
         outs = rr_attention_packed(*pack, list(queries), key_lengths=list(keys), **options).split(queries, 2)
         for part, out in zip(parts, outs, strict=True):
             own = Case(*part, None, case.options, case.settings, case.attention, usual=case.usual, on_grid=True)
             whole, _ = from_the_grid(own)
-            selection = select_blocks(whole.q, whole.k, **as_selected(whole))
+            selection = select_blocks(there(whole.q), there(whole.k), **as_selected(whole))
             try:
                 self.compare(own, selection, out, None, OUTPUT_ERROR[own.q.dtype])
             except Wrong:
@@ -1033,8 +1134,12 @@ class Hunt:
                     raise
                 dense = pairs_of(own)[0]  # as the costs may say
                 every = blocks_of(dense, selection.block_size)
-                check_output(own, out, every, dense, OUTPUT_ERROR[own.q.dtype])
+                check_output(own, out.cpu(), every, dense, OUTPUT_ERROR[own.q.dtype])
         return "right"
+
+
+def calls_counted() -> int:
+    return sum(attention_module.calls[way] for way in ("dense", "cpu", "triton", "flash"))
 
 
 def traced_anew(
@@ -1056,7 +1161,7 @@ def traced_anew(
 
 
 def hunt(calls: range, seed: int, calls_each: int = 1, until: float = math.inf, tell: Callable = str) -> Hunt:
-    """Makes the calls, for `until` seconds at most, and tells what it finds."""
+    """Makes the calls, for `until` seconds at most, and tells what it finds; an error of the device is the last."""
     hunter = Hunt(seed, calls_each)
     began, told = time.monotonic(), 0.0
     sorts: collections.Counter[str] = collections.Counter()
@@ -1075,10 +1180,13 @@ def hunt(calls: range, seed: int, calls_each: int = 1, until: float = math.inf, 
                 sorts[sort] += 1
                 if sorts[sort] <= 5:
                     tell(f"\n#{number}: {what}\n    {which}")
-            if time.monotonic() - told > 60:
+            if hunter.wrong[known:] and "CUDA error" in hunter.wrong[-1][1]:
+                break
+            if time.monotonic() - told > 20:
                 told = time.monotonic()
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-                tell(f"call {n}, {told - began:.0f} s, {graphs} graphs, {len(hunter.wrong)} wrong")
+                right = sum(count for name, count in hunter.counts.items() if name.startswith("right"))
+                tell(f"call {n}, {told - began:.0f} s, {graphs} graphs, {right} right, {len(hunter.wrong)} wrong")
     return hunter
 
 
@@ -1089,7 +1197,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one call by its number")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--device", type=torch.device, default=WHERE, help="where the calls run")
     args = parser.parse_args()
+    globals()["WHERE"] = args.device
     calls = range(args.calls) if args.only is None else range(args.only, args.only + 1)
     hunter = hunt(calls, args.seed, args.calls_each, args.seconds, lambda text: print(text, flush=True))
     print(f"\n{sum(hunter.counts.values())} calls, {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs")

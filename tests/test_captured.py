@@ -1,6 +1,9 @@
 """A prompt's chunks over a cache that stays gives what each chunk gives by itself; on a CPU the graphs are run anew."""
 
+import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from weakref import ref
 
 import pytest
 import torch
@@ -82,6 +85,92 @@ def test_where_dense_attention_is_faster_it_is_called():
     assert prefill.calls == {"replayed": 1, "called": 2}
 
 
+def test_a_cache_that_is_another_one(monkeypatch):
+    """Moved, with other strides, longer, in half precision; or where the one before was freed and another put."""
+    q, k, v = tensors(CACHE)
+    prefill = RunAnew(256, min_length=0, tau=0.4)
+
+    def is_right(q, k, v):
+        for start in (0, 256):
+            end = start + 256
+            found = prefill(q[:, :, start:end], k, v, start)
+            alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=0, tau=0.4)
+            torch.testing.assert_close(found, alone)
+
+    is_right(q, k, v)
+    is_right(q, -k, v)
+    is_right(q, k.transpose(1, 2).contiguous().transpose(1, 2), v)
+    is_right(q, torch.cat([k, -k], 2)[:, :, :1500], torch.cat([v, v], 2)[:, :, 500:])
+    is_right(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    monkeypatch.setattr(captured, "_place", lambda *_: "here")
+    for factor in (3, -1):
+        is_right(q, k * factor, v)
+
+
+def test_levels_are_those_of_the_beginning():
+    q, k, v = tensors(CACHE)
+    levels = torch.full((4,), 0.3)
+    prefill = RunAnew(256, min_length=0, sink_blocks=0, dense_last_rows=0, tau=levels)
+    prefill(q[:, :, 512:768], k, v, 512)
+    exact = [prefill(q[:, :, i : i + n], k, v, i).clone() for i, n in ((512, 256), (512, 200))]
+    levels.fill_(1)
+    for found, (i, n) in zip(exact, ((512, 256), (512, 200)), strict=True):
+        assert torch.equal(prefill(q[:, :, i : i + n], k, v, i), found)
+
+
+def test_one_thread_at_a_time():
+    q, k, v = tensors(CACHE)
+    call = lambda prefill: prefill(q[:, :, :256], k, v, 0)  # noqa: E731
+
+    class Interrupted(RunAnew):
+        def _record(self, run):
+            self._record = lambda run: run
+            self.errors = [pool.submit(other).exception() for other in (lambda: call(self), self.forget)]
+            return run
+
+    with ThreadPoolExecutor(1) as pool:
+        prefill = Interrupted(256, min_length=0, tau=0.4)
+        found = call(prefill).clone()
+        for error in prefill.errors:
+            assert type(error) is RuntimeError and "by one thread at a time" in str(error)
+        assert torch.equal(pool.submit(call, prefill).result(), found)
+
+
+def test_what_is_let_go_of_is_freed_at_once():
+    q, k, v = tensors(CACHE)
+    gc.disable()
+    try:
+        for let_go in (RunAnew.forget, lambda _: None):
+            prefill = RunAnew(256, min_length=0, tau=0.4)
+            prefill(q[:, :, :256], k, v, 0)
+            (cache,) = map(ref, prefill._caches.values())
+            let_go(prefill)
+            if let_go is not RunAnew.forget:
+                del prefill
+            assert cache() is None
+    finally:
+        gc.enable()
+
+
+def test_a_capture_that_fails_is_tried_again():
+    q, k, v = tensors(CACHE)
+
+    class Fails(RunAnew):
+        def _record(self, run):
+            run()
+            del Fails._record
+            raise torch.OutOfMemoryError("none left")
+
+    prefill = Fails(256, min_length=0, tau=0.4)
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        prefill(q[:, :, :256], k, v, 0)
+    for start in (0, 256):
+        end = start + 256
+        found = prefill(q[:, :, start:end], k, v, start)
+        alone = rr_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], min_length=0, tau=0.4)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+
+
 def test_the_steps_of_a_cache():
     assert [captured.step_end(end, 1000) for end in (1, 384, 385, 900, 1000)] == [384, 384, 768, 1000, 1000]
     assert captured.step_end(5, 1 << 20) == 1 << 15  # thirty-two graphs and no more
@@ -104,9 +193,18 @@ def test_what_a_call_refuses():
     for first in (-1, 745, 1.0, True):
         with pytest.raises(ValueError, match=r"^first must be an int from 0 to 744, got"):
             RunAnew(256)(q[:, :, :256], k, v, first)
+    with pytest.raises(ValueError, match=r"^q must have at most the cache's 1000 tokens, got 1024"):
+        RunAnew(256)(torch.zeros(2, 4, 1024, 16), k, v, 0)
+    with pytest.raises(TypeError, match=r"^head_offset must be an int, got Tensor"):
+        RunAnew(256, head_offset=torch.tensor(1))
     with pytest.raises(NotImplementedError, match=r"^q, k and v must not require grad"):
         RunAnew(256)(q[:, :, :256].clone().requires_grad_(), k, v, 0)
     with pytest.raises(NotImplementedError, match=r"outside of torch.autocast"), torch.autocast("cpu", torch.bfloat16):
         RunAnew(256)(q[:, :, :256], k, v, 0)
+    with (
+        pytest.raises(NotImplementedError, match=r"outside of torch.compile"),
+        torch.compiler.set_stance("default"),
+    ):
+        torch.compile(lambda q: RunAnew(256)(q, k, v, 0), backend="eager")(q[:, :, :256])
     with pytest.raises(NotImplementedError, match=r"^q must be on a CUDA device, got cpu"):
         CapturedPrefill(256)(q[:, :, :256], k, v, 0)

@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from torch.nn.attention.flex_attention import flex_attention
 
 from rr_flex import create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.runtime.mends import mend_torch
 
 few = settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 
@@ -109,3 +110,14 @@ def test_both_calls_work_inside_the_caller_s_graph():
     expected = rr_attention(q, k, v, tau=0.3, **FREE)
     for out in two_calls_and_one(q, k, v):
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_a_padded_index_is_a_number_where_it_stands_at_one():
+    """From torch 2.14 on padding is a concatenation on a GPU, whose index inductor wraps (runtime/mends.py)."""
+    import sympy
+    from torch.utils._sympy.functions import Identity
+
+    mend_torch()
+    end = 1024 * Identity(sympy.Integer(0)) + 1024
+    assert sympy.Min(end, 1000) == 1000
+    assert sympy.Max(end, 1000) == end

@@ -20,7 +20,7 @@ LINES = [
         "rr_flex.registry",
         "rr_flex.geometry",
     ],
-    ["rr_flex.runtime.flex_names"],
+    ["rr_flex.runtime.mends"],
     ["rr_flex.runtime.tracing", "rr_flex.runtime.compiling", "rr_flex.runtime.is_kept", "rr_flex.profiles"],
     ["rr_flex.kernels.break_even"],
     ["rr_flex.config", "rr_flex.checks", "rr_flex.kernels.options", "rr_flex.kernels.dense"],

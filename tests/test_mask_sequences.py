@@ -1,6 +1,6 @@
 """Masks one after another in one process, at other lengths and batch sizes: graphs that are reused, and others anew.
 
-torch's CPU kernel (2.13) gave the sizes of what a mask captures names that ran into others (runtime/flex_names.py):
+torch's CPU kernel (2.13) gave the sizes of what a mask captures names that ran into others (runtime/mends.py):
 which masks, lengths and orders met it depends on hashes, so all of them are run, against every pair in float64.
 """
 

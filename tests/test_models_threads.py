@@ -20,7 +20,7 @@ from model_families import IDS, SETTINGS, logits, make, with_cache
 from rr_flex.models import enable
 from rr_flex.models.attention_by import attention_by
 from rr_flex.models.layer_plan import ATTRIBUTE, plan_of
-from rr_flex.models.records import LayerRecord
+from rr_flex.models.records import LayerRecord, Report
 from rr_flex.models.switches import SWITCHES
 
 SHORT = IDS[:1, :40]
@@ -144,7 +144,7 @@ def test_counts_of_many_threads_add_up():
     def count(_):
         for _ in range(500):
             record.add_dense("decode")
-            record.add_sparse(torch.tensor(0.5))
+            record.add_sparse(torch.tensor(0.5), (1, 8, 8))
 
     with switching_often(), ThreadPoolExecutor(8) as threads:
         list(threads.map(count, range(8)))
@@ -189,3 +189,13 @@ def test_what_another_thread_compiles_changes_no_count(llamas):
             one(SHORT, **cache)
             one(SHORT[:, :1], **cache)
     assert dict(on.report().dense) == {"shorter than min_length": 2, "decode": 2}
+
+
+def test_a_record_s_density_is_that_of_its_calls_together():
+    """Chunks of a prompt: a call counts by its pairs."""
+    record = LayerRecord()
+    record.add_sparse(torch.tensor(1.0), (1, 128, 128))  # 8,256 pairs
+    record.add_sparse(torch.tensor(0.25), (1, 128, 1024))  # 122,944
+    expected = (8256 + 0.25 * 122944) / (8256 + 122944)
+    assert record.density == pytest.approx(expected)
+    assert Report.of([{0: record}, {0: record}, {3: LayerRecord()}]).density == pytest.approx(expected)

@@ -94,4 +94,6 @@ def test_gradients_and_bad_lengths():
         rr_attention_packed(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), [3, 4])
     with pytest.raises(TypeError, match="settings must be"):
         rr_attention_packed(q, k, v, [3, 4], mask_mod=None)
+    with pytest.raises(NotImplementedError, match=r"must not require grad on the CPU"):
+        rr_attention_packed(q.clone().requires_grad_(), k, v, [3, 4])
     assert F.mse_loss(rr_attention_packed(q, k, v, (3, 4)), one_by_one(q, k, v, [3, 4], [3, 4])) == 0

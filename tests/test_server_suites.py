@@ -29,7 +29,7 @@ def server(**changed) -> Server:
 def test_dense_chunks_are_one_shot():
     inputs = server().inputs(1, 512)
     whole = sdpa(*inputs)
-    assert (chunk_suite.in_chunks(sdpa, inputs, 192) - whole).abs().max() < 1e-5
+    assert (torch.cat(list(chunk_suite.in_chunks(sdpa, inputs, 192)), 2) - whole).abs().max() < 1e-5
     # The last queries of more keys stand at the end of the keys.
     assert (sdpa(inputs.q[:, :, 300:], inputs.k, inputs.v) - whole[:, :, 300:]).abs().max() < 1e-5
 
@@ -98,12 +98,25 @@ def test_tables_show_the_last_row_of_each(tmp_path):
     rows = server_tables.load(tmp_path)
     assert [row["ms"] for row in rows] == [70.0]
     page = server_tables.markdown(rows)
-    assert "| τ, density 0.270 | flash, state | 8,192 | 70.0 | 1.01 | 205.0 (fa4) | 2.93× | 1.90 | 0.0e+00 |" in page
+    assert (
+        "| τ, density 0.270 | flash, state | 8,192, 131,072 | 70.0 | 1.01 | 205.0 (fa4) | 2.93× | 1.90 | 0.0e+00 |"
+        in page
+    )
     assert "Some Card, torch 2.11.0; 32/8 heads of 128, bfloat16; commit abc (2026-01-01)" in page
     server_tables.draw(rows, tmp_path / "chunks.png")
     assert (tmp_path / "chunks.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "chunks.jsonl").read_text().splitlines()
     assert "FAILED, x" in server_tables.text([json.loads(line) for line in lines])
+
+
+def test_gains_are_in_italics_where_the_costs_say_dense():
+    row = {"suite": "cells", "failed": None, "backend": "auto", "batch": 1, "dense": "sdpa", "capability": None}
+    row |= {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "density": 0.25, "wanted_density": 0.25}
+    short = row | {"queries": 128, "keys": 128, "density": 1.0, "sparse_ms": 2.0, "dense_ms": 1.0}
+    long = row | {"queries": 65536, "keys": 65536, "sparse_ms": 1.0, "dense_ms": 3.0}
+    assert [work_suite.taken(each) for each in (short, long)] == ["dense", "sparse"]
+    lines = server_tables.gains([long, short])
+    assert lines[2:] == ["| 1 × 128, 128 | auto | *0.50×* |", "| 1 × 65,536, 65,536 | auto | 3.00× |"]
 
 
 def test_the_page_is_what_the_files_say(tmp_path):

@@ -113,6 +113,19 @@ def test_trimmed_copied_and_reordered():
     torch.testing.assert_close(found.mass, select_blocks(q[rows][:, :, 650:], k[rows], q_offset=650).mass)
 
 
+def test_in_inference_mode_and_out_of_it():
+    q, k, _ = tensors(Shape(Lq=700, Lk=700))
+    for modes in ((True, False) * 2, (False, True) * 2):
+        state, turns = PrefillState(), ("", "copy", "reorder", "")
+        for (start, end), mode, turn in zip(chunks(700, (520, 560, 600)), modes, turns, strict=True):
+            with torch.inference_mode(mode):
+                found = select_blocks(q[:, :, start:end], k[:, :, :end], state=state, tau=0.4)
+                state = state.copy() if turn == "copy" else state
+                if turn == "reorder":
+                    state.reorder(torch.arange(2))
+            assert torch.equal(found.kept, select_blocks(q[:, :, start:end], k[:, :, :end], tau=0.4).kept)
+
+
 def test_what_a_state_is_not_for_is_refused():
     q, k, v = tensors(Shape(Lq=256, Lk=256))
     state = PrefillState()

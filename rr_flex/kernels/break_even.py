@@ -8,7 +8,7 @@ A block is 128 × 128 tokens of one query head; other block sizes count by their
 that ends after all others: in a chunk of 512 queries, whose rows do not fill a card, most of the time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 BLOCK = 128  # tokens per side
 # Share of dense attention's time that sparse may take at most: predictions are off by some percent, and a wrong
@@ -31,9 +31,12 @@ class Costs:
     row_block: float  # ns at the end for the longest row, a block that a row keeps on average
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+        for name in COSTS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+COSTS = tuple(field.name for field in fields(Costs))  # a caller's graph can't list them (torch 2.11)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,8 @@ def _flash_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, 
     from flash_attn.cute.interface import flash_attn_varlen_func
 
     queries, keys = zip(*lengths, strict=True)
-    ends = torch.tensor([[0, *accumulate(own)] for own in (queries, keys)], dtype=torch.int32).to(q.device)
+    ends = torch.tensor([[0, *accumulate(own)] for own in (queries, keys)], dtype=torch.int32)
+    ends = ends.to(q.device, non_blocking=True)  # or the host would wait for all that runs
     sizes = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": max(queries), "max_seqlen_k": max(keys)}
     tensors = (x[0].transpose(0, 1) for x in (q, k, v))  # it takes tokens H D
     out = flash_attn_varlen_func(*tensors, **sizes, causal=causal, softmax_scale=scale)

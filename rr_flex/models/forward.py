@@ -58,7 +58,7 @@ def _prefill(
     if not traced():
         record = plan.record(call.layer)
         if found.decision.sparse:
-            record.add_sparse(found.density)
+            record.add_sparse(found.density, (q.shape[0], q.shape[2], k.shape[2]))
         else:
             record.add_dense(records.FASTER, found.decision.reason)
     if found.out is None:

@@ -34,7 +34,8 @@ class LayerRecord:
 
     sparse: int = 0  # prefill calls with a selection
     dense: Counter[str] = field(default_factory=Counter)  # calls by reason
-    density_sum: Tensor | float = 0.0  # over the sparse calls; a tensor stays on its device until it is read
+    pairs: float = 0.0  # of queries and keys up to them, in the sparse calls
+    kept_pairs: Tensor | float = 0.0  # of these, by density; a tensor stays on its device until it is read
     faster: str | None = None  # the last call for which dense attention was faster: its size, and what was expected
 
     def add_dense(self, reason: str, faster: str | None = None) -> None:
@@ -42,16 +43,20 @@ class LayerRecord:
             self.dense[reason] += 1
             self.faster = faster or self.faster
 
-    def add_sparse(self, density: Tensor) -> None:
-        density = density.detach()
+    def add_sparse(self, density: Tensor, sizes: tuple[int, int, int]) -> None:
+        """`sizes`: sequences, queries and keys of the call, whose last query sees the last key."""
+        sequences, queries, keys = sizes
+        pairs = sequences * queries * (keys - (queries - 1) / 2)
+        kept = density.detach() * pairs
         with _COUNTING:
             self.sparse += 1
-            self.density_sum = self.density_sum + density
+            self.pairs += pairs
+            self.kept_pairs = self.kept_pairs + kept
 
     @property
     def density(self) -> float | None:
-        """Mean density of the sparse calls; None without one."""
-        return float(self.density_sum) / self.sparse if self.sparse else None
+        """Of the sparse calls together, each by its pairs; None without one."""
+        return float(self.kept_pairs) / self.pairs if self.sparse else None
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,12 @@ class Report:
                 total.sparse += record.sparse
                 total.dense += record.dense
                 total.faster = record.faster or total.faster
-                added = record.density_sum
+                total.pairs += record.pairs
+                added = record.kept_pairs
                 # Layers of one number (an encoder's, a decoder's) may lie on two cards.
-                if isinstance(added, Tensor) and isinstance(total.density_sum, Tensor):
-                    added = added.to(total.density_sum.device)
-                total.density_sum = total.density_sum + added
+                if isinstance(added, Tensor) and isinstance(total.kept_pairs, Tensor):
+                    added = added.to(total.kept_pairs.device)
+                total.kept_pairs = total.kept_pairs + added
         return cls(layers)
 
     @property
@@ -88,9 +94,9 @@ class Report:
 
     @property
     def density(self) -> float | None:
-        """Mean over all sparse calls of all layers; None without one."""
-        total = sum(float(record.density_sum) for record in self.layers.values())
-        return total / self.sparse if self.sparse else None
+        """Of all layers' sparse calls together; None without one."""
+        kept, pairs = (sum(float(getattr(x, name)) for x in self.layers.values()) for name in ("kept_pairs", "pairs"))
+        return kept / pairs if self.sparse else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

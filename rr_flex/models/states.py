@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -54,7 +53,6 @@ class Kept:
     state: PrefillState
     config: RRConfig
     seen: Seen
-    inference: bool  # torch.inference_mode: outside it its tensors can't be added to
 
 
 # By the object that holds a layer's keys in its cache.
@@ -110,11 +108,11 @@ def state_of(holder: DynamicLayer | None, call: LayerCall, config: RRConfig) -> 
     earlier = mask.q_offset
     if earlier + call.q.shape[2] != call.k.shape[2]:
         return None
-    kept, inference = _states.get(holder), torch.is_inference_mode_enabled()
-    if kept is None or kept.config is not config or kept.inference != inference:
+    kept = _states.get(holder)
+    if kept is None or kept.config is not config:
         if earlier < 2 * call.q.shape[2]:
             return None
-        kept = Kept(PrefillState(), config, Seen(holder.keys), inference)
+        kept = Kept(PrefillState(), config, Seen(holder.keys))
         with _LOCK:
             _states[holder] = kept
     return kept.state

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from rr_flex.runtime.flex_names import mend_flex_names
+from rr_flex.runtime.mends import mend_torch
 from rr_flex.runtime.private import compiler_settings
 
 # Where a length is a symbol, so is the offset at which a slice of it begins, and inductor, not knowing that it is a
@@ -40,7 +40,7 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
 
     @wraps(function)
     def call(*args, **kwargs):
-        mend_flex_names()
+        mend_torch()
         with _holding(settings):
             return compiled(*args, **kwargs)
 

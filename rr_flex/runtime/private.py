@@ -45,7 +45,7 @@ RECOMPILE_LIMIT = 256
 
 
 def cpu_flex_template() -> type | None:
-    """The CPU kernel's template, whose names `mend_flex_names` mends; None in a torch that has it no longer.
+    """The CPU kernel's template, whose names runtime/mends.py mends; None in a torch that has it no longer.
 
     Without it masks that capture tensors may fail to compile on a CPU: tests/test_mask_sequences.py tells.
     """
@@ -56,6 +56,15 @@ def cpu_flex_template() -> type | None:
     except ImportError:
         return None
     return CppFlexAttentionTemplate
+
+
+def wrapped_index() -> type | None:
+    """What an index into a part of a concatenation is wrapped in, which runtime/mends.py gives its value."""
+    try:
+        from torch.utils._sympy.functions import Identity
+    except ImportError:
+        return None
+    return Identity
 
 
 def proxy_mode() -> object | None:

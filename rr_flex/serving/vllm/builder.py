@@ -103,14 +103,17 @@ class SparseBuilder:
     def dense_metadata(self, m: Any, step: SparseStep, lengths: list[int], fast_build: bool) -> tuple[Any, Tensor]:
         """The parent's metadata of the dense pieces, each as a request of its own, and their tokens."""
         dense, device = step.dense, m.seq_lens.device
-        requests, tokens = dense.requests.to(device), dense.tokens.to(device)
+        # Without waiting for what runs: the host is a step ahead.
+        requests, tokens, query_starts, piece_lengths = (
+            x.to(device, non_blocking=True) for x in (dense.requests, dense.tokens, dense.query_starts, dense.lengths)
+        )
         # A piece that ends with its request has the request's own length, which with drafts only the device knows.
         ends = torch.tensor(lengths)[dense.requests] == dense.lengths
         own = m.seq_lens[requests]
         batch = m.replace(
-            query_start_loc=dense.query_starts.to(device),
+            query_start_loc=query_starts,
             query_start_loc_cpu=dense.query_starts,
-            seq_lens=torch.where(ends.to(device), own, dense.lengths.to(device, own.dtype)),
+            seq_lens=torch.where(ends.to(device, non_blocking=True), own, piece_lengths.to(own.dtype)),
             seq_lens_cpu_upper_bound=dense.lengths,
             num_reqs=len(dense.lengths),
             num_actual_tokens=len(dense.tokens),
@@ -135,7 +138,8 @@ class SparseBuilder:
         tokens = tokens_to_pool(starts, lengths, exact, stride)
         if not tokens:
             return
-        self.pending.append(m.slot_mapping[torch.tensor(tokens, device=m.slot_mapping.device)])
+        places = torch.tensor(tokens).to(m.slot_mapping.device, non_blocking=True)
+        self.pending.append(m.slot_mapping[places])
         self.waiting += len(tokens)
         if self.waiting > MOST_PENDING + len(tokens):
             # The last entry is of this step, whose keys are not written yet.
