@@ -16,6 +16,8 @@ PAGE = Path(__file__).parents[1] / "rr_flex" / "tasks" / "README.md"
 # heading -> attention; none of them stays dense for a short context
 COLUMNS = {
     "dense": DENSE,
+    "`best`": describe(RRConfig.from_preset("best", min_length=0)),
+    "own budget": "budget=auto",
     "τ = 0.95": describe(RRConfig(tau=0.95, min_length=0)),
     "τ = 0.90": describe(RRConfig(tau=0.9, min_length=0)),
     "`best`, blocks of 128×64": describe(
@@ -36,14 +38,14 @@ def write_page(cells: list[Cell], page: Path = PAGE) -> None:
 
 
 def draw(folder: Path) -> None:
-    """ruler.png beside the cells: a heat map a column of the table, of the model and device that has most cells."""
+    """ruler.png beside the cells: a heat map a column of the table of most samples."""
     cells = load(folder)
     headings = {attention: heading.strip("`") for heading, attention in COLUMNS.items()}
-    settings = [setting_of(cell) for cell in cells]
+    most = max((cell.samples for cell in cells), default=0)
     shown = [
         replace(cell, attention=headings[cell.attention])
         for cell in cells
-        if cell.attention in headings and setting_of(cell) == max(settings, key=settings.count)
+        if cell.attention in headings and cell.samples == most
     ]
     if shown:
         results.heat_map(shown).savefig(folder / "ruler.png", dpi=120)
@@ -52,19 +54,26 @@ def draw(folder: Path) -> None:
 def markdown(cells: list[Cell]) -> str:
     """A table a model and device, the means of its complete rows, and the tasks of which a length has no cell."""
     parts = []
-    for setting in dict.fromkeys(setting_of(cell) for cell in cells):
+    for setting in dict.fromkeys(setting_of(cell) for cell in sorted(cells, key=lambda cell: -cell.samples)):
         of_setting = [cell for cell in cells if setting_of(cell) == setting]
-        parts += [f"**{setting}**", results.table(of_setting, COLUMNS, seconds=False), means(of_setting)]
+        parts += [f"**{setting}**", results.table(of_setting, run_of(of_setting), seconds=False), means(of_setting)]
     return "\n\n".join(filter(None, [*parts, not_run(cells)])) + "\n"
 
 
 def setting_of(cell: Cell) -> str:
-    return f"{cell.model}, {cell.device or 'device not recorded'}, {cell.dtype or 'dtype not recorded'}"
+    device, dtype = cell.device or "device not recorded", cell.dtype or "dtype not recorded"
+    return f"{cell.model}, {device}, {dtype}, {cell.samples} samples a cell"
+
+
+def run_of(cells: list[Cell]) -> dict[str, str]:
+    """The columns of which there is a cell."""
+    run = {cell.attention for cell in cells}
+    return {heading: name for heading, name in COLUMNS.items() if name in run}
 
 
 def means(cells: list[Cell]) -> str:
     """Per length, over the tasks that have every column that was run at all; "" where that is one task or none."""
-    columns = {heading: name for heading, name in COLUMNS.items() if any(cell.attention == name for cell in cells)}
+    columns = run_of(cells)
     told = []
     for length in sorted({cell.length for cell in cells}):
         found = {(cell.task, cell.attention): cell for cell in cells if cell.length == length}

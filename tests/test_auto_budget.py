@@ -13,7 +13,7 @@ from rr_flex import RRConfig
 from rr_flex.calibration import auto, lengths
 from rr_flex.calibration.sensitivity import output_gradients
 from rr_flex.evaluation.equal_density import visible_and_mandatory
-from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, hidden_states
+from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, compare_selections, hidden_states
 from rr_flex.models import enable
 from rr_flex.models.attention_by import attention_by
 from rr_flex.profiles import Profile, load_profile
@@ -103,6 +103,16 @@ def test_a_larger_target_keeps_more(model, texts, cache):
     assert densities == sorted(densities)
 
 
+def test_a_divergence_is_met_at_the_length_of_its_texts(model, texts, tmp_path):
+    with enable(model, budget="auto", target_kl=1e-3, calibrate_on=texts, profile_cache=tmp_path) as on:
+        plan = {layer: on.plan.of_heads(layer, None, texts[0].shape[1]) for layer in (0, 1)}
+    found = [compare_selections(model, ids, [plan])[0] for ids in texts]
+    assert 3e-4 < sum(compared.kl for _, compared in found) / len(texts) <= 1.1e-3
+    (path,) = tmp_path.glob("*-kl-0.001.json")
+    density = load_profile(path).measured["density"]
+    assert sum(kept for kept, _ in found) / len(texts) == pytest.approx(density, abs=0.03)
+
+
 def test_another_model_s_file_is_refused(model, texts, cache):
     other = network(seed=5)
     assert auto.fingerprint(other) != auto.fingerprint(model) == auto.fingerprint(network())
@@ -132,6 +142,7 @@ def test_a_killed_calibration_leaves_no_file(model, texts, tmp_path, monkeypatch
         ({"budget": "auto", "tau": 0.9}, "tau must be left out beside budget='auto'"),
         ({"budget": "auto", "preset": "best"}, "preset must be left out beside budget='auto'"),
         ({"budget": "auto", "target_density": 2.0}, "target_density must lie in"),
+        ({"budget": "auto", "target_density": 0.5, "target_kl": 0.01}, "target must be one of target_density"),
         ({"budget": "auto"}, "calibrate_on must be the model's tokenizer or token ids"),
         ({"budget": "auto", "calibrate_on": [torch.zeros(1, n).long() for n in (8, 9)]}, "texts of one length"),
         ({"profile_cache": "x"}, "profile_cache must be left out without budget='auto'"),

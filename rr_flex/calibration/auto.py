@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rr_flex.calibration.lengths import length_factors
 from rr_flex.calibration.measured_curves import measure_curves
-from rr_flex.calibration.thresholds import meet, profile_of
+from rr_flex.calibration.thresholds import meet, meet_kl, one_target, profile_of
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.texts import sample_text
 from rr_flex.profiles import Profile, load_profile
@@ -29,23 +29,25 @@ EVERY = 4  # errors are measured on one of so many strips of queries
 
 def own_profile(
     model: PreTrainedModel,
-    target_density: float,
+    target_density: float | None = None,
     *,
+    target_kl: float | None = None,
     calibrate_on: Callable | Sequence[Int[Tensor, "1 L"]] | None = None,
     cache: str | Path | None = None,
 ) -> Profile:
     """Thresholds of `best` that keep `target_density` of the blocks where the prediction gains most, for all lengths.
 
-    From the file of an earlier call, or found now and written there whole. `calibrate_on`: the model's tokenizer, for
-    texts that come with Python (None: the one in the model's own folder), or token ids, equally long. The same model,
-    texts and target give the same thresholds, and more is kept for a larger target. ValueError for a target that
-    mandatory blocks alone exceed, and where there is no tokenizer.
+    Or, in its place, the density at which the texts diverge by `target_kl`, nats a token: seven more runs of each, and
+    at other lengths it is that density which is kept. From the file of an earlier call, or found now and written there
+    whole. `calibrate_on`: the model's tokenizer, for texts that come with Python (None: the one in the model's own
+    folder), or token ids, equally long. The same model, texts and target give the same thresholds, and more is kept for
+    a larger density. ValueError unless one target is given, for a density that mandatory blocks alone exceed, and where
+    there is no tokenizer.
     """
-    if not 0 < target_density <= 1:
-        raise ValueError(f"target_density must lie in (0, 1], got {target_density}")
+    name, value = one_target(density=target_density, kl=target_kl)
     mark = fingerprint(model)
     folder = Path(CACHE if cache is None else cache).expanduser()
-    path = folder / f"{mark[:16]}-{_name_of(calibrate_on, model)}-{target_density:g}.json"
+    path = folder / f"{mark[:16]}-{_name_of(calibrate_on, model)}-{'kl-' if name == 'kl' else ''}{value:g}.json"
     if path.exists():
         found = load_profile(path)
         if found.fingerprint != mark:
@@ -53,24 +55,34 @@ def own_profile(
                 f"profile must be of this model, {mark[:16]}, got one of {found.fingerprint[:16]!r}: {path}"
             )
         return found
-    profile = replace(calibrated(model, _ids(model, calibrate_on), target_density), fingerprint=mark)
+    profile = replace(calibrated(model, _ids(model, calibrate_on), target_density, target_kl), fingerprint=mark)
     folder.mkdir(parents=True, exist_ok=True)
     profile.save(path)
     return profile
 
 
-def calibrated(model: PreTrainedModel, texts: Sequence[Int[Tensor, "1 L"]], target_density: float) -> Profile:
+def calibrated(
+    model: PreTrainedModel,
+    texts: Sequence[Int[Tensor, "1 L"]],
+    target_density: float | None = None,
+    target_kl: float | None = None,
+) -> Profile:
     """The profile, found now: curves by prediction, thresholds of equal gain, a factor for each length."""
     lengths = {ids.shape[1] for ids in texts}
     if len(lengths) != 1:
         raise ValueError(f"calibrate_on must hold texts of one length, got {sorted(lengths)}")
     config, longest = RRConfig.from_preset("best"), lengths.pop()
     texts = [ids.to(model.device) for ids in texts]
-    curves = measure_curves(model, texts, config, lambda *_: None, by_prediction=True, every=EVERY)
-    chosen = meet(curves, "density", target_density)
-    names = [f"{longest} tokens"] * len(texts)
-    profile = profile_of(model, curves, chosen, config, {"density": target_density}, names)
-    return replace(profile, factors=length_factors(curves, profile.layers, config, target_density, longest))
+    name, value = one_target(density=target_density, kl=target_kl)
+
+    def quiet(*_: object) -> None: ...
+
+    curves = measure_curves(model, texts, config, quiet, by_prediction=True, every=EVERY)
+    by_kl = name == "kl"
+    chosen = meet_kl(model, texts, config, curves, value, quiet) if by_kl else meet(curves, name, value)
+    profile = profile_of(model, curves, chosen, config, {name: value}, [f"{longest} tokens"] * len(texts))
+    density = profile.measured["density"] if by_kl else value
+    return replace(profile, factors=length_factors(curves, profile.layers, config, density, longest))
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -43,21 +43,26 @@ def calibrate(
     text is prefilled once, with a backward pass unless the target is an error, and for a KL a few times more.
     ValueError unless exactly one target is given and can be met.
     """
-    given = {"density": target_density, "recall": target_recall, "error": target_error, "kl": target_kl}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"target must be one of {', '.join(f'target_{name}' for name in TARGETS)}, got {given}")
-    ((name, value),) = given.items()
-    if not 0 < value <= (1 if name in ("density", "recall") else math.inf):
-        raise ValueError(f"target_{name} must lie {TARGETS[name]}, got {value}")
+    name, value = one_target(density=target_density, recall=target_recall, error=target_error, kl=target_kl)
     if not texts:
         raise ValueError("texts must hold at least one prompt, got none")
     config = config or RRConfig.from_preset("best")
     # What a model predicts is what counts: only a target for the outputs is met by their own error.
     curves = measure_curves(model, texts, config, progress, by_prediction=name != "error")
-    chosen = _meet_kl(model, texts, config, curves, value, progress) if name == "kl" else meet(curves, name, value)
+    chosen = meet_kl(model, texts, config, curves, value, progress) if name == "kl" else meet(curves, name, value)
     names = list(names) or [f"{ids.shape[1]} tokens" for ids in texts]
     return profile_of(model, curves, chosen, config, {name: value}, names)
+
+
+def one_target(**given: float | None) -> tuple[str, float]:
+    """(name in TARGETS, value) of the one that is not None; ValueError unless it is one and lies in its range."""
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) != 1:
+        raise ValueError(f"target must be one of {', '.join(f'target_{name}' for name in given)}, got {found}")
+    ((name, value),) = found.items()
+    if not 0 < value <= (1 if name in ("density", "recall") else math.inf):
+        raise ValueError(f"target_{name} must lie {TARGETS[name]}, got {value}")
+    return name, value
 
 
 def profile_of(model, curves: Curves, chosen: Tensor, config: RRConfig, target: dict, names: Sequence[str]) -> Profile:
@@ -102,7 +107,7 @@ def at_price(curves: Curves, log_price: float) -> Int[Tensor, "layers Hq"]:
     return cost.shape[2] - 1 - cost.flip(2).argmin(2)
 
 
-def _meet_kl(model, texts, config, curves, value, progress) -> Tensor:
+def meet_kl(model, texts, config, curves, value, progress) -> Int[Tensor, "layers Hq"]:
     """The sparsest thresholds along the price whose KL on the texts is at most `value`, by bisection."""
     low, high = 0.0, 1.0  # density
     dense = [hidden_states(model, ids, attend_densely) for ids in texts]

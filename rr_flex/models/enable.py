@@ -62,9 +62,10 @@ def enable(
     `dense_layers`: so many first layers, or a list, stay dense whatever else names them. `dense_last_tokens`: at least
     so many tokens at the end of each call's queries see all they may. `sliding_layers`: "select" among the window's
     blocks, or "dense". `backend`: the kernel on CUDA, as in `rr_attention`. A vision tower keeps its attention.
-    `budget="auto"`: thresholds of the model's own that keep `target_density` (.3) of the blocks at every length, found
-    at first use and kept in a file (`rr_flex.calibration.auto.own_profile`). `calibrate_on`: the tokenizer or token ids
-    for that. `profile_cache`: the file's folder, ~/.cache/rr_flex unless given.
+    `budget="auto"`: thresholds of the model's own that keep `target_density` (.3) of the blocks at every length, or the
+    density at which `calibrate_on` diverges by `target_kl` nats a token, found at first use and kept in a file
+    (`rr_flex.calibration.auto.own_profile`). `calibrate_on`: the tokenizer or token ids for that. `profile_cache`: the
+    file's folder, ~/.cache/rr_flex unless given.
     TypeError or ValueError naming the argument, also for one that nothing would read (tau under another budget, config
     beside a preset or beside a profile of every layer); NotImplementedError for a model that does not go through
     transformers' attention interface.

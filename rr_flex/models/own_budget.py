@@ -23,11 +23,13 @@ def own_budget(
             if value is not None:
                 raise ValueError(f"{name} must be left out without budget='auto', got {value!r}")
         return None
-    known = ("budget", "target_density")
+    known = ("budget", "target_density", "target_kl")
     beside = sorted(name for name, value in given.items() if value is not None and name not in known)
     if beside:
         raise ValueError(f"{beside[0]} must be left out beside budget='auto', which finds all settings, got {beside}")
     # Here, since most who enable a model calibrate none.
     from rr_flex.calibration.auto import own_profile
 
-    return own_profile(root, given.get("target_density", TARGET_DENSITY), calibrate_on=calibrate_on, cache=cache)
+    density, kl = (given.get(f"target_{name}") for name in ("density", "kl"))
+    density = TARGET_DENSITY if density is None and kl is None else density
+    return own_profile(root, density, target_kl=kl, calibrate_on=calibrate_on, cache=cache)
