@@ -434,13 +434,15 @@ def test_whoever_runs_the_graph_attends_to_the_kept_blocks(run):
 @pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
 def test_chunks_with_a_state_and_offsets_of_their_own(backend):
     shape = Shape(B=1, Hq=4, Hkv=2, Lq=4096, Lk=4096, D=64)
-    q, k, v = on_gpu(shape, dtype=torch.bfloat16)
+    q, k, v = on_gpu(shape, dtype=torch.float32 if backend == "triton" else torch.bfloat16)
     state, chosen = rr_flex.PrefillState(), {"tau": 0.4, "dense_last_rows": 0}
     for start, end in ((0, 1024), (1024, 2048), (2048, 2560), (2560, 3968), (3968, 4096)):
         own = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
         out = rr_attention(*own, q_offset=start, state=state, backend=backend, **chosen)
-        allowed = allowed_pairs(*own[:2], q_offset=start, **chosen)
-        assert_attends(out.cpu(), *(x.cpu() for x in own), allowed)
+        here = [x.cpu() for x in own]
+        seen = here if q.dtype == torch.float32 else own  # by which a CPU keeps the same blocks, and compiles nothing
+        allowed = allowed_pairs(*seen[:2], q_offset=start, **chosen)
+        assert_attends(out.cpu(), *here, allowed)
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
@@ -568,7 +570,7 @@ def test_threads_that_meet_new_shapes_while_one_compiles():
     for out, case in zip([out for out in outs if out.ndim == 4], cases * 3, strict=True):
         qkv, window = case
         q, k, v = (x.cpu() for x in qkv)
-        kept = select_blocks(*qkv[:2], tau=0.3, **mask(window)).kept.cpu()
+        kept = select_blocks(q, k, tau=0.3, **mask(window)).kept
         offset, sizes = k.shape[2] - q.shape[2], (*q.shape[:3], k.shape[2])
         shown = oracle.pairs(causal(offset), *sizes)
         if window is not None:
@@ -598,7 +600,8 @@ def test_a_caller_s_compile_over_many_lengths():
         for length in range(200, 1401, 200):
             own = [x[:, :, :length].contiguous() for x in (q, k, v)]
             out = call(*own) / 2
-            assert_attends(out.cpu(), *(x.cpu() for x in own), allowed_pairs(*own[:2], tau=0.3))
+            own = [x.cpu() for x in own]  # in float32 a CPU keeps the same blocks, and compiles nothing
+            assert_attends(out.cpu(), *own, allowed_pairs(*own[:2], tau=0.3))
 
 
 def test_a_caller_s_graph_where_the_costs_of_a_card_decide(monkeypatch):
@@ -619,10 +622,11 @@ def test_masks_at_other_batch_sizes_and_lengths(name):
         here, there = (mask_by_name(name, shape, device=device)[0] for device in ("cpu", "cuda"))
         chosen = {"causal": False, "tau": 0.5}
         out = rr_attention(q, k, v, mask_mod=there, **chosen)
-        kept = select_blocks(q, k, mask_mod=there, **chosen).kept.cpu()
+        q, k, v = (x.cpu() for x in (q, k, v))
+        kept = select_blocks(q, k, mask_mod=here, **chosen).kept
         sizes = (shape.Lq, shape.Lk)
         shown = oracle.pairs(here, shape.B, shape.Hq, *sizes) & oracle.expand(kept, sizes, (128, 128))
-        assert_attends(*(x.cpu() for x in (out, q, k, v)), shown)
+        assert_attends(out.cpu(), q, k, v, shown)
 
 
 @needs_flash

@@ -145,15 +145,17 @@ def test_threads_that_meet_new_shapes_together():
 
 
 FIRST_OF_A_PROCESS = """
+import warnings
 import torch
 from rr_flex import rr_attention
 q, k, v = torch.randn(1, 2, 300, 16), torch.randn(1, 1, 300, 16), torch.randn(1, 1, 300, 16)
 call = torch.compile(lambda q, k, v: rr_attention(q, k, v, tau=0.5), backend="eager", fullgraph=True)
+warnings.simplefilter("error", UserWarning)
 print(tuple(call(q, k, v).shape))
 """
 
 
 def test_the_first_call_of_a_process_may_be_a_caller_s_graph():
-    """Nothing is left for it to import or to enter, which no graph can hold."""
+    """Nothing is left for it to import or to enter, which no graph can hold, and nothing to warn of."""
     run = subprocess.run([sys.executable, "-c", FIRST_OF_A_PROCESS], capture_output=True, text=True, timeout=300)
     assert run.stdout.strip() == "(1, 2, 300, 16)", run.stderr

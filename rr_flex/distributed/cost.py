@@ -30,7 +30,9 @@ class Rates:
     far_bytes: float  # the same between hosts
     host_ranks: int  # ranks of a host
     call_seconds: float  # of a call, whatever its size
-    across_seconds: float  # beside that, of the host's operations of a call of context parallel or ring
+    across_seconds: float  # beside that, of a call of context parallel or ring
+    host_seconds: float  # in which the host queues such a call over several ranks: the least that it takes
+    telling_seconds: float  # in which ranks tell each other which blocks they want
     # density -> ranks -> of the rank that has most: the share of foreign key blocks that it wants, and its kept blocks
     # over the mean
     fetched: dict[str, dict[str, float]]
@@ -158,18 +160,19 @@ def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
     pooled = foreign * prompt.kv_bytes / 2 * prompt.order / prompt.strides[1]
     kept = prompt.blocks / ranks  # one byte a block until it has attended
     gathered = foreign * prompt.kv_bytes
-    alone += rates.across_seconds
+    telling = rates.telling_seconds if way == "kept" else 0
+    alone += rates.across_seconds + telling
+    least = rates.host_seconds + telling if ranks > 1 else 0
     attend *= nearest(rates.uneven, prompt.density, ranks)
     if way == "ring":
         step = max(attend / ranks, gathered / (ranks - 1) / link)
-        seconds = alone + pooled / link + attend / ranks + (ranks - 1) * step
-        return Cost(
-            way, ranks, seconds, own + 2 * kv / ranks + 2 * prompt.q_bytes / ranks + maps + kept, gathered + pooled
-        )
+        seconds = max(least, alone + pooled / link + attend / ranks + (ranks - 1) * step)
+        memory = own + 2 * kv / ranks + 4 * prompt.q_bytes / ranks + maps + kept  # outputs to merge are float32
+        return Cost(way, ranks, seconds, memory, gathered + pooled)
     share = nearest(rates.fetched, prompt.density, ranks) if way == "kept" else 1.0
     strips = min(STRIPS, prompt.kv_heads)
     transfer = share * gathered / link
     beside = max(attend * (strips - 1) / strips, transfer * (strips - 1) / strips)
-    seconds = alone + pooled / link + transfer / strips + beside + attend / strips
+    seconds = max(least, alone + pooled / link + transfer / strips + beside + attend / strips)
     memory = own + (2 if strips > 1 else 1) * prompt.kv_bytes / strips + pooled + maps + kept
     return Cost(way, ranks, seconds, memory, share * gathered + pooled)

@@ -1,7 +1,6 @@
 """Options of the flex_attention kernels: plain data, looked up by card, head dim and dtype."""
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +81,7 @@ def costs_of(q: Tensor, kernel: str) -> Costs | None:
     else:
         entry = tuned(q.device, q.shape[-1], q.dtype)
     found = entry.get("costs", {}).get(kernel)
-    return None if found is None else _costs(tuple(found.items()))
-
-
-@lru_cache
-def _costs(entry: tuple[tuple[str, float], ...]) -> Costs:
-    return Costs(**dict(entry))
+    return None if found is None else Costs(**found)
 
 
 def tuned(device: torch.device, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
