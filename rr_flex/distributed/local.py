@@ -119,10 +119,10 @@ def _first_far(shards: Shards, asked: Asked, config: RRConfig, request: Request)
 
 def _strips(Hq: int, kv: tuple[Tensor, Tensor], shards: Shards, config: RRConfig) -> list[tuple[slice, slice]]:
     """The same on every rank, though their shards differ: whole groups, at least as many as memory asks for."""
-    (B, Hkv, m, _), layout = kv[0].shape, shards.layout
+    (B, Hkv, _, _), layout = kv[0].shape, shards.layout
     most = max(layout.queries_on(rank) for rank in range(layout.ranks))
     by_memory = head_slices((B, Hq, Hkv), (most, layout.tokens), config, torch.device("cpu"))
-    gathered = sum(x.nbytes for x in kv) // m * layout.tokens
+    gathered = layout.tokens * sum(B * Hkv * x.shape[3] * x.element_size() for x in kv)
     least, group = max(1, min(STRIPS, gathered // STRIP_BYTES), len(by_memory)), Hq // Hkv
     width = max(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (Hkv // n >= least or n == 1))
     return [(slice(h * group, (h + width) * group), slice(h, h + width)) for h in range(0, Hkv, width)]
