@@ -82,20 +82,9 @@ def load(folder: Path) -> list[Row]:
 
 
 def what(row: Row) -> tuple:
-    names = (
-        "config",
-        "chunk",
-        "length",
-        "batch",
-        "queries",
-        "keys",
-        "prompts",
-        "wanted_density",
-        "backend",
-        "way",
-        "kept",
-    )
-    return tuple(row.get(name) for name in (*names, "heads", "kv_heads", "head_dim", "dtype", "workload", "seed"))
+    measured = ("config", "chunk", "length", "kept", "batch", "queries", "keys", "prompts", "wanted_density")
+    where = ("backend", "way", "heads", "kv_heads", "head_dim", "dtype", "workload", "seed")
+    return tuple(row.get(name) for name in measured + where)
 
 
 def cells_of(row: Row) -> list[str]:

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from run_anew import RunAnew
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, flex_attention, or_masks
 
@@ -60,15 +61,6 @@ WHERE = torch.device("cpu")  # where the calls run; the oracle is always on the 
 
 class Wrong(Exception):
     """A call that was wrong, silent, or failed unclearly."""
-
-
-class RunAnew(CapturedPrefill):
-    """Without CUDA graphs: the same chunks, launched each time."""
-
-    _devices = ("cpu",)
-
-    def _record(self, run):
-        return run
 
 
 class UsersOwn(Exception):

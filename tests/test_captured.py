@@ -8,20 +8,12 @@ from weakref import ref
 import pytest
 import torch
 from cases import Shape, tensors
+from run_anew import RunAnew
 
 from rr_flex import CapturedPrefill, captured, rr_attention
 
 RULES = [{"tau": 0.4}, {"preset": "best", "threshold": 0.05, "dense_last_rows": 0}]
 CACHE = Shape(B=2, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=16)
-
-
-class RunAnew(CapturedPrefill):
-    """Without CUDA graphs: the same chunks, launched each time."""
-
-    _devices = ("cpu",)
-
-    def _record(self, run):
-        return run
 
 
 @pytest.fixture(autouse=True)
