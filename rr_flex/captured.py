@@ -13,10 +13,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rr_flex.attention import Asked, answer, attend, count
-from rr_flex.checks import check_queries_and_keys, check_values, gradient_wanted
+from rr_flex.checks import (
+    FARTHEST,
+    check_numbers,
+    check_offset,
+    check_queries_and_keys,
+    check_values,
+    gradient_wanted,
+    shown,
+)
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
-from rr_flex.kernels.choose import Backend, check_backend, choose_kernel
+from rr_flex.kernels.choose import Backend, check_backend, check_backend_name, choose_kernel
 from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.registry import ESTIMATORS
 from rr_flex.request import make_request
@@ -58,9 +66,12 @@ class CapturedPrefill:
         **settings: Any,
     ) -> None:
         if type(queries) is not int or queries < GRID or queries % GRID:
-            raise ValueError(f"queries must be a multiple of {GRID}, got {queries!r}")
+            raise ValueError(f"queries must be a multiple of {GRID}, got {shown(queries)}")
         if type(head_offset) is not int:
             raise TypeError(f"head_offset must be an int, got {type(head_offset).__name__}")
+        check_offset("head_offset", head_offset, 0, FARTHEST)
+        check_numbers(scale, softcap)
+        check_backend_name(backend)
         self.queries = queries
         self.config = RRConfig.resolve(config, settings)
         if isinstance(level := self.config.level, Tensor):  # a graph would not see what is written to it later
@@ -109,7 +120,7 @@ class CapturedPrefill:
         if Lq > capacity:
             raise ValueError(f"q must have at most the cache's {capacity} tokens, got {Lq}")
         if type(first) is not int or not 0 <= first <= capacity - Lq:
-            raise ValueError(f"first must be an int from 0 to {capacity - Lq}, got {first!r}")
+            raise ValueError(f"first must be an int from 0 to {capacity - Lq}, got {shown(first)}")
         # What is kept must take the next call's too, in inference mode or out of it.
         with self._alone(q.device), torch.inference_mode(False), torch.no_grad():
             return self._attend(q, k, v, first)

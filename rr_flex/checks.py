@@ -1,6 +1,5 @@
 """Arguments of the public calls, checked before any compute. On an accelerator nothing here reads a tensor's values."""
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -15,6 +14,7 @@ from rr_flex.runtime.tracing import traced
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AXES = ("batch", "heads", "tokens", "D")
 FARTHEST = 2**31 - 1  # position, or number of a head: kernels count in int32
+SINGLE = torch.finfo(torch.float32)
 
 
 def as_autocast_says(function: Callable) -> Callable:
@@ -92,7 +92,7 @@ def check_sinks(q: Tensor, sinks: object) -> None:
     if sinks is None:
         return
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
-        raise TypeError(f"sinks must be a floating-point tensor [Hq], got {_shown(sinks)}")
+        raise TypeError(f"sinks must be a floating-point tensor [Hq], got {shown(sinks)}")
     check_plain("sinks", sinks)
     if tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"sinks must hold one logit a query head ({q.shape[1]}), got shape {tuple(sinks.shape)}")
@@ -108,14 +108,14 @@ def check_numbers(scale: object, softcap: object) -> None:
         if factor is None:
             continue
         if isinstance(factor, bool) or not isinstance(factor, float | int):
-            raise TypeError(f"{name} must be a number, got {_shown(factor)}")
-        if not 0 < factor <= torch.finfo(torch.float32).max or not math.isfinite(factor):
+            raise TypeError(f"{name} must be a number, got {shown(factor)}")
+        if not SINGLE.tiny <= factor <= SINGLE.max:
             raise ValueError(f"{name} must be positive and finite in float32, got {factor}")
 
 
 def check_flag(name: str, value: object) -> None:
     if type(value) is not bool:
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_offset(name: str, value: object, lowest: int, highest: int) -> None:
@@ -123,15 +123,15 @@ def check_offset(name: str, value: object, lowest: int, highest: int) -> None:
     if isinstance(value, Tensor):
         check_plain(name, value)
         if value.ndim or value.dtype not in (torch.int32, torch.int64):
-            shown = f"{value.dtype} {tuple(value.shape)}"
-            raise TypeError(f"{name} must be an int or a 0-dim integer tensor (int32, int64), got {shown}")
+            got = f"{value.dtype} {tuple(value.shape)}"
+            raise TypeError(f"{name} must be an int or a 0-dim integer tensor (int32, int64), got {got}")
         if value.device.type == "meta" and not traced():
             raise TypeError(f"{name} must have values, got a tensor on the meta device")
         if not readable(value):
             return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int or a 0-dim integer tensor, got {_shown(value)}")
+        raise TypeError(f"{name} must be an int or a 0-dim integer tensor, got {shown(value)}")
     if not lowest <= value <= highest:
         raise ValueError(f"{name} must be an int from {lowest} to {highest}, got {value}")
 
@@ -152,7 +152,7 @@ def check_differentiable(*tensors: Tensor | None) -> None:
 def check_plain(name: str, x: Any) -> None:
     """A dense tensor with values of its own: TypeError for others, which FlexAttention takes for something else."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_shown(x)}")
+        raise TypeError(f"{name} must be a tensor, got {shown(x)}")
     if traced():
         return
     if x.is_nested or x.layout != torch.strided:
@@ -160,6 +160,8 @@ def check_plain(name: str, x: Any) -> None:
     if type(x) not in (Tensor, torch.nn.Parameter):
         local = "; pass its .to_local()" if hasattr(x, "to_local") else ""
         raise TypeError(f"{name} must be a plain tensor, got {type(x).__name__}{local}")
+    if x.is_neg():  # of a complex tensor's conjugate: kernels would read the values without the sign
+        raise TypeError(f"{name} must be a plain tensor, got a view that negates another; pass its .resolve_neg()")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise TypeError(f"{name} must be a plain tensor, got one inside torch.func or vmap; batch axes go into B")
 
@@ -176,7 +178,7 @@ def _check_beside(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A short word for what was given: no tensor is dumped whole."""
     if isinstance(value, Tensor):
         return f"a tensor {value.dtype} {tuple(value.shape)}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rr_flex import registry
+from rr_flex.checks import shown
 from rr_flex.profiles import Profile, load_profile
 from rr_flex.registry import BUDGETS, ESTIMATORS
 from rr_flex.runtime.tracing import traced
@@ -246,14 +247,14 @@ def _plain_level(name: str, level: Level) -> Level:
 
 def _check_int(name: str, value: object, minimum: int) -> None:
     if type(value) is not int:
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     if not minimum <= value < 2**31:
         raise ValueError(f"{name} must be at least {minimum} and below 2^31, got {value}")
 
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     if math.isnan(value):
         raise ValueError(f"{name} must be a number, got nan")
 

@@ -7,6 +7,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rr_flex.checks import shown
 from rr_flex.config import RRConfig
 from rr_flex.estimate import valid_keys_of
 from rr_flex.geometry import ceil_div
@@ -60,7 +61,7 @@ class PrefillState:
     def trim(self, tokens: int) -> None:
         """Forgets what lies behind the first `tokens` keys: a rejected draft, a cache that was cropped."""
         if type(tokens) is not int or tokens < 0:
-            raise ValueError(f"tokens must be an int of at least 0, got {tokens!r}")
+            raise ValueError(f"tokens must be an int of at least 0, got {shown(tokens)}")
         if self._layout is not None:
             self._whole = min(self._whole, tokens // self._layout.stride)
 

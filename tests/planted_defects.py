@@ -310,6 +310,9 @@ DEFECTS = [
         "test_selection_symmetries.py::test_a_shard_of_heads_selects_its_slice",
     ),
     Defect("rr_flex/kernels/options.py", "if size == 64:", "if False:", "test_kernel.py::test_tiles_divide_the_blocks"),
+    Defect(
+        "rr_flex/runtime/compiling.py", "if compiler_disabled():", "if False:", "test_whoever_runs.py::test_a_compiler"
+    ),
     Defect("rr_flex/runtime/compiling.py", '("ESTIMATORS", "BUDGETS")', "()", "test_kernel.py::test_what_a_user_may"),
     Defect("rr_flex/runtime/compiling.py", "|torch)", "|torch|users_masks)", "test_kernel.py::test_what_a_user_may"),
     Defect(
@@ -461,6 +464,8 @@ DEFECTS = [
     Defect(
         "rr_flex/checks.py", "if x.is_nested or x.layout != torch.strided:", "if x.is_nested:", STRANGE + "tensors_of"
     ),
+    Defect("rr_flex/checks.py", "if x.is_neg():", "if False:", STRANGE + "tensors_of"),
+    Defect("rr_flex/checks.py", "if not SINGLE.tiny <= factor", "if not 0 < factor", STRANGE + "values_that"),
     Defect("rr_flex/selection.py", "if mass.dtype in (torch.bfloat16, torch.float16):", "if False:", STRANGE + "half"),
     Defect("rr_flex/attention.py", "v = torch.where(valid[..., None], v, 0)", "v = v", STRANGE + "what_padding_holds"),
     Defect("rr_flex/attention.py", "q, k, v = q.detach(), k.detach(), v.detach()", "pass", STRANGE + "tensors_that"),
@@ -477,6 +482,7 @@ DEFECTS = [
         "test_state.py::test_any_cut",
     ),
     Defect("rr_flex/captured.py", "row = first // stride +", "row =", CAPTURED),
+    Defect("rr_flex/captured.py", "check_backend_name(backend)", "pass", "test_captured.py::test_what_it_refuses_at"),
     Defect("rr_flex/captured.py", "and first % GRID == 0 and", "and", CAPTURED),
     Defect("rr_flex/captured.py", "shared.first.fill_(first)", "pass", CAPTURED),
     Defect("rr_flex/captured.py", "cache.state.trim(first)", "pass", CAPTURED),

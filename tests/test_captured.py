@@ -173,6 +173,10 @@ def test_the_steps_of_a_cache():
     [
         ({"queries": 100}, "^queries must be a multiple of 128, got 100"),
         ({"pool": "queries"}, "^pool must be one that pools keys, got 'queries'"),
+        ({"backend": "cuda"}, "^backend must be one of auto, triton, flash, got 'cuda'"),
+        ({"scale": -1.0}, "^scale must be positive and finite in float32, got -1"),
+        ({"softcap": 0}, "^softcap must be positive and finite in float32, got 0"),
+        ({"head_offset": -1}, "^head_offset must be an int from 0 to 2147483647, got -1"),
     ],
 )
 def test_what_it_refuses_at_first(change, message):

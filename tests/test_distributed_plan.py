@@ -62,6 +62,8 @@ def test_predictions_beside_measured_rows(tmp_path, capsys):
     [
         (["--heads", "6/4"], "multiple of Hkv"),
         (["--gpus", "0"], "positive"),
+        (["--tokens", "0"], "--tokens must be a number of tokens of at least 1, such as 512K, got '0'"),
+        (["--tokens", "infM"], "--tokens must be a number of tokens of at least 1, such as 512K, got 'infM'"),
         (["--density", "2"], "(0, 1]"),
         (["--rates", "none.json"], "none.json"),
     ],

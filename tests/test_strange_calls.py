@@ -29,6 +29,7 @@ TENSORS = [
     (Q.to_sparse(), "q must be a dense tensor, got layout torch.sparse_coo"),
     (NESTED, "q must be a dense tensor, got layout torch.jagged, nested"),
     (Q.as_subclass(Own), "q must be a plain tensor, got Own"),
+    (torch.complex(Q, Q).conj().imag, "q must be a plain tensor, got a view that negates another"),
 ]
 
 
@@ -44,6 +45,9 @@ def test_tensors_of_another_kind_are_refused_by_name(q, words):
     ("chosen", "words"),
     [
         ({"scale": 1e300}, "scale must be positive and finite in float32, got 1e"),
+        ({"scale": 1e-300}, "scale must be positive and finite in float32, got 1e-300"),
+        ({"softcap": 1e-300}, "softcap must be positive and finite in float32, got 1e-300"),
+        ({"causal": torch.zeros(2000)}, "causal must be True or False, got a tensor torch.float32 (2000,)"),
         ({"sinks": torch.full((4,), torch.nan)}, "sinks must be numbers below infinity, got nan"),
         ({"return_density": "yes"}, "return_density must be True or False, got 'yes'"),
         ({"causal": "False"}, "causal must be True or False, got 'False'"),

@@ -87,6 +87,13 @@ def test_eager_that_is_forced():
     assert_exact(out, q, k, v)
 
 
+def test_a_compiler_that_is_off():
+    """As by TORCH_COMPILE_DISABLE=1, under which flex_attention fails too."""
+    q, k, v = tensors(SHAPE)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(RuntimeError, match=r"^torch's compiler must be on"):
+        call(q, k, v)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_program(strict):
     q, k, v = tensors(SHAPE)

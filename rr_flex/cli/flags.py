@@ -112,8 +112,10 @@ def json_target(text: str) -> Path | str:
 
 def block_size(text: str) -> int | tuple[int, int]:
     """128, or 128x64: query tokens by key tokens."""
-    sizes = tuple(int(size) for size in text.split("x"))
-    return sizes[0] if len(sizes) == 1 else sizes
+    sizes = text.split("x")
+    if not all(size.isdecimal() for size in sizes):
+        raise argparse.ArgumentTypeError(f"must be 64, 128 or QUERYxKEY of them, got {text!r}")
+    return int(sizes[0]) if len(sizes) == 1 else tuple(int(size) for size in sizes)
 
 
 # field of RRConfig, which checks it: (how its value is read, help, what is taken where it is not said)

@@ -33,7 +33,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def tokens(text: str) -> int:
     unit = UNITS.get(text[-1:].upper())
-    return int(float(text[:-1]) * unit) if unit else int(text)
+    try:
+        count = int(float(text[:-1]) * unit) if unit else int(text)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of tokens of at least 1, such as 512K, got {text!r}")
+    return count
 
 
 def heads(text: str) -> tuple[int, int]:

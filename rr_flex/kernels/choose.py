@@ -46,10 +46,14 @@ KERNELS = {
 }
 
 
-def check_backend(backend: Backend, q: Tensor) -> None:
-    """ValueError for a backend that is unknown, or named where q's device has no choice."""
+def check_backend_name(backend: object) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+
+
+def check_backend(backend: Backend, q: Tensor) -> None:
+    """ValueError for a backend that is unknown, or named where q's device has no choice."""
+    check_backend_name(backend)
     if backend != "auto" and q.device.type != "cuda":
         raise ValueError(f"backend must be 'auto' where q is not on a CUDA device, got {backend!r}")
 

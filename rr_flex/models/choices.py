@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from rr_flex.config import RRConfig
 from rr_flex.geometry import ceil_div
-from rr_flex.kernels.choose import Backend
+from rr_flex.kernels.choose import Backend, check_backend_name
 from rr_flex.models.layer_plan import LayerSettings, Plan, SlidingLayers
 from rr_flex.profiles import Profile, load_profile
 
@@ -33,8 +33,7 @@ class Choices:
             raise ValueError(f"dense_last_tokens must not stand beside dense_last_rows, got {tokens} tokens and rows")
         if self.sliding_layers not in get_args(SlidingLayers):
             raise ValueError(f"sliding_layers must be 'select' or 'dense', got {self.sliding_layers!r}")
-        if self.backend not in get_args(Backend):
-            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {self.backend!r}")
+        check_backend_name(self.backend)
 
     @property
     def one_tau(self) -> bool:

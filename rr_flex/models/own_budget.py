@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from rr_flex.checks import shown
 from rr_flex.profiles import Profile
 
 AUTO = "auto"
@@ -21,7 +22,7 @@ def own_budget(
     if given.get("budget") != AUTO:
         for name, value in (("calibrate_on", calibrate_on), ("profile_cache", cache)):
             if value is not None:
-                raise ValueError(f"{name} must be left out without budget='auto', got {value!r}")
+                raise ValueError(f"{name} must be left out without budget='auto', got {shown(value)}")
         return None
     known = ("budget", "target_density", "target_kl")
     beside = sorted(name for name, value in given.items() if value is not None and name not in known)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from rr_flex.runtime.mends import mend_torch
-from rr_flex.runtime.private import compiler_settings
+from rr_flex.runtime.private import compiler_disabled, compiler_settings
 
 # Where a length is a symbol, so is the offset at which a slice of it begins, and inductor, not knowing that it is a
 # multiple of 16 bytes, refuses TMA and wide loads: a chunk's kernel took 2.3 times as long (torch 2.11 to 2.13). With
@@ -22,6 +22,11 @@ OPTIONS = {"assume_aligned_inputs": True}
 SETTLED_CODE = re.compile(r"G\['(__import_(rr_flex|mask_mods|torch)(_dot_\w+)?|(?!__)\w+)'\]")
 SETTLED = re.compile(r"G\['(__import_einops_dot_\w+|__builtins_dict\w*)'\]")
 TABLES = ("ESTIMATORS", "BUDGETS")  # whose entries a user may replace
+
+OFF = (
+    "torch's compiler must be on, since flex_attention itself fails without it, got TORCH_COMPILE_DISABLE; "
+    "torch.compiler.set_stance('force_eager') runs uncompiled"
+)
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -40,6 +45,8 @@ def compile_whole(function: Function, *, dynamic: bool | None = None, specialize
 
     @wraps(function)
     def call(*args, **kwargs):
+        if compiler_disabled():
+            raise RuntimeError(OFF)
         mend_torch()
         with _holding(settings):
             return compiled(*args, **kwargs)

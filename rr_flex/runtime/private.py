@@ -72,10 +72,16 @@ def proxy_mode() -> object | None:
     return _get_proxy_mode()
 
 
+def compiler_disabled() -> bool:
+    """Whether TORCH_COMPILE_DISABLE or its setting is on. Without it: fifty thousand characters of dynamo, and every
+    later call under torch.compiler.disable fails."""
+    return torch._dynamo.config.disable
+
+
 def stance() -> str:
     """`torch.compiler.set_stance`'s word. Without it: FLASH could run uncompiled, which it cannot."""
     found = getattr(torch._dynamo.eval_frame, "_stance", None)
-    return "force_eager" if torch._dynamo.config.disable else getattr(found, "stance", "default")
+    return "force_eager" if compiler_disabled() else getattr(found, "stance", "default")
 
 
 def dispatch_mode() -> object | None:
