@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from benchmarks.tables import timed
-from rr_flex.config import PRESETS
+from rr_flex.fields import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

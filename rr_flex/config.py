@@ -1,32 +1,29 @@
 """The settings of one selection, frozen and checked at construction."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from rr_flex import registry
-from rr_flex.checks import shown
+from rr_flex.fields import (
+    DEFAULTS,
+    FIELDS_OF_RULES,
+    PER_HEAD,
+    PRESETS,
+    RANGES,
+    Level,
+    Mandatory,
+    Preset,
+    check_int,
+    check_number,
+    fields_read,
+    plain_level,
+)
 from rr_flex.profiles import Profile, load_profile
 from rr_flex.registry import BUDGETS, ESTIMATORS
-from rr_flex.runtime.tracing import traced
-
-Mandatory = Literal["count", "add"]
-Preset = Literal["rr", "best", "fast"]
-Level = float | Sequence[float] | Tensor
-# What a field that some rule reads is worth where it is read and not given.
-DEFAULTS: dict[str, Any] = {
-    "variance_weight": 0.5,
-    "tau": 0.95,
-    "threshold": 0.01,
-    "target_density": 0.4,
-    "mandatory": "count",
-}
-FIELDS_OF_RULES = (*DEFAULTS, "query_pool", "query_stride", "key_stride")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,7 @@ class RRConfig:
 
     def _settle_what_rules_read(self) -> None:
         """A field that no chosen rule reads must not be given; one that is read and not given has its default."""
-        read = _fields_read(self.pool, self.budget, self.order)
+        read = fields_read(self.pool, self.budget, self.order)
         for name in FIELDS_OF_RULES:
             if name not in read and getattr(self, name) is not None:
                 raise ValueError(
@@ -124,12 +121,12 @@ class RRConfig:
     def _check_numbers(self) -> None:
         for name in ("stride", "query_stride", "key_stride", "query_pool", "order"):
             if getattr(self, name) is not None or name in ("stride", "order"):
-                _check_int(name, getattr(self, name), 1)
+                check_int(name, getattr(self, name), 1)
         if self.order > 2:
             raise ValueError(f"order must be 1 or 2, got {self.order}")
         for name in ("sink_blocks", "local_blocks", "dense_last_rows", "min_length"):
             if getattr(self, name) is not None or name != "min_length":
-                _check_int(name, getattr(self, name), 0)
+                check_int(name, getattr(self, name), 0)
 
     def _check_blocks(self) -> None:
         sizes = self.block_sizes
@@ -152,12 +149,12 @@ class RRConfig:
             if level is None:
                 continue
             if name in PER_HEAD:
-                level = _plain_level(name, level)
+                level = plain_level(name, level)
                 object.__setattr__(self, name, level)
             if isinstance(level, Tensor):
                 continue
             for share in level if isinstance(level, tuple) else (level,):
-                _check_number(name, share)
+                check_number(name, share)
                 if not allowed(share):
                     raise ValueError(f"{name} must lie in {rule}, got {share}")
 
@@ -213,7 +210,7 @@ class RRConfig:
             rules = [settings.get(name, getattr(self, name)) for name in ("pool", "budget", "order")]
             named = isinstance(rules[0], str) and isinstance(rules[1], str)
             if named and rules[0] in ESTIMATORS and rules[1] in BUDGETS:  # else it is an error soon
-                read = _fields_read(*rules)
+                read = fields_read(*rules)
                 settings = {name: None for name in FIELDS_OF_RULES if name not in read} | settings
         return replace(self, **settings)
 
@@ -222,69 +219,3 @@ class RRConfig:
         expected = {field.name: DEFAULTS.get(field.name, field.default) for field in fields(self)}
         expected |= dict.fromkeys(("threshold", "target_density", "variance_weight"))
         return not any(isinstance(value, Tensor) for value in own.values()) and own == expected
-
-
-def _fields_read(pool: str, budget: str, order: int) -> set[str]:
-    """The fields that these rules go by, as far as not all rules do."""
-    rule = BUDGETS[budget]
-    read = {rule.level, *rule.reads, *ESTIMATORS[pool].reads}
-    return read if order == 2 else read - {"variance_weight"}
-
-
-def _plain_level(name: str, level: Level) -> Level:
-    """One number, a tuple, or a tensor on an accelerator."""
-    if isinstance(level, Tensor):
-        if level.ndim != 1 or not level.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor [Hq], got {level.dtype} of {tuple(level.shape)}")
-        if level.layout != torch.strided or level.device.type == "meta":
-            raise TypeError(f"{name} must be a dense tensor with values, got {level.layout} on {level.device}")
-        # Nor in a graph, where reading a tensor is not possible.
-        if level.device.type != "cpu" or traced():
-            return level
-        level = level.tolist()
-    return tuple(level) if isinstance(level, Sequence) and not isinstance(level, str) else level
-
-
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if type(value) is not int:
-        raise TypeError(f"{name} must be an int, got {shown(value)}")
-    if not minimum <= value < 2**31:
-        raise ValueError(f"{name} must be at least {minimum} and below 2^31, got {value}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        raise TypeError(f"{name} must be a number, got {shown(value)}")
-    if math.isnan(value):
-        raise ValueError(f"{name} must be a number, got nan")
-
-
-PER_HEAD = ("tau", "threshold")
-RANGES = {  # of numbers: the rule in words, and itself
-    "tau": ("(0, 1]", lambda share: 0 < share <= 1),
-    "threshold": ("[0, 1)", lambda share: 0 <= share < 1),
-    "target_density": ("(0, 1]", lambda share: 0 < share <= 1),
-    "variance_weight": ("(0, 1]", lambda share: 0 < share <= 1),
-}
-
-# What the study (notebooks/README.md) found on two models and ten held-out texts of 8,192 tokens: `best` diverges least
-# from the dense model's predictions in a given time, `fast` takes least time to diverge as the paper's rule does, with
-# the blocks of 128 that FLASH takes. Other fields keep defaults.
-PRESETS: dict[str, dict[str, Any]] = {
-    "rr": {},
-    "best": {
-        "pool": "both",
-        "key_stride": 32,
-        "order": 2,
-        "variance_weight": 0.125,
-        "budget": "threshold",
-        "threshold": 0.01,
-    },
-    "fast": {
-        "key_stride": 16,
-        "order": 2,
-        "variance_weight": 0.125,
-        "budget": "threshold",
-        "threshold": 0.01,
-    },
-}

@@ -174,7 +174,7 @@ DEFECTS = [
         "test_last_rows.py::test_rows_apart_ask_for_no_query_past_the_last",
     ),
     Defect(
-        "rr_flex/config.py",
+        "rr_flex/fields.py",
         '"tau": ("(0, 1]", lambda share: 0 < share <= 1)',
         '"tau": ("(0, 1]", lambda share: 0 <= share <= 1)',
         "test_errors.py::test_a_bad_setting_dies_at",

@@ -169,7 +169,7 @@ def test_settings_are_those_of_rrconfig():
 
     from rr_flex import RRConfig
     from rr_flex.cli.flags import PRESETS, SETTINGS
-    from rr_flex.config import PRESETS as KNOWN
+    from rr_flex.fields import PRESETS as KNOWN
 
     assert set(SETTINGS) == {field.name for field in dataclasses.fields(RRConfig)} and set(PRESETS) == set(KNOWN)
     for name, (kind, _, unsaid) in SETTINGS.items():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mask_mods import causal
 from rr_flex import RRConfig, rr_attention, select_blocks
-from rr_flex.config import PRESETS
+from rr_flex.fields import PRESETS
 from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
 from rr_flex.sampling import moments, pooled_features, sample_queries, with_square, with_variance
@@ -182,7 +182,7 @@ def test_a_density_is_kept_by_one_threshold_a_sequence(seed, density):
         free = visible[0] & ~mandatory[0]
         dropped = share[b][free & ~kept[b]]
         chosen = share[b][free & kept[b]]
-        assert not len(dropped) or not len(chosen) or dropped.max() < chosen.min()
+        assert not len(dropped) or not len(chosen) or dropped.max() < chosen.min() + 1e-5  # the search's own steps
     alone = select_density(mass[1:], density, visible, mandatory)
     assert torch.equal(alone, kept[1:])
 

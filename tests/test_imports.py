@@ -23,6 +23,7 @@ LINES = [
     ["rr_flex.runtime.mends"],
     ["rr_flex.runtime.tracing", "rr_flex.runtime.compiling", "rr_flex.runtime.is_kept", "rr_flex.profiles"],
     ["rr_flex.kernels.break_even", "rr_flex.checks"],
+    ["rr_flex.fields"],
     ["rr_flex.config", "rr_flex.kernels.options", "rr_flex.kernels.dense"],
     ["rr_flex.kernels.deciding"],
     ["rr_flex.sampling", "rr_flex.block_mask", "rr_flex.selection", "rr_flex.runtime.head_slices", "rr_flex.level"],

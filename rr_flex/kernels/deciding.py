@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rr_flex.config import Level, RRConfig
+from rr_flex.config import RRConfig
+from rr_flex.fields import Level
 from rr_flex.kernels.break_even import Costs, Decision, Work, break_even_density, decide
 from rr_flex.kernels.options import costs_of, tuned
 from rr_flex.runtime.tracing import traced

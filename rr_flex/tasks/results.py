@@ -6,7 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rr_flex.config import DEFAULTS, RRConfig
+from rr_flex.config import RRConfig
+from rr_flex.fields import DEFAULTS
 from rr_flex.registry import BUDGETS
 from rr_flex.runtime.writing import write_atomically
 
