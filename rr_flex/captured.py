@@ -1,10 +1,8 @@
 """A prompt's chunks as CUDA graphs: what a chunk costs the host is one replay, for caches that stay where they are."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from threading import Lock
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from rr_flex.kernels.deciding import decide_call, work_of
 from rr_flex.registry import ESTIMATORS
 from rr_flex.request import make_request
 from rr_flex.runtime.compiling import compile_whole
+from rr_flex.runtime.recording import Recorder
 from rr_flex.runtime.tracing import traced
 from rr_flex.sampling import pooled_features
 from rr_flex.state import PrefillState
@@ -83,11 +82,10 @@ class CapturedPrefill:
         self._options = {"scale": scale, "softcap": softcap, "head_offset": head_offset}
         self._caches: dict[tuple, _Cache] = {}
         self._shared: dict[tuple, _Shared] = {}
-        self._pool: Any = None  # memory that all graphs share
-        self._stream: Any = None  # of the last call
-        self._busy = Lock()
+        self._graphs = self._recorder()
 
     _devices = ("cuda",)
+    _recorder = Recorder
 
     def __call__(
         self,
@@ -122,26 +120,8 @@ class CapturedPrefill:
         if type(first) is not int or not 0 <= first <= capacity - Lq:
             raise ValueError(f"first must be an int from 0 to {capacity - Lq}, got {shown(first)}")
         # What is kept must take the next call's too, in inference mode or out of it.
-        with self._alone(q.device), torch.inference_mode(False), torch.no_grad():
+        with self._graphs.alone(q.device), torch.inference_mode(False), torch.no_grad():
             return self._attend(q, k, v, first)
-
-    @contextmanager
-    def _alone(self, device: torch.device) -> Iterator[None]:
-        """No other thread's call, on this device, behind the last call's work: all share buffers and memory."""
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("a captured prefill must be called by one thread at a time, got a second call")
-        try:
-            if device.type != "cuda":
-                yield
-                return
-            with torch.cuda.device(device):  # where a graph is captured
-                stream = torch.cuda.current_stream()
-                if self._stream not in (None, stream):
-                    stream.wait_stream(self._stream)
-                self._stream = stream
-                yield
-        finally:
-            self._busy.release()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         Lq, capacity = q.shape[2], k.shape[2]
@@ -164,12 +144,9 @@ class CapturedPrefill:
 
     def forget(self) -> None:
         """Lets go of all caches, their pooled keys and graphs, once what was launched of them has ended."""
-        with self._alone(torch.device("cpu")):
-            if self._stream is not None:
-                self._stream.synchronize()
+        with self._graphs.letting_go():
             self._caches.clear()
             self._shared.clear()
-            self._pool = self._stream = None
 
     def _captured(self, cache: "_Cache", q: Tensor, keys: int, first: int) -> Callable[[Tensor, int], Tensor] | None:
         """A chunk over the first `keys` of a cache as a graph; None where dense attention is faster."""
@@ -208,7 +185,7 @@ class CapturedPrefill:
             return shared.out
 
         put(q, first)
-        again = self._record(chunk)
+        again = self._graphs.record(chunk)
         return replay
 
     def _pays(self, name: str, q: Tensor, k: Tensor) -> bool:
@@ -218,24 +195,6 @@ class CapturedPrefill:
         earlier = k.shape[2] - q.shape[2]
         work = work_of(q, k, earlier, causal=True, pooled=earlier)
         return decide_call(name, q, work, self.config, fused=True, host=REPLAY_HOST).sparse
-
-    def _record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """What repeats the kernels that `run` launches."""
-        run()  # compiles, and sets up what a capture may not
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                run()
-        except BaseException:
-            self._pool = None  # one whose only graph has failed is none any more
-            raise
-
-        def replay(keep: Callable = run) -> None:  # the tensors that the graph reads live as long as it does
-            graph.replay()
-
-        return replay
 
 
 @dataclass(frozen=True)

@@ -490,7 +490,7 @@ DEFECTS = [
         "rr_flex/captured.py", " or not self._caches[place].lies_at(k, v)", "", "test_captured.py::test_a_cache_that_is"
     ),
     Defect(
-        "rr_flex/captured.py",
+        "rr_flex/runtime/recording.py",
         "if not self._busy.acquire(blocking=False):",
         "if self._busy.acquire(blocking=False) and False:",
         "test_captured.py::test_one_thread",

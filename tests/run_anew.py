@@ -1,12 +1,18 @@
 """Captured chunks on a CPU, which has no graphs to replay."""
 
 from rr_flex import CapturedPrefill
+from rr_flex.runtime.recording import Recorder
+
+
+class Anew(Recorder):
+    """Launches the same kernels each time."""
+
+    def record(self, run):
+        return run
 
 
 class RunAnew(CapturedPrefill):
-    """Without CUDA graphs: the same chunks, launched each time."""
+    """Without CUDA graphs."""
 
     _devices = ("cpu",)
-
-    def _record(self, run):
-        return run
+    _recorder = Anew

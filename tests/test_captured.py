@@ -8,7 +8,7 @@ from weakref import ref
 import pytest
 import torch
 from cases import Shape, tensors
-from run_anew import RunAnew
+from run_anew import Anew, RunAnew
 
 from rr_flex import CapturedPrefill, captured, rr_attention
 
@@ -22,6 +22,10 @@ def small_steps_and_no_compiler(monkeypatch):
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's word that eager flex_attention stores all scores
         yield
+
+
+def recorded_by(recorder):
+    return type("Recorded", (RunAnew,), {"_recorder": recorder})(256, min_length=0, tau=0.4)
 
 
 def test_every_chunk_is_what_it_is_alone():
@@ -114,16 +118,20 @@ def test_one_thread_at_a_time():
     q, k, v = tensors(CACHE)
     call = lambda prefill: prefill(q[:, :, :256], k, v, 0)  # noqa: E731
 
-    class Interrupted(RunAnew):
-        def _record(self, run):
-            self._record = lambda run: run
-            self.errors = [pool.submit(other).exception() for other in (lambda: call(self), self.forget)]
+    errors = []
+
+    class Interrupted(Anew):
+        def record(self, run):
+            if not errors:
+                others = (lambda: call(prefill), prefill.forget)
+                errors.extend(pool.submit(other).exception() for other in others)
             return run
 
     with ThreadPoolExecutor(1) as pool:
-        prefill = Interrupted(256, min_length=0, tau=0.4)
+        prefill = recorded_by(Interrupted)
         found = call(prefill).clone()
-        for error in prefill.errors:
+        assert len(errors) == 2
+        for error in errors:
             assert type(error) is RuntimeError and "by one thread at a time" in str(error)
         assert torch.equal(pool.submit(call, prefill).result(), found)
 
@@ -147,13 +155,13 @@ def test_what_is_let_go_of_is_freed_at_once():
 def test_a_capture_that_fails_is_tried_again():
     q, k, v = tensors(CACHE)
 
-    class Fails(RunAnew):
-        def _record(self, run):
+    class Fails(Anew):
+        def record(self, run):
             run()
-            del Fails._record
+            del Fails.record
             raise torch.OutOfMemoryError("none left")
 
-    prefill = Fails(256, min_length=0, tau=0.4)
+    prefill = recorded_by(Fails)
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
         prefill(q[:, :, :256], k, v, 0)
     for start in (0, 256):

@@ -17,6 +17,7 @@ LINES = [
         "rr_flex.runtime.private",
         "rr_flex.runtime.fence",
         "rr_flex.runtime.writing",
+        "rr_flex.runtime.recording",
         "rr_flex.registry",
         "rr_flex.geometry",
     ],
