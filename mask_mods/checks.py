@@ -17,8 +17,8 @@ def check_mask_mod(mask_mod: Callable, *, B: int, Hq: int, Lq: int, Lk: int, dev
     """Raise unless `mask_mod` can serve a call of B sequences, Hq query heads, Lq queries and Lk keys on `device`.
 
     A mask with a `check` of its own, as all of mask_mods have, is asked. Any other function is called once with the
-    first index of each axis, and on a CPU with the last ones too. TypeError or ValueError name the argument; what the
-    function itself raises comes out as it is. Inside a graph functions are not called.
+    first index of each axis, and on a CPU with the last ones, and with both of all axes, too. TypeError or ValueError
+    name the argument; what the function itself raises comes out as it is. Inside a graph functions are not called.
     """
     rule = "mask_mod must be a function of (b, h, q_idx, kv_idx)"
     if isinstance(mask_mod, Tensor):
@@ -30,6 +30,7 @@ def check_mask_mod(mask_mod: Callable, *, B: int, Hq: int, Lq: int, Lk: int, dev
     elif not recorded():
         check_arity("mask_mod", mask_mod, ("b", "h", "q_idx", "kv_idx"))
         ask(mask_mod, (B, Hq, Lq, Lk), device, lambda shown: _check_answer(shown, device))
+        check_elementwise("mask_mod", mask_mod, (B, Hq, Lq, Lk), device)
 
 
 def check_arity(name: str, function: Callable, arguments: tuple[str, ...]) -> None:
@@ -73,6 +74,26 @@ def _check_answer(shown: object, device: torch.device | str) -> None:
     if shown.ndim:
         raise ValueError(f"{rule}, got shape {list(shown.shape)} for 0-dim indices")
     check_device("mask_mod's answer", shown, device)
+
+
+def check_elementwise(name: str, mask_mod: Callable, sizes: tuple[int, ...], device: torch.device | str) -> None:
+    """ValueError, on a CPU, for a mask that takes single indices alone: blocks are judged by broadcast ones."""
+    if torch.device(device).type != "cpu":
+        return
+    rule = f"{name} must be elementwise in indices that broadcast, as t[b, q_idx] is and t[b][q_idx] is not"
+    axes = len(sizes)
+    ends = (torch.tensor([0, size - 1], device=device) for size in sizes)
+    indices = [end.reshape([-1 if n == axis else 1 for n in range(axes)]) for axis, end in enumerate(ends)]
+    try:
+        with torch.no_grad():
+            shown = mask_mod(*indices)
+            last = mask_mod(*(index.flatten()[-1] for index in indices))
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"{rule}, got a {type(error).__name__}: {error}") from error
+    if shown.ndim > axes or any(size not in (1, 2) for size in shown.shape):
+        raise ValueError(f"{rule}, got shape {list(shown.shape)} for {axes} axes of 2 indices")
+    if shown.expand([2] * axes)[(-1,) * axes] != last:
+        raise ValueError(f"{rule}, got another answer for the last indices than by themselves")
 
 
 def check_device(name: str, value: object, device: torch.device | str) -> None:

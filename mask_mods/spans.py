@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mask_mods.checks import ask, check_arity, check_device, recorded, show
+from mask_mods.checks import ask, check_arity, check_device, check_elementwise, recorded, show
 
 Index = Int[Tensor, "..."] | int
 Span = tuple[Index, Index]  # first and last visible key, both inclusive; first > last is empty
@@ -58,6 +58,8 @@ class SpanMask:
             return
         check_arity("spans", self.spans, ("b", "h", "q_idx"))
         ask(self.spans, (B, Hq, Lq), device, lambda spans: _check_spans(spans, device))
+        if "spans" in self.__dict__:  # a function of the user's
+            check_elementwise("spans", self, (B, Hq, Lq, Lk), device)
         if self.keys is not None:
             check_arity("keys", self.keys, ("b", "h", "kv_idx"))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rr_flex.runtime.private import dispatch_mode
 from rr_flex.runtime.tracing import traced
@@ -164,6 +165,8 @@ def check_plain(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a plain tensor, got a view that negates another; pass its .resolve_neg()")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise TypeError(f"{name} must be a plain tensor, got one inside torch.func or vmap; batch axes go into B")
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(f"{name} must be a plain tensor, got a dual one: there is no forward-mode derivative here")
 
 
 def readable(x: Tensor) -> bool:

@@ -115,7 +115,8 @@ def there(x: Any) -> Any:
         return {name: there(one) for name, one in x.items()}
     if not isinstance(x, Tensor) or WHERE.type == "cpu" or x.device.type == "meta":
         return x
-    if x.layout != torch.strided or x.is_nested or type(x) is not Tensor or 0 in x.stride() or x.is_conj():
+    plain = type(x) is Tensor and x.layout == torch.strided and not (x.is_nested or x.is_conj() or x.is_neg())
+    if not plain or 0 in x.stride():
         return x.to(WHERE)
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=WHERE).copy_(x)
 
@@ -341,7 +342,7 @@ WRONG_OPTIONS: list[dict[str, Any]] = [
     {"config": {"tau": 0.5}}, {"config": RRConfig}, {"config": "best"}, {"causal": None}, {"causal": np.bool_(True)},
     {"scale": True}, {"scale": np.float32(0.1)}, {"scale": 0.0}, {"softcap": torch.tensor(5.0)}, {"q_offset": True},
     {"q_offset": np.int64(0)}, {"q_offset": torch.tensor(True)}, {"head_offset": 2**31}, {"mask_mod": 5},
-    {"mask_mod": "causal"}, {"config": RRConfig(), "preset": "best"},
+    {"mask_mod": "causal"}, {"config": RRConfig(), "preset": "best"}, {"scale": 1e-300}, {"softcap": 1e-300},
 ]  # fmt: skip
 WRONG_ATTENTION: list[dict[str, Any]] = [
     {"sinks": torch.zeros(99)}, {"sinks": torch.zeros(2, 1)}, {"sinks": [0.0]}, {"sinks": 0.5}, {"backend": "cuda"},
@@ -371,6 +372,7 @@ WRONG_TENSORS: dict[str, Callable[[Any], Any]] = {
     "subclass": lambda x: x.as_subclass(type("Own", (Tensor,), {})),
     "nested": lambda x: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)], layout=torch.jagged),
     "conjugate": lambda x: x.to(torch.complex64).conj(),
+    "negated": torch._neg_view,
 }
 
 

@@ -72,6 +72,7 @@ UNFUSED = "test_break_even.py::test_the_shortest_sparse_prompt_is_sparse_and_one
 EXPECTED = "test_break_even.py::test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says"
 OFF_GRID = "test_state.py::test_whole_rows_of_a_chunk_off_the_grid_are_those_of_one_shot"
 
+NO_MASK = "test_mask_checks.py::test_what_is_no_mask"
 CAPTURED = "test_captured.py::test_every_chunk_is_what_it_is_alone"
 
 DEFECTS = [
@@ -128,9 +129,7 @@ DEFECTS = [
         "for mask in self.masks[:1]:\n            check_mask_mod",
         REFUSED,
     ),
-    Defect(
-        "mask_mods/checks.py", "if shown.dtype != torch.bool:", "if False:", "test_mask_checks.py::test_what_is_no_mask"
-    ),
+    Defect("mask_mods/checks.py", "if shown.dtype != torch.bool:", "if False:", NO_MASK),
     Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
     Defect("mask_mods/blocks.py", "buffered(mask_mod.keys(b, h, kv_idx))", "mask_mod.keys(b, h, kv_idx)", SHORT),
@@ -465,6 +464,8 @@ DEFECTS = [
         "rr_flex/checks.py", "if x.is_nested or x.layout != torch.strided:", "if x.is_nested:", STRANGE + "tensors_of"
     ),
     Defect("rr_flex/checks.py", "if x.is_neg():", "if False:", STRANGE + "tensors_of"),
+    Defect("rr_flex/checks.py", "if forward_ad.unpack_dual(x).tangent is not None:", "if False:", STRANGE + "a_deriv"),
+    Defect("mask_mods/checks.py", "except (IndexError, RuntimeError) as error:", "except OSError as error:", NO_MASK),
     Defect("rr_flex/checks.py", "if not SINGLE.tiny <= factor", "if not 0 < factor", STRANGE + "values_that"),
     Defect("rr_flex/selection.py", "if mass.dtype in (torch.bfloat16, torch.float16):", "if False:", STRANGE + "half"),
     Defect("rr_flex/attention.py", "v = torch.where(valid[..., None], v, 0)", "v = v", STRANGE + "what_padding_holds"),

@@ -107,6 +107,7 @@ def test_masks_of_another_call_are_refused_alone_and_in_any_composition(mask, wo
 
 
 two = torch.ones(2, 8, dtype=torch.bool)
+rows = torch.ones(2, 5, dtype=torch.bool)
 WRONG_FUNCTIONS = [
     (lambda b, h, q, k: None, TypeError, "mask_mod must return a bool tensor of its indices' shape, got NoneType"),
     (lambda b, h, q, k: True, TypeError, "got bool; combine comparisons of the indices with &, | and ~"),
@@ -123,6 +124,13 @@ WRONG_FUNCTIONS = [
     ),
     (lambda b, h, q, k, more: q >= k, TypeError, r"got one of \(b, h, q, k, more\)"),
     (lambda b, h, q, k: two[b, k] & two[q, k], ValueError, r"mask_mod must take every index up to \(1, 3, 4, 7\)"),
+    (lambda b, h, q, k: rows[b][q] & (q >= k), ValueError, r"mask_mod must be elementwise .* not, got a IndexError"),
+    (
+        lambda b, h, q, k: (q >= k) if q > k else (q < k),
+        ValueError,
+        "mask_mod must be elementwise .* got a RuntimeError",
+    ),
+    (lambda b, h, q, k: (q < k).flatten()[0], ValueError, "mask_mod must be elementwise .* got another answer"),
     (two, TypeError, r"mask_mod must be a function of \(b, h, q_idx, kv_idx\), got a tensor: bool\[2, 8\]"),
     ("causal", TypeError, r"mask_mod must be a function of \(b, h, q_idx, kv_idx\), got str"),
     (SpanMask(lambda b, h: ((0, h),)), TypeError, r"spans must be a function of \(b, h, q_idx\), got one of \(b, h\)"),
@@ -130,6 +138,7 @@ WRONG_FUNCTIONS = [
     (SpanMask(lambda b, h, q: ()), TypeError, r"spans must return one or more .* got \(\)"),
     (SpanMask(lambda b, h, q: ((0, q / 2),)), TypeError, r"spans must return .* got float32\[\]"),
     (SpanMask(lambda b, h, q: ((0, two[b].int()),)), ValueError, r"spans must return .* shape, got int32\[8\]"),
+    (SpanMask(lambda b, h, q: ((0, rows[b][q].int()),)), ValueError, "spans must be elementwise .* got a IndexError"),
 ]
 
 

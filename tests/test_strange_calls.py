@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import FREE, Shape, tensors
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from mask_mods import padding, sliding_window
@@ -39,6 +40,14 @@ def test_tensors_of_another_kind_are_refused_by_name(q, words):
         with pytest.raises(TypeError) as raised:
             call()
         assert str(raised.value).startswith(words)
+
+
+def test_a_derivative_that_would_be_lost_is_refused():
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch imports for it is deprecated
+        for call in (lambda q: select_blocks(q, K), lambda q: rr_attention(q, K, V)):
+            with pytest.raises(TypeError, match=r"^q must be a plain tensor, got a dual one"):
+                call(forward_ad.make_dual(Q, Q))
 
 
 @pytest.mark.parametrize(
