@@ -161,6 +161,8 @@ def main(ranks: int, names: Iterable[str] = tuple(CASES)) -> None:
         moved, kept = check_context(whole, shards, everything, f"{name} {arrangement}")
         local = [shards.layout.take(x, shards.place) for x in (whole.q, whole.k, whole.v)]
         same(ulysses(*local, shards, **whole.options), shards.layout.take(whole.out, shards.place), f"{name} ulysses")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert context_parallel(*local, shards, **whole.options).dtype == torch.bfloat16
         if dist.get_rank() == 0:
             print(
                 f"{name}: {arrangement}, density {whole.selection.density:.3f}, moved {moved}, kept {kept}", flush=True
