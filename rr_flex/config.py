@@ -30,7 +30,8 @@ from rr_flex.registry import BUDGETS, ESTIMATORS
 class RRConfig:
     """Settings of RRAttention (arXiv 2602.05853). The defaults are the paper's.
 
-    Fields marked * belong to one rule: None where the chosen rules do not read them, and an error if given there.
+    The table of settings in rr_flex/README.md says what each field means. Those that one rule alone reads, marked * in
+    the source, are None where the chosen rules do not read them, and an error if given there.
     `tau` and `threshold` may be one number or one a query head: a sequence, or a tensor [Hq]. A tensor on an
     accelerator is not read here, since that would stall the device: an entry out of range or NaN then keeps every
     visible block.
@@ -99,6 +100,7 @@ class RRConfig:
 
     @property
     def level_field(self) -> str:
+        """The field that the budget goes by: "tau", "threshold" or "target_density"."""
         return BUDGETS[self.budget].level
 
     def _settle_what_rules_read(self) -> None:

@@ -56,6 +56,7 @@ class PrefillState:
 
     @property
     def nbytes(self) -> int:
+        """Memory of the pooled keys."""
         return 0 if self._pooled is None else self._pooled.nbytes
 
     def trim(self, tokens: int) -> None:

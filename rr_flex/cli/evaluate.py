@@ -1,6 +1,7 @@
 """`rr-flex evaluate`. torch, transformers and matplotlib are imported only when it runs."""
 
 import argparse
+import shlex
 from collections import defaultdict
 from statistics import mean
 
@@ -30,7 +31,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser = flags.add_command(commands, run, about, EXAMPLES)
     flags.add_model(parser)
     flags.add_texts(parser, TEXTS)
-    parser.add_argument("--rules", nargs="+", default=list(DEFAULT_RULES), metavar="RULE", help="[%(default)s]")
+    parser.add_argument(
+        "--rules", nargs="+", default=list(DEFAULT_RULES), metavar="RULE", help=f"[{shlex.join(DEFAULT_RULES)}]"
+    )
     parser.add_argument("--list-rules", action="store_true", help="print the names of all rules and exit")
     length = {"type": flags.whole(256, 128), "default": 2048, "metavar": "TOKENS"}
     parser.add_argument("--length", help="a multiple of 128 [%(default)s]", **length)

@@ -59,7 +59,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_texts(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
     """--text, for `rr_flex.cli.inputs`."""
-    text = "UTF-8 files, or parts of the standard library's prose, code, chat, table, key-value [%(default)s]"
+    text = f"UTF-8 files, or parts of the standard library's prose, code, chat, table, key-value [{' '.join(default)}]"
     parser.add_argument("--text", nargs="+", metavar="FILE|KIND:PART", default=list(default), help=text)
 
 
