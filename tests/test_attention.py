@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from mask_mods import both, causal, document, sliding_window
 from rr_flex import RRConfig, create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.kernels.score_mods import beside_sinks
 
 # No shrinking: an example takes a while, and shapes are fixed anyway.
 few = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
@@ -150,6 +151,16 @@ def test_a_scale_is_used_by_the_estimate_and_by_attention():
     assert torch.equal(allowed_pairs(q, k, tau=0.5, scale=0.1, **FREE), expected)
     exact = oracle.attend(scaled, k, v, expected)[0]
     torch.testing.assert_close(rr_attention(q, k, v, tau=0.5, scale=0.1, **FREE).double(), exact, rtol=0, atol=1e-5)
+
+
+def test_what_is_left_beside_a_sink():
+    """As an accelerator has it, whose kernels leave the sinks out: also where nothing is seen, or the sink is none."""
+    out, lse = torch.randn(1, 3, 4, 16), torch.tensor([-torch.inf, -3.0, 0.5, 200.0]).expand(1, 3, 4)
+    out[:, :, 0] = 0  # it sees nothing
+    sinks = torch.tensor([-torch.inf, 0.0, 2.0])
+    share = lse.exp() / (lse.exp() + sinks.exp()[:, None])
+    share[..., 0], share[..., 3] = 0, 1
+    torch.testing.assert_close(beside_sinks(out, lse, sinks), out * share[..., None])
 
 
 @pytest.mark.parametrize("chosen", [{"tau": 0.5, **FREE}, {"tau": 0.1, "min_length": 301}], ids=["sparse", "dense"])

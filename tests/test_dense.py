@@ -65,6 +65,17 @@ def test_a_short_context_goes_to_flash_attention_4_as_that_takes_it(monkeypatch,
         torch.testing.assert_close(rr_attention(q, k, v, causal=False, scale=0.3, **DENSE), exact)
 
 
+def test_rows_for_torch_s_kernels_begin_at_whole_reads():
+    x = torch.randn(2, 3, 40, 64, dtype=torch.bfloat16)
+    aligned = [x, x[:, :, 7:], x.transpose(1, 2), F.pad(x, (0, 8))[..., :64]]
+    assert all(dense._aligned(y) is y for y in aligned)
+    for y in (F.pad(x, (0, 2))[..., :64], F.pad(x, (1, 7))[..., 1:-7], x.repeat_interleave(2, 3)[..., ::2]):
+        found = dense._aligned(y)
+        assert torch.equal(found, y)
+        assert found.is_contiguous()
+        assert found.data_ptr() % 16 == 0
+
+
 def test_a_long_context_is_sparse_and_counted():
     q, k, v = tensors(SQUARE)
     sparse = {**DENSE, "min_length": 300}

@@ -15,7 +15,16 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import rr_flex
 from mask_mods import both, causal, padding, sliding_window, visible_keys
-from rr_flex import PrefillState, attention, captured, create_rr_block_mask, mass, rr_attention, select_blocks
+from rr_flex import (
+    PrefillState,
+    attention,
+    captured,
+    create_rr_block_mask,
+    mass,
+    rr_attention,
+    rr_attention_packed,
+    select_blocks,
+)
 from rr_flex.block_mask import KeptMask
 from rr_flex.kernels import choose, deciding, dense, last_rows
 from rr_flex.kernels import flash as backends
@@ -391,6 +400,40 @@ def test_sinks_join_the_softmax(backend):
     left = exact * (lse.exp() / (lse.exp() + sinks.cpu().double().exp()[:, None]))[..., None]
     assert (out.cpu().double() - left).abs().max() < 3e-2
     assert (left - exact).abs().max() > 0.1
+
+
+def test_a_query_that_sees_nothing_beside_no_sink():
+    q, k, v = on_gpu(LONG, dtype=torch.bfloat16)
+    sinks = torch.tensor([-torch.inf, 3.0, 6.0, -1.0], device="cuda")
+    out = rr_attention(q, k[:, :, :600], v[:, :, :600], tau=0.5, sinks=sinks)
+    assert (out[:, :, :444] == 0).all()
+    assert out.isfinite().all()
+
+
+ROWS = {
+    "padded": lambda x: torch.nn.functional.pad(x, (0, 2))[..., :64],
+    "of heads": lambda x: torch.nn.functional.pad(x.flatten(2), (0, 4))[..., :-4].unflatten(2, x.shape[2:]),
+    "elsewhere": lambda x: torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape),
+    "every other": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("flash", marks=needs_flash)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_may_begin_anywhere(rows, backend):
+    """torch 2.11's cuDNN kernel is wrong about rows that do not begin at a multiple of 16 bytes."""
+    q, k, v = on_gpu(Shape(B=2, Hq=4, Hkv=2, Lq=640, Lk=640, D=64), dtype=torch.bfloat16)
+    laid = [ROWS[rows](x) for x in (q, k, v)]
+    assert [x.stride() for x in laid] != [x.stride() for x in (q, k, v)] or rows == "elsewhere"
+    for chosen in ({"tau": 0.5}, {"min_length": 10**6}, {"min_length": 10**6, "causal": False}):
+        expected = rr_attention(q, k, v, backend=backend, **chosen)
+        torch.testing.assert_close(rr_attention(*laid, backend=backend, **chosen), expected, rtol=0, atol=3e-2)
+    chunk = {"min_length": 10**6, "backend": backend}
+    expected = rr_attention(q[:, :, -100:], k, v, **chunk)
+    torch.testing.assert_close(rr_attention(laid[0][:, :, -100:], *laid[1:], **chunk), expected, rtol=0, atol=3e-2)
+    pack = [x[:1] for x in laid]
+    expected = rr_attention_packed(*(x[:1] for x in (q, k, v)), [300, 340], **chunk)
+    torch.testing.assert_close(rr_attention_packed(*pack, [300, 340], **chunk), expected, rtol=0, atol=3e-2)
 
 
 @pytest.mark.parametrize("family", ["gpt-oss", "gemma2"])

@@ -22,6 +22,7 @@ CHECK_ERROR = 1e-2  # relative, in half precision
 # at 4,096 .22 against .26 (H200, 32 heads of 128).
 SHORTEST_FLASH = 4096
 STRIP = 512  # queries of a chunk that a CPU attends at once
+ROW_BYTES = 16  # rows of what torch's kernels read begin at a multiple
 # In order of speed on the cards that were measured; torch takes the first that can run.
 PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
@@ -59,6 +60,8 @@ def dense_attention(
     """
     if _takes_flash(q, v, flash):
         return _flash_attention(q, k, v, causal, scale)
+    if q.device.type == "cuda":
+        q, k, v = map(_aligned, (q, k, v))
     settings = {"scale": scale}
     if q.shape[1] != k.shape[1]:  # in a graph for any size a symbol, which the function does not take
         settings["enable_gqa"] = True
@@ -76,6 +79,17 @@ def dense_attention(
         for strip, end in _strips(q, Lk)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied where a row does not begin at a multiple of ROW_BYTES.
+
+    torch 2.11 does not look: there cuDNN's kernel gives wrong numbers, and FlashAttention 2 an error of the device.
+    """
+    size = x.element_size()
+    begin = x.storage_offset() * size if traced() else x.data_ptr()  # a graph knows no pointers
+    aligned = not any(at % ROW_BYTES for at in (begin, *(step * size for step in x.stride()[:-1])))
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _strips(q: Tensor, Lk: int) -> Iterator[tuple[Tensor, int]]:

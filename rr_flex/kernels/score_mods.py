@@ -62,6 +62,6 @@ def with_sink_block(
 def beside_sinks(
     out: Float[Tensor, "B Hq Lq Dv"], lse: Float[Tensor, "B Hq Lq"], sinks: Float[Tensor, " Hq"]
 ) -> Float[Tensor, "B Hq Lq Dv"]:
-    """What is left of `out` beside a sink: exp(lse) / (exp(lse) + exp(sink)) of it."""
-    share = torch.sigmoid(lse - sinks.float()[:, None])
+    """What is left of `out` beside a sink: exp(lse) / (exp(lse) + exp(sink)) of it; 0 where no key is seen."""
+    share = torch.sigmoid(lse - sinks.float()[:, None]).where(lse > -torch.inf, 0)  # −∞ beside −∞ is NaN
     return (out * share[..., None]).to(out.dtype)

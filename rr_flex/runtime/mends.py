@@ -55,12 +55,16 @@ def _mend_names_of_sizes() -> None:
 
 
 def _mend_value_of_index() -> None:
-    """Have the index into a part of a concatenation be a number where it stands at one.
+    """Have a number that inductor wraps (Identity) be the number.
 
-    Inductor wraps it (Identity) and gives the wrapper no value, so that the smaller of an index and a length "is not
-    comparable" and nothing compiles (torch 2.11 to 2.15). From torch 2.14 on padding is such a concatenation on a GPU,
-    and our counts of the real keys in a stride, and the blocks that a mask shows, are padded.
+    The index into a part of a concatenation is wrapped. Where it stands at one, the wrapper has no value, or one that
+    sympy does not take to be exact: then the smaller of an index and a length "is not comparable" and nothing compiles
+    (torch 2.11 to 2.15). From torch 2.14 on padding is such a concatenation on a GPU, and our counts of the real keys
+    in a stride, and the blocks that a mask shows, are padded.
     """
+    from sympy.core.cache import clear_cache
+
     wrapper = wrapped_index()
-    if wrapper is not None and "_eval_evalf" not in vars(wrapper):
-        wrapper._eval_evalf = lambda self, precision: self.args[0]._eval_evalf(precision)
+    if wrapper is not None and "eval" not in vars(wrapper):
+        wrapper.eval = classmethod(lambda cls, inner: inner if inner.is_Number else None)
+        clear_cache()  # of wrappers made before
