@@ -41,7 +41,7 @@ def kept_at(density: float, mass: Float[Tensor, "B Hq nQ nK"], chosen: Any) -> B
 
 def fetched_share(kept: Bool[Tensor, "B Hq nQ nK"], Hkv: int, layout: Layout) -> list[float]:
     """For each rank the share of the other ranks' key blocks that it wants."""
-    owner = torch.tensor(layout.owner_of_blocks(128)[0])
+    owner = torch.tensor(layout.owner_of_blocks(128))
     shares = []
     for rank in range(layout.ranks):
         foreign = owner != rank
@@ -53,7 +53,7 @@ def fetched_share(kept: Bool[Tensor, "B Hq nQ nK"], Hkv: int, layout: Layout) ->
 def unevenness(kept: Bool[Tensor, "B Hq nQ nK"], layout: Layout) -> float:
     """The fullest rank's kept blocks over the mean."""
     of_row = kept.sum((0, 1, 3)).float()
-    owner = torch.tensor(layout.owner_of_blocks(128)[0])
+    owner = torch.tensor(layout.owner_of_blocks(128))
     work = torch.stack([of_row[owner == rank].sum() for rank in range(layout.ranks)])
     return (work.max() / work.mean()).item()
 

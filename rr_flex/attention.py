@@ -96,6 +96,7 @@ class Asked:
     backend: Backend = "auto"
     # Whether the caller has a dense kernel for masks: where that is the faster way there is no output here.
     own_dense: bool = False
+    ranks: int = 1  # that share the heads: whether sparse pays is decided for all of them, as one process would
 
 
 class Answer(NamedTuple):
@@ -128,6 +129,8 @@ def answer(q: Tensor, k: Tensor, v: Tensor, asked: Asked, **options: Any) -> Ans
     plain = request.own_mask is None and request.plain_softmax and "lse" not in asked.returns
     keys = keys_of_dense_call(q, k, first, causal=request.causal) if plain else None
     work = work_of(q, k, first, causal=request.causal, pooled=asked.state.tokens if asked.state else 0)
+    if asked.ranks > 1:
+        work = replace(work, heads=asked.ranks * work.heads, kv_heads=asked.ranks * work.kv_heads)
     elsewhere = keys is None and asked.own_dense and request.plain_softmax
     decision = decide_call(name, q, work, asked.config, fused=keys is not None or elsewhere)
     if elsewhere and not decision.sparse:

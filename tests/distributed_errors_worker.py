@@ -29,6 +29,8 @@ def main() -> None:
     # Wrong on one rank, told on both.
     raised(lambda: context_parallel(q, k[:, :, rank:], v, shards), (RuntimeError, ValueError)[rank])
     raised(lambda: context_parallel(q, k, v, shards, tau=0.5 + 0.1 * rank), ValueError)
+    raised(lambda: context_parallel(q, k, v, shards, fetch=("all", "kept")[rank]), ValueError)
+    raised(lambda: ulysses(q, k, v, shards, sinks=torch.zeros(4 - rank)), (RuntimeError, ValueError)[rank])
     # Wrong on every rank.
     raised(lambda: ring(q, k, v, shards), NotImplementedError)
     raised(lambda: context_parallel(q, k, v, shards, budget="density"), NotImplementedError)

@@ -7,6 +7,7 @@ the whole give. Uncompiled: a mask looks its kept blocks up, so eager flex_atten
 import dataclasses
 import warnings
 from collections.abc import Iterable
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from rr_flex.distributed.asked import check_asked
 from rr_flex.distributed.context import choose_blocks
 from rr_flex.distributed.local import prepare
 from rr_flex.distributed.ring import pass_around
+from rr_flex.kernels.options import TUNED
 
 SHAPE = Shape(2, 4, 2, 1100, 1100, 16)  # 9 block rows, the last short: fewer key heads than ranks
 TOLERANCE = 1e-5
@@ -159,6 +161,8 @@ def main(ranks: int, names: Iterable[str] = tuple(CASES)) -> None:
         moved, kept = check_context(whole, shards, everything, f"{name} {arrangement}")
         local = [shards.layout.take(x, shards.place) for x in (whole.q, whole.k, whole.v)]
         same(ulysses(*local, shards, **whole.options), shards.layout.take(whole.out, shards.place), f"{name} ulysses")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert context_parallel(*local, shards, **whole.options).dtype == torch.bfloat16
         if dist.get_rank() == 0:
             print(
                 f"{name}: {arrangement}, density {whole.selection.density:.3f}, moved {moved}, kept {kept}", flush=True
@@ -170,12 +174,24 @@ def main(ranks: int, names: Iterable[str] = tuple(CASES)) -> None:
     dist.destroy_process_group()
 
 
+def check_that_all_heads_decide(whole: Whole, shards: Shards) -> None:
+    """Sparse where it pays for all heads together, though it would not for this rank's alone."""
+    pair = float(whole.q.shape[0] * whole.q.shape[2] * (whole.q.shape[2] + 1) / 2 / 128**2)  # visible blocks of a head
+    costs = dict.fromkeys(TUNED["cpu"]["64"]["float32"]["costs"]["cpu"], 0.0)
+    costs |= {"dense_block": 1e6, "host": 0.75 * SHAPE.Hq * pair}  # ms of all heads: dense Hq · pair
+    options = whole.options | {"config": whole.config.with_settings({"min_length": None})}
+    with patch.dict(TUNED["cpu"]["64"]["float32"]["costs"], cpu=costs):
+        out = head_parallel(*(shards.heads(x) for x in (whole.q, whole.k, whole.v)), shards, **options)
+    same(out, shards.heads(whole.out), "heads that decide together")
+
+
 def check_meshes(ranks: int) -> None:
     """Heads alone, and heads × sequence."""
     whole = Whole(CASES["per head"])
     shards = Shards(init_device_mesh("cpu", (ranks,), mesh_dim_names=("heads",)))
     out = head_parallel(*(shards.heads(x) for x in (whole.q, whole.k, whole.v)), shards, **whole.options)
     same(out, shards.heads(whole.out), "heads")
+    check_that_all_heads_decide(whole, shards)
     if ranks == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("heads", "sequence"))
         shards = Shards(mesh, zigzag(SHAPE.Lk, 2))

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from mask_mods.spans import MaskMod
-from rr_flex.checks import DTYPES, check_flag, check_numbers, check_queries_and_keys, check_values, gradient_wanted
+from rr_flex.checks import (
+    DTYPES,
+    check_flag,
+    check_numbers,
+    check_queries_and_keys,
+    check_sinks,
+    check_values,
+    gradient_wanted,
+)
 from rr_flex.config import RRConfig
 from rr_flex.distributed.shards import HEADS, Account, Shards, fingerprint
 from rr_flex.kernels.choose import Backend, check_backend
@@ -63,14 +71,14 @@ def check_asked(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[s
 
     `takes`: which of OPTIONAL's options this way has.
     """
-    failed, facts = None, dict.fromkeys(("batch", "heads", "key heads", "D", "dtype", "layout", "settings"), 0)
+    failed, facts = None, dict.fromkeys(("batch", "heads", "key heads", "D", "Dv", "dtype", "layout", "settings"), 0)
     asked = None
     try:
         if refused := sorted(set(options) & (OPTIONAL - takes)):
             raise TypeError(f"options must be those of this way, got {', '.join(refused)}")
         asked = _check(q, k, v, shards, options)
-        shapes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], DTYPES.index(q.dtype))
-        asks = (asked.config, asked.causal, asked.scale, asked.softcap, asked.mask_mod is None)
+        shapes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], DTYPES.index(q.dtype))
+        asks = (asked.config, asked.causal, asked.scale, asked.softcap, asked.mask_mod is None, asked.fetch)
         facts = dict(zip(facts, (*shapes, fingerprint(shards.layout), fingerprint(asks)), strict=True))
     except (ValueError, TypeError, NotImplementedError) as error:
         failed = error
@@ -84,6 +92,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, A
         raise ValueError(f"fetch must be one of {', '.join(get_args(Fetch))}, got {asked.fetch!r}")
     check_queries_and_keys(q, k)
     check_values(q, k, v)
+    check_sinks(q, asked.sinks)
     if gradient_wanted(q, k, v):
         raise NotImplementedError("q, k and v must not require grad across ranks, got requires_grad=True")
     check_flag("causal", asked.causal)

@@ -4,6 +4,7 @@ Ulysses is the same for a sharded sequence: before it every rank gives its token
 after it the outputs come back.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mask_mods import from_head
-from rr_flex.attention import rr_attention
+from rr_flex import attention
+from rr_flex.checks import as_autocast_says
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import Asked, check_asked, of_heads
 from rr_flex.distributed.layout import Layout
@@ -24,6 +26,7 @@ from rr_flex.geometry import as_tensors
 TAKES = {"sinks", "backend"}
 
 
+@as_autocast_says
 def head_parallel(
     q: Float[Tensor, "B Hq Lq D"],
     k: Float[Tensor, "B Hkv Lk D"],
@@ -40,9 +43,11 @@ def head_parallel(
     asked = check_asked(q, k, v, shards, options, TAKES)
     if shards.ranks(SEQUENCE) > 1:
         raise ValueError(f"mesh must have {HEADS!r} alone for head_parallel, got {shards.mesh}")
-    return _attend(q, k, v, asked, asked.config_of(shards, q.shape[1]), shards.rank(HEADS) * q.shape[1])
+    config = asked.config_of(shards, q.shape[1])
+    return _attend((q, k, v), asked, config, shards, shards.rank(HEADS) * q.shape[1])
 
 
+@as_autocast_says
 def ulysses(
     q: Float[Tensor, "B Hq n D"],
     k: Float[Tensor, "B Hkv m D"],
@@ -69,7 +74,7 @@ def ulysses(
     mine = query_heads[shards.place]
     config = of_heads(asked.config_of(shards, q.shape[1]), mine)
     asked = replace(asked, sinks=None if asked.sinks is None else asked.sinks[mine])
-    out = _attend(*whole, asked, config, shards.rank(HEADS) * q.shape[1] + mine.start)
+    out = _attend(whole, asked, config, shards, shards.rank(HEADS) * q.shape[1] + mine.start)
     out, moved = to_tokens(out, query_heads, layout.of_queries, shards)
     account.fetched += moved
     return out
@@ -107,12 +112,14 @@ def split_heads(Hq: int, Hkv: int, ranks: int) -> tuple[list[slice], list[slice]
     return [slice(first, first + size) for first in firsts], of_keys
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, config: RRConfig, first_head: int) -> Tensor:
+def _attend(qkv: Sequence[Tensor], asked: Asked, config: RRConfig, shards: Shards, first_head: int) -> Tensor:
     """Queries at the end of the keys, heads from `first_head` on."""
+    q, k, v = qkv
     Lq, Lk = q.shape[2], k.shape[2]
-    own = {"scale": asked.scale, "softcap": asked.softcap, "sinks": asked.sinks, "backend": asked.backend}
-    own |= {"q_offset": None if Lq == Lk else Lk - Lq, "head_offset": first_head, "config": config}
+    options = {"causal": asked.causal, "scale": asked.scale, "softcap": asked.softcap, "head_offset": first_head}
+    options["q_offset"] = None if Lq == Lk else Lk - Lq
     if asked.mask_mod is not None:
         first_query, head = as_tensors((Lk - Lq, first_head), q.device)
-        own["mask_mod"] = from_head(from_query(asked.mask_mod, first_query), head)
-    return rr_attention(q, k, v, causal=asked.causal, **own)
+        options["mask_mod"] = from_head(from_query(asked.mask_mod, first_query), head)
+    own = attention.Asked(config, asked.sinks, backend=asked.backend, ranks=shards.mesh.size())
+    return attention.answer(q, k, v, own, **options).out

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mask_mods import hides_keys, last_queries, visible_keys
+from rr_flex.checks import as_autocast_says
 from rr_flex.config import RRConfig
 from rr_flex.distributed.asked import check_asked
 from rr_flex.distributed.attend import Blocks, attend
@@ -32,6 +33,7 @@ from rr_flex.result import Selection
 from rr_flex.state import pool_into
 
 
+@as_autocast_says
 def context_parallel(
     q: Float[Tensor, "B Hq n D"],
     k: Float[Tensor, "B Hkv m D"],

@@ -13,7 +13,8 @@ from rr_flex.geometry import ceil_div
 RATES = Path(__file__).with_name("rates.json")
 BLOCK = 128
 STRIPS = 4  # as in context.py
-BYTES_PER_BLOCK = 25  # as in runtime/head_slices.py
+# As in runtime/head_slices.py: of a block's flags, lists and mass; of the estimate, two for each sampled query.
+BYTES_PER_BLOCK = 25
 SLICE_BYTES = 12 << 30
 
 
@@ -88,6 +89,12 @@ class Prompt:
         """Of all heads' maps."""
         return float(self.heads) * ceil_div(self.tokens, BLOCK) ** 2
 
+    def selecting_bytes(self, heads: float, queries: float) -> float:
+        """While blocks are selected, some heads at a time; one head is never cut."""
+        pairs = queries / BLOCK * ceil_div(self.tokens, BLOCK)
+        of_head = pairs * (BYTES_PER_BLOCK + 2 * BLOCK / self.strides[0])
+        return min(max(1.0, heads) * of_head, max(SLICE_BYTES, of_head))
+
     @property
     def kv_bytes(self) -> float:
         return 2.0 * self.kv_heads * self.tokens * self.head_dim * self.element
@@ -149,7 +156,7 @@ def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
     pool = prompt.kv_bytes / 2 / ranks / rates.pool_bytes
     choose = prompt.estimate_flops / ranks / rates.estimate_flops + prompt.blocks / ranks * rates.block_seconds
     attend = prompt.flops(prompt.density) / ranks / nearest(rates.attention_flops, prompt.tokens)
-    maps = min(SLICE_BYTES, prompt.blocks / ranks * BYTES_PER_BLOCK)
+    maps = prompt.selecting_bytes(prompt.heads / ranks, prompt.tokens)
     alone = pool + choose + rates.call_seconds
     if way in ("one card", "heads"):
         return Cost(way, ranks, alone + attend, own + maps, 0.0)
@@ -157,6 +164,7 @@ def cost(way: str, prompt: Prompt, ranks: int, rates: Rates) -> Cost | None:
         moved = foreign * own
         return Cost(way, ranks, alone + attend + moved / link, 2 * own + maps, moved)
 
+    maps = prompt.selecting_bytes(prompt.heads, prompt.tokens / ranks / 2)  # of one of a rank's two runs
     pooled = foreign * prompt.kv_bytes / 2 * prompt.order / prompt.strides[1]
     kept = prompt.blocks / ranks  # one byte a block until it has attended
     gathered = foreign * prompt.kv_bytes

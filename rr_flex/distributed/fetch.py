@@ -48,7 +48,7 @@ class Plan:
         self.local, self.size = local, local.config.block_sizes[1]
         layout, me, device = local.shards.layout, local.shards.place, local.k.device
         self.blocks = ceil_div(layout.tokens, self.size)
-        owner = torch.tensor(layout.owner_of_blocks(self.size)[0])
+        owner = torch.tensor(layout.owner_of_blocks(self.size))
         columns = [torch.nonzero(owner == rank)[:, 0] for rank in range(layout.ranks)]  # ascending, as they lie there
         self.most = max(map(len, columns))
         # A rank's key blocks, and behind them one that nobody wants.

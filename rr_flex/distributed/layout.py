@@ -90,15 +90,9 @@ class Layout:
         parts = [x.narrow(dim, piece.start, piece.stop - piece.start) for piece in self.of(rank)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    def owner_of_blocks(self, size: int) -> tuple[list[int], list[int]]:
-        """For each block of `size` keys its rank, and which of that rank's own blocks it is."""
-        owners, places, counts = [], [], [0] * self.ranks
-        for owner, start, stop in self.pieces:
-            n = ceil_div(stop - start, size)
-            owners += [owner] * n
-            places += range(counts[owner], counts[owner] + n)
-            counts[owner] += n
-        return owners, places
+    def owner_of_blocks(self, size: int) -> list[int]:
+        """For each block of `size` keys its rank."""
+        return [owner for owner, start, stop in self.pieces for _ in range(start, stop, size)]
 
     def then(self, chunk: "Layout") -> "Layout":
         """The layout of a further chunk's prefill: its tokens, laid out as `chunk`, ask all that were before."""

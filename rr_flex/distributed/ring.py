@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from rr_flex.checks import as_autocast_says
 from rr_flex.distributed.asked import check_asked
 from rr_flex.distributed.attend import Blocks, attend
 from rr_flex.distributed.context import choose_blocks, needs_every_key
@@ -22,6 +23,7 @@ from rr_flex.distributed.shards import SEQUENCE, Shards, answering
 from rr_flex.runtime.compiling import compile_whole
 
 
+@as_autocast_says
 def ring(
     q: Float[Tensor, "B Hq n D"],
     k: Float[Tensor, "B Hkv m D"],
@@ -119,7 +121,7 @@ def attend_shard(local: Local, chunk: Chunk, blocks: Blocks, here: list[Tensor],
         request = replace(request, own_mask=at_keys(request.mask_mod, position), causal=False)
     else:
         # Pieces lie before the chunk, where it sees all, or are its own: the first keys of both are what it sees.
-        before = sum(min(stop, chunk.start) - start for start, stop in pieces if start < chunk.start)
+        before = sum(stop - start for start, stop in pieces if start < chunk.start)
         request = replace(request, q_offset=local.request.q_offset + before)
     kept, whole = (x.index_select(-1, columns) for x in blocks)
     kernel = "triton" if request.own_mask is not None else local.kernel
