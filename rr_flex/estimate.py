@@ -1,6 +1,7 @@
 """Queries and keys to block mass, by one of the estimators of `registry.ESTIMATORS`: `RRConfig(pool=...)` names it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from einops import reduce
@@ -102,8 +103,9 @@ def _samples(q: Tensor, k: Tensor, request: Request, queries: Tensor, keys: Tens
 
 def _form(features: Tensor, request: Request) -> Callable[[Samples], Mass]:
     """The kernel's form of the estimate where there is one for these features and something is compiled."""
-    by_kernel = request.estimate == "by kernel" and kernel_can_estimate(features)
-    return block_mass_by_attention if by_kernel else block_mass
+    if request.estimate == "plain":
+        return partial(block_mass, compiled=False)
+    return block_mass_by_attention if kernel_can_estimate(features) else block_mass
 
 
 def valid_keys_of(request: Request, q: Tensor, k: Tensor) -> Bool[Tensor, "b #Hkv Lk"] | None:

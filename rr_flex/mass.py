@@ -49,17 +49,18 @@ class Samples(NamedTuple):
         return self.block_size[0] // self.strides[0], self.block_size[1] // self.strides[1]
 
 
-def block_mass(samples: Samples) -> Float[Tensor, "B Hq nQ nK"]:
+def block_mass(samples: Samples, *, compiled: bool = True) -> Float[Tensor, "B Hq nQ nK"]:
     """Softmax of sampled queries over visible key strides, summed over each block's tile; float32.
 
     A key stride is visible to a sampled query as `stride_visible` says, and its share is in proportion to its number of
     valid keys, which a short last stride or padding makes fewer. A row sums to the number of its sampled queries that
-    see something. Scores are held for a strip of block rows at a time.
+    see something. Scores are held for a strip of block rows at a time. `compiled`: strips on a GPU may be one graph.
     """
     nQ, _ = samples.grid
     nq, queries_per_block = samples.queries.shape[2], samples.per_block[0]
     rows = rows_at_once(samples)
-    strip = _strip_mass_compiled if samples.queries.device.type == "cuda" and not traced() else _strip_mass
+    compiled = compiled and samples.queries.device.type == "cuda" and not traced()
+    strip = _strip_mass_compiled if compiled else _strip_mass
     stride_index = torch.arange(nq, device=samples.queries.device)[:, None]
     weights = key_weights(samples)
     # A strip reads `ends` alone: lengths are ints, which would make a graph for each.

@@ -378,9 +378,21 @@ DEFECTS = [
     ),
     Defect(
         "rr_flex/profiles/__init__.py",
-        "return low[1] * (length / low[0]) ** slope",
-        "return low[1]",
-        "test_auto_budget.py::test_factors_lie_on_lines_between_lengths",
+        "first * (second / first) ** share",
+        "first",
+        "test_auto_budget.py::test_thresholds_lie_on_lines_between_lengths",
+    ),
+    Defect(
+        "rr_flex/calibration/auto.py",
+        "if not (by_kl or leaves_room(longest, config, value)):",
+        "if False:",
+        "test_auto_budget.py::test_the_block_before_the_diagonal_is_kept_where_the_density_leaves_room",
+    ),
+    Defect(
+        "rr_flex/estimate.py",
+        "partial(block_mass, compiled=False)",
+        "partial(block_mass, compiled=True)",
+        "test_evaluation_study.py::test_a_plain_selection_compiles_no_strips",
     ),
     Defect(
         "rr_flex/calibration/thresholds.py",

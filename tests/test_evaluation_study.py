@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.study.judged_rules import true_displacement
-from rr_flex import RRConfig, select_blocks
+from rr_flex import RRConfig, estimate, select_blocks
 from rr_flex.evaluation import sparse_model
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
 from rr_flex.evaluation.equal_density import kept_at_densities, visible_and_mandatory
 from rr_flex.evaluation.judging import Record, judge_text
+from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.predictions import Prediction, curve, kl_at, value_at
 from rr_flex.evaluation.rules import RULES, Case, Rule
 from rr_flex.evaluation.summaries import over_texts, summarise
 from rr_flex.evaluation.texts import KINDS, sample_text
 from rr_flex.mandatory import mandatory_blocks
+from rr_flex.mass import block_mass
 from rr_flex.selection import select_top_tau
 
 SMALL = Shape(B=1, Lq=512, Lk=512)
@@ -30,6 +32,20 @@ SMALL = Shape(B=1, Lq=512, Lk=512)
 def causal_blocks(kept, shape, block_size):
     shown = oracle.pairs(oracle.causal_element(0), shape.B, shape.Hq, shape.Lq, shape.Lk)
     return oracle.expand(kept, (shape.Lq, shape.Lk), block_size) & shown
+
+
+def test_a_plain_selection_compiles_no_strips(monkeypatch):
+    """On a GPU their graph took twelve of the eighteen seconds of a budget found from nothing."""
+    q, k, _ = tensors(SMALL)
+    asked = []
+
+    def recorded(samples, compiled=True):
+        asked.append(compiled)
+        return block_mass(samples, compiled=compiled)
+
+    monkeypatch.setattr(estimate, "block_mass", recorded)
+    plain_selection(q, k, config=RRConfig.from_preset("best"))
+    assert asked == [False, False]
 
 
 @settings(max_examples=5)

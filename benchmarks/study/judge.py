@@ -21,7 +21,6 @@ from rr_flex.calibration.measured_curves import measure_curves
 from rr_flex.calibration.sensitivity import output_gradients
 from rr_flex.calibration.thresholds import meet, profile_of
 from rr_flex.evaluation.block_outputs import KeptBlocks
-from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.language_model import compare_logits
 from rr_flex.evaluation.rules import Case
 from rr_flex.evaluation.rules_on_texts import keeping
@@ -45,7 +44,7 @@ class JudgedAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float, window: int | None) -> Tensor:
         if window is not None:
             return attend_densely(q, k, v, layer=layer, scale=scale, window=window)
-        visible, mandatory = visible_and_mandatory(q.shape[2], self.rule.block_size, q.device)
+        visible, mandatory = self.rule.blocks(q.shape[2], q.device)
         kept = self.rule.kept(Case(q, k, v, (layer,)), self.level, visible, mandatory)
         self.densities.append(kept.sum() / (visible.sum() * q.shape[1]))
         return self.attend((q, k, v), kept, visible, scale)
@@ -68,12 +67,15 @@ class Judge:
     held_out: Mapping[str, Tensor]
     rules: dict[str, JudgedRule]
     densities: Sequence[float] = DENSITIES
+    own_budgets: Sequence[str] = (*OWN_BUDGETS, BY_WEIGHT)
     runs: dict[tuple[str, float], tuple[JudgedRule, float]] = field(default_factory=dict)  # with its level
 
     @torch.no_grad()
     def add_own_budgets(self) -> None:
         """The rules whose thresholds are calibrated on the choosing texts, for each density."""
         for name, (config, by_prediction) in OWN_BUDGETS.items():
+            if name not in self.own_budgets:
+                continue
             start, settings = time.perf_counter(), {"by_prediction": by_prediction, "every": 4}
             curves = measure_curves(self.model, list(self.choosing.values()), config, lambda *_: None, **settings)
             for density in self.densities:
@@ -81,7 +83,8 @@ class Judge:
                 profile = profile_of(self.model, curves, chosen, config, {"density": density}, list(self.choosing))
                 self.runs[name, density] = by_head(config, profile.layers), 1.0
             told(start, f"for {name}, {len(self.choosing)} texts")
-        self.rules[BY_WEIGHT] = by_head(OWN_BUDGETS["best 128×64, own budget"][0], self.head_thresholds())
+        if BY_WEIGHT in self.own_budgets:
+            self.rules[BY_WEIGHT] = by_head(OWN_BUDGETS["best 128×64, own budget"][0], self.head_thresholds())
 
     def head_thresholds(self) -> dict[int, list[float]]:
         """Relative ones from one number a head: w = E‖g‖² · E‖v − mean v‖², what a share of 1 on other values would do
@@ -104,7 +107,7 @@ class Judge:
             kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
             hidden_states(self.model, ids, keeping(kept, range(self.model.config.get_text_config().num_hidden_layers)))
             for name, rule in self.rules.items():
-                visible, mandatory = visible_and_mandatory(ids.shape[1], rule.block_size, ids.device)
+                visible, mandatory = rule.blocks(ids.shape[1], ids.device)
                 free = (visible & ~mandatory)[0, 0]
                 found = [
                     rule.value(Case(*qkv, (layer,)), visible, mandatory)[0][:, free] for layer, qkv in kept.items()
@@ -157,7 +160,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of each text [%(default)s]")
     parser.add_argument("--ids", type=Path, help="token ids by text, made elsewhere with torch.save: no tokenizer")
     parser.add_argument("--rules", nargs="+", choices=JUDGED, default=list(JUDGED), help="[all]")
-    parser.add_argument("--no-own-budget", action="store_true", help="without the calibrated ones")
+    own = (*OWN_BUDGETS, BY_WEIGHT)
+    parser.add_argument("--own-budgets", nargs="*", choices=own, default=own, metavar="NAME", help="calibrated [all]")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="named in the rows where there is no git history")
@@ -177,11 +181,11 @@ def main() -> None:
     choosing, held_out = (
         {name: ids.to(arguments.device) for name, ids in texts.items()} for texts in (choosing, held_out)
     )
-    judge = Judge(model, choosing, held_out, {name: JUDGED[name] for name in arguments.rules}, arguments.densities)
+    rules = {name: JUDGED[name] for name in arguments.rules}
+    judge = Judge(model, choosing, held_out, rules, arguments.densities, arguments.own_budgets)
     told(start, "loaded")
-    if not arguments.no_own_budget:
-        judge.add_own_budgets()
-        told(start, "calibrated")
+    judge.add_own_budgets()
+    told(start, "calibrated")
     judge.find_levels()
     told(start, "levels found")
     about = {"model": arguments.name} | describe(torch.device(arguments.device), arguments.commit)

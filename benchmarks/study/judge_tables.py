@@ -39,6 +39,7 @@ TIMED = {
 }
 SAME_TIME = {"best, own budget": "best", "best 128×64, own budget": BEFORE, "best 128×64, own budget by output": BEFORE}
 SAME_TIME |= {"keys 8/16, 128×64, own budget": "keys 8/16, 128×64", "best 128×64, top-τ": BEFORE}
+SAME_TIME |= {f"{rule} and the block before{own}": rule for rule in ("best", BEFORE) for own in ("", ", own budget")}
 TIMED |= {rule: TIMED[other] for rule, other in SAME_TIME.items()}
 PICTURED = ("rr", "both, order 1, 8/32, 128×64", BEFORE, "keys 8/16, 128×64", "fast", "best")
 PICTURED += ("best 128×64, own budget", "best, own budget")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.block_outputs import TOKENS, strips
-from rr_flex.evaluation.equal_density import Spending, value_of
+from rr_flex.evaluation.equal_density import Spending, value_of, visible_and_mandatory
 from rr_flex.evaluation.plain import plain_selection
 from rr_flex.evaluation.rules import Case
 from rr_flex.evaluation.true_mass import true_block_mass
@@ -31,6 +31,11 @@ class JudgedRule:
     block_size: tuple[int, int]  # tokens: (queries, keys)
     value: Callable[[Case, Tensor, Tensor], Value]
     config: RRConfig | None = None  # the library's settings that do the same, which are timed; None: an oracle
+    local_blocks: int = 1  # of each row, mandatory: the last that it sees
+
+    def blocks(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The visible and the mandatory ones of a prompt."""
+        return visible_and_mandatory(length, self.block_size, device, self.local_blocks)
 
     def kept(self, case: Case, level: float, visible: Tensor, mandatory: Tensor) -> Bool[Tensor, "1 Hq nQ nK"]:
         return visible & (mandatory | (self.value(case, visible, mandatory) >= level))
@@ -43,7 +48,7 @@ def by_config(config: RRConfig, spending: Spending | None = None) -> JudgedRule:
         mass = plain_selection(case.q, case.k, config=config).mass
         return value_of(mass, visible.expand_as(mass), mandatory.expand_as(mass), spending or config.budget)
 
-    return JudgedRule(config.block_sizes, value, config)
+    return JudgedRule(config.block_sizes, value, config, config.local_blocks)
 
 
 def with_floor(config: RRConfig) -> JudgedRule:
@@ -75,7 +80,7 @@ def by_head(config: RRConfig, thresholds: Mapping[int, list[float]]) -> JudgedRu
         levels = torch.tensor(thresholds[case.layers[0]], device=case.q.device)
         return plain.value(case, visible, mandatory) / levels[:, None, None]
 
-    return JudgedRule(config.block_sizes, value)
+    return JudgedRule(config.block_sizes, value, local_blocks=config.local_blocks)
 
 
 def oracle_mass(size: tuple[int, int]) -> JudgedRule:
@@ -132,6 +137,8 @@ JUDGED: dict[str, JudgedRule] = {
     "best": by_config(RRConfig.from_preset("best")),
     "fast": by_config(RRConfig.from_preset("fast")),
     "best 128×64": by_config(_both()),
+    "best and the block before": by_config(RRConfig.from_preset("best", local_blocks=2)),
+    "best 128×64 and the block before": by_config(_both(local_blocks=2)),
     "best 64×64": by_config(_both(block_size=64)),
     "best 128×64, top-τ": by_config(_both(budget="top_tau")),
     "best 128×64, threshold and floor": with_floor(_both()),
@@ -156,7 +163,9 @@ JUDGED: dict[str, JudgedRule] = {
 # one number a head.
 OWN_BUDGETS = {
     "best, own budget": (RRConfig.from_preset("best"), True),
+    "best and the block before, own budget": (RRConfig.from_preset("best", local_blocks=2), True),
     "best 128×64, own budget": (_both(), True),
+    "best 128×64 and the block before, own budget": (_both(local_blocks=2), True),
     "best 128×64, own budget by output": (_both(), False),
     "keys 8/16, 128×64, own budget": (KEYS, True),
 }

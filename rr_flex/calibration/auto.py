@@ -11,9 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from rr_flex.calibration.lengths import length_factors
-from rr_flex.calibration.measured_curves import measure_curves
-from rr_flex.calibration.thresholds import meet, meet_kl, one_target, profile_of
+from rr_flex.calibration.lengths import leaves_room, length_factors, own_factor
+from rr_flex.calibration.measured_curves import Curves, measure_curves
+from rr_flex.calibration.thresholds import meet, meet_kl, one_target, profile_of, thresholds
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.texts import sample_text
 from rr_flex.profiles import Profile, load_profile
@@ -24,6 +24,7 @@ KINDS = ("prose", "code", "key-value", "chat")
 TOKENS = {"cpu": 4096, "cuda": 8192}
 LARGE, TOKENS_OF_LARGE = 2 * 10**9, 4096  # parameters, from which on activations of 8,192 tokens need most of a card
 LONGEST = 1 << 30
+FORM = 2  # of how thresholds are found: files of another are not read
 EVERY = 4  # errors are measured on one of so many strips of queries
 
 
@@ -47,7 +48,8 @@ def own_profile(
     name, value = one_target(density=target_density, kl=target_kl)
     mark = fingerprint(model)
     folder = Path(CACHE if cache is None else cache).expanduser()
-    path = folder / f"{mark[:16]}-{_name_of(calibrate_on, model)}-{'kl-' if name == 'kl' else ''}{value:g}.json"
+    target = f"{'kl-' if name == 'kl' else ''}{value:g}"
+    path = folder / f"{mark[:16]}-{FORM}-{_name_of(calibrate_on, model)}-{target}.json"
     if path.exists():
         found = load_profile(path)
         if found.fingerprint != mark:
@@ -67,22 +69,41 @@ def calibrated(
     target_density: float | None = None,
     target_kl: float | None = None,
 ) -> Profile:
-    """The profile, found now: curves by prediction, thresholds of equal gain, a factor for each length."""
+    """The profile, found now: curves by prediction and thresholds of equal gain, of the texts and of their beginnings
+    as long as mandatory blocks leave something to choose; factors for longer prompts.
+
+    The block before the diagonal's is mandatory where the density leaves room for it. What the first queries of a block
+    look at there is too small a share of the block's row to be chosen, and the prediction hangs on it.
+    """
     lengths = {ids.shape[1] for ids in texts}
     if len(lengths) != 1:
         raise ValueError(f"calibrate_on must hold texts of one length, got {sorted(lengths)}")
-    config, longest = RRConfig.from_preset("best"), lengths.pop()
-    texts = [ids.to(model.device) for ids in texts]
     name, value = one_target(density=target_density, kl=target_kl)
+    longest, by_kl = lengths.pop(), name == "kl"
+    config = RRConfig.from_preset("best", local_blocks=2)
+    if not (by_kl or leaves_room(longest, config, value)):
+        config = RRConfig.from_preset("best")
+    texts = [ids.to(model.device) for ids in texts]
 
     def quiet(*_: object) -> None: ...
 
-    curves = measure_curves(model, texts, config, quiet, by_prediction=True, every=EVERY)
-    by_kl = name == "kl"
+    def measured(length: int) -> Curves:
+        beginnings = [ids[:, :length] for ids in texts]
+        return measure_curves(model, beginnings, config, quiet, by_prediction=True, every=EVERY)
+
+    curves = measured(longest)
     chosen = meet_kl(model, texts, config, curves, value, quiet) if by_kl else meet(curves, name, value)
     profile = profile_of(model, curves, chosen, config, {name: value}, [f"{longest} tokens"] * len(texts))
     density = profile.measured["density"] if by_kl else value
-    return replace(profile, factors=length_factors(curves, profile.layers, config, density, longest))
+    shorter, length = {}, longest // 2
+    while leaves_room(length, config, density) and density < 1:
+        of_length = measured(length)
+        levels = thresholds(of_length, meet(of_length, "density", density))
+        factor = own_factor(of_length, levels, config, density, length)
+        shorter[length] = {layer: [factor * level for level in row] for layer, row in levels.items()}
+        length //= 2
+    factors = length_factors(curves, profile.layers, config, density, longest)
+    return replace(profile, factors=factors, shorter=shorter)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

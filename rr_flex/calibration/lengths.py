@@ -1,8 +1,7 @@
-"""One profile for all lengths: what thresholds are multiplied by in a prompt of another length, to keep a density.
+"""Prompts longer than the texts: what thresholds are multiplied by there, to keep a density.
 
-The rows of a prompt's beginning are those of a shorter prompt, since attention is causal: so one prefill tells of every
-shorter length. For longer ones two things change. Mandatory blocks become fewer, which geometry tells; and shares of a
-row become smaller, as a power of the length that the prompt and its first half show.
+Two things change. Mandatory blocks become fewer, which geometry tells; and shares of a row become smaller, as a power
+of the length that a text and its first half show: the rows of its beginning are those of a shorter prompt.
 """
 
 import math
@@ -23,24 +22,26 @@ FARTHEST = 1 << 20  # tokens
 def length_factors(
     curves: Curves, thresholds: dict[int, list[float]], config: RRConfig, density: float, longest: int
 ) -> dict[int, float]:
-    """Tokens -> factor with which the thresholds keep `density` of the blocks: for `longest`, for those of its halves
-    in which mandatory blocks leave LEFT to choose, and, from its own shares, for its doubles up to FARTHEST.
-
-    `config` has the default mandatory blocks; all texts of the curves are `longest` tokens.
-    """
-    own, half = (_over(curves, thresholds, config, length) for length in (longest, longest // 2))
-    share = _share_to_choose(longest, config, density)
-    power = math.log2(_at(half, share) / _at(own, share))
+    """Tokens -> factor with which the thresholds keep `density` of the blocks: for `longest`, as long as all texts of
+    the curves, and for its doubles up to FARTHEST."""
+    own, share = _over(curves, thresholds, config, longest), _share_to_choose(longest, config, density)
+    # The power over all blocks but those that are mandatory by default: of a short half no other may be left.
+    plain = config.with_settings({"local_blocks": 1})
+    whole, half = (_at(_over(curves, thresholds, plain, length), share) for length in (longest, longest // 2))
+    power = math.log2(half / whole)
     found = {longest: _at(own, share)}
-    length = longest // 2
-    while _mandatory_share(length, config) + LEFT <= density < 1:
-        found[length] = _at(_over(curves, thresholds, config, length), _share_to_choose(length, config, density))
-        length //= 2
     length = 2 * longest
     while length <= FARTHEST:
         found[length] = _at(own, _share_to_choose(length, config, density)) * (length / longest) ** -power
         length *= 2
-    return dict(sorted(found.items()))
+    return found
+
+
+def own_factor(
+    curves: Curves, thresholds: dict[int, list[float]], config: RRConfig, density: float, length: int
+) -> float:
+    """With which the thresholds keep the density of the curves' own texts, of `length` tokens: they are few numbers."""
+    return _at(_over(curves, thresholds, config, length), _share_to_choose(length, config, density))
 
 
 def _over(
@@ -48,7 +49,9 @@ def _over(
 ) -> Float[Tensor, " blocks"]:
     """How many times its threshold the share of each block is that is left to choose, descending."""
     rows, columns = (ceil_div(length, size) for size in config.block_sizes)
-    visible, mandatory = _blocks(length, config)
+    visible, mandatory = (
+        x[0, 0] for x in visible_and_mandatory(length, config.block_sizes, torch.device("cpu"), config.local_blocks)
+    )
     free = visible & ~mandatory
     over = [
         (shares[:, :rows, :columns] / torch.tensor(thresholds[layer])[:, None, None])[:, free].flatten()
@@ -71,14 +74,15 @@ def _share_to_choose(length: int, config: RRConfig, density: float) -> float:
     return (density - fixed) / (1 - fixed)
 
 
+def leaves_room(length: int, config: RRConfig, density: float) -> bool:
+    """Whether mandatory blocks leave LEFT of all to choose."""
+    return _mandatory_share(length, config) + LEFT <= density
+
+
 def _mandatory_share(length: int, config: RRConfig) -> float:
-    """In closed form: the sink, the blocks at the diagonal and the last row, of all that is visible."""
+    """In closed form: the sink, the blocks near the diagonal and the last row, of all that is visible."""
     q_block, k_block = config.block_sizes
     rows = ceil_div(length, q_block)
     seen = [ceil_div(min((row + 1) * q_block, length), k_block) for row in range(rows)]
-    near = 1 + ceil_div(q_block, k_block)
+    near = config.sink_blocks + ceil_div(q_block, k_block) + config.local_blocks - 1
     return (sum(min(near, each) for each in seen[:-1]) + seen[-1]) / sum(seen)
-
-
-def _blocks(length: int, config: RRConfig) -> tuple[Tensor, Tensor]:
-    return tuple(x[0, 0] for x in visible_and_mandatory(length, config.block_sizes, torch.device("cpu")))

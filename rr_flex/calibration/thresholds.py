@@ -69,7 +69,7 @@ def profile_of(model, curves: Curves, chosen: Tensor, config: RRConfig, target: 
     """The chosen thresholds (indices into THRESHOLDS) with what they were found on."""
     return Profile(
         model=model_name(model),
-        layers=_thresholds(curves, chosen),
+        layers=thresholds(curves, chosen),
         settings=_plain_settings(config),
         target=target,
         measured=_at(curves, chosen),
@@ -118,7 +118,7 @@ def meet_kl(model, texts, config, curves, value, progress) -> Int[Tensor, "layer
         chosen = meet(curves, "density", middle)
         configs = {
             layer: config.with_settings({"budget": "threshold", "threshold": levels})
-            for layer, levels in _thresholds(curves, chosen).items()
+            for layer, levels in thresholds(curves, chosen).items()
         }
         runs = [
             compare_selections(model, ids, [configs], dense=own)[0][1].kl for ids, own in zip(texts, dense, strict=True)
@@ -131,7 +131,7 @@ def meet_kl(model, texts, config, curves, value, progress) -> Int[Tensor, "layer
     return best
 
 
-def _thresholds(curves: Curves, chosen: Int[Tensor, "layers Hq"]) -> dict[int, list[float]]:
+def thresholds(curves: Curves, chosen: Int[Tensor, "layers Hq"]) -> dict[int, list[float]]:
     return {
         layer: [THRESHOLDS[index] for index in row] for layer, row in zip(curves.layers, chosen.tolist(), strict=True)
     }

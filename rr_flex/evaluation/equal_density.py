@@ -39,12 +39,14 @@ def kept_at_densities(
     return found
 
 
-def visible_and_mandatory(L: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Causal; sink, diagonal and last block row are mandatory, as by default. Each [1, 1, nQ, nK]."""
+def visible_and_mandatory(
+    L: int, size: tuple[int, int], device: torch.device, local_blocks: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Causal; the sink, `local_blocks` at the diagonal and the last block row are mandatory. Each [1, 1, nQ, nK]."""
     row = torch.arange(ceil_div(L, size[0]), device=device)[:, None]
     column = torch.arange(ceil_div(L, size[1]), device=device)
     visible = column * size[1] < (row + 1) * size[0]
-    mandatory = (column == 0) | diagonal_blocks((row, column), L, size, 0, 0) | (row == row.max())
+    mandatory = (column == 0) | diagonal_blocks((row, column), L, size, 0, local_blocks - 1) | (row == row.max())
     return visible[None, None], (visible & mandatory)[None, None]
 
 

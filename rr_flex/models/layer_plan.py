@@ -47,10 +47,12 @@ class Plan:
             return config
         found = self._of_heads.get((layer, heads, step))
         if found is None:
-            level = config.level if heads is None else config.level[heads.start : heads.stop]
+            level = config.level
             if step is not None:
-                factor = self.profile.factor_at(round(2 ** (step / STEPS)))
-                level = tuple(min(LARGEST_THRESHOLD, factor * share) for share in level)
+                found = self.profile.levels_at(layer, round(2 ** (step / STEPS)))
+                level = tuple(min(LARGEST_THRESHOLD, each) for each in found)
+            if heads is not None:
+                level = level[heads.start : heads.stop]
             local = config.with_settings({config.level_field: level})
             # Threads that come at once get the same one.
             found = self._of_heads.setdefault((layer, heads, step), local)

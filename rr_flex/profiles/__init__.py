@@ -28,6 +28,8 @@ class Profile:
     # Tokens of a prompt -> what its thresholds are multiplied by, two or more: a share of a row falls with its length.
     # None: the thresholds hold at every length.
     factors: dict[int, float] | None = None
+    # Tokens of a prompt, fewer than `factors` has -> `layers` as found at that length itself.
+    shorter: dict[int, dict[int, list[float]]] = field(default_factory=dict)
     fingerprint: str = ""  # of the model's configuration and weights; "": not recorded
     format: int = FORMAT
 
@@ -43,15 +45,17 @@ class Profile:
         settings["budget"] = "threshold"
         return {layer: settings | {"threshold": levels} for layer, levels in self.layers.items()}
 
-    def factor_at(self, length: int) -> float:
-        """What the thresholds are multiplied by in a prompt of so many tokens: on the line through the two nearest
-        known lengths, both logarithmic."""
+    def levels_at(self, layer: int, length: int) -> tuple[float, ...]:
+        """Each head's threshold in a prompt of so many tokens: on the line through the two nearest known lengths, both
+        logarithmic."""
         if self.factors is None:
-            return 1.0
-        known = sorted(self.factors.items())
-        low, high = next((pair for pair in itertools.pairwise(known) if length <= pair[1][0]), known[-2:])
-        slope = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
-        return low[1] * (length / low[0]) ** slope
+            return tuple(self.layers[layer])
+        known = {tokens: [factor * level for level in self.layers[layer]] for tokens, factor in self.factors.items()}
+        known |= {tokens: layers[layer] for tokens, layers in self.shorter.items()}
+        ordered = sorted(known)
+        low, high = next((pair for pair in itertools.pairwise(ordered) if length <= pair[1]), ordered[-2:])
+        share = math.log(length / low) / math.log(high / low)
+        return tuple(first * (second / first) ** share for first, second in zip(known[low], known[high], strict=True))
 
     def check(self, model: Any) -> None:
         """ValueError naming what differs between the profile's model and this one."""
@@ -87,10 +91,17 @@ def load_profile(source: str | Path) -> Profile:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ValueError(f"profile must have format {FORMAT}, got {found!r} in {path}")
-    document["layers"] = {int(layer): levels for layer, levels in document["layers"].items()}
+    document["layers"] = _by_number(document["layers"])
     if document.get("factors") is not None:
-        document["factors"] = {int(length): factor for length, factor in document["factors"].items()}
+        document["factors"] = _by_number(document["factors"])
+    shorter = _by_number(document.get("shorter", {}))
+    document["shorter"] = {tokens: _by_number(layers) for tokens, layers in shorter.items()}
     return Profile(**document)
+
+
+def _by_number(found: dict[str, Any]) -> dict[int, Any]:
+    """JSON has names only."""
+    return {int(name): value for name, value in found.items()}
 
 
 def model_name(model: Any) -> str:
