@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
 
-from rr_flex.distributed import Layout, Piece, balanced, contiguous, zigzag
+from rr_flex.distributed import Layout, Piece, Shards, balanced, contiguous, make_mesh, ulysses, zigzag
 from rr_flex.distributed.fetch import places
 from rr_flex.distributed.layout import BLOCK
 from rr_flex.distributed.transfer import in_order
@@ -147,3 +147,21 @@ def test_places_are_those_of_the_true_flags(seed, shape):
 def test_layouts_that_cannot_be(pieces, ranks, first_query, said):
     with pytest.raises(ValueError, match=said):
         Layout(pieces, ranks, first_query)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: zigzag(640, 0), "ranks must be at least 1, got 0"),
+        (lambda: contiguous(1.5, 1), "tokens must be an int, got float"),
+        (lambda: balanced([1.0], 128, True), "ranks must be an int, got bool"),
+        (lambda: make_mesh(sequence=0), "sequence must be at least 1, got 0"),
+        (lambda: make_mesh(device="x"), "device must be 'cuda' or 'cpu', got 'x'"),
+        (lambda: make_mesh(timeout=-1, device="cpu"), "timeout must be a number of seconds above 0, got -1"),
+        (lambda: Shards(3, 4), "mesh must be a DeviceMesh, got int"),
+        (lambda: ulysses(*torch.zeros(3, 1, 2, 4, 16), "mesh"), "shards must be Shards, got str"),
+    ],
+)
+def test_what_is_wrong_before_any_rank_waits(call, said):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(said)}"):
+        call()

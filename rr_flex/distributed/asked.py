@@ -71,6 +71,8 @@ def check_asked(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[s
 
     `takes`: which of OPTIONAL's options this way has.
     """
+    if not isinstance(shards, Shards):
+        raise TypeError(f"shards must be Shards, got {type(shards).__name__}")
     failed, facts = None, dict.fromkeys(("batch", "heads", "key heads", "D", "Dv", "dtype", "layout", "settings"), 0)
     asked = None
     try:
@@ -88,6 +90,8 @@ def check_asked(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[s
 
 def _check(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, Any]) -> Asked:
     asked = Asked.of(options)
+    if not isinstance(asked.account, Account):
+        raise TypeError(f"account must be an Account, got {type(asked.account).__name__}")
     if asked.fetch not in get_args(Fetch):
         raise ValueError(f"fetch must be one of {', '.join(get_args(Fetch))}, got {asked.fetch!r}")
     check_queries_and_keys(q, k)

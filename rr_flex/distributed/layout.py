@@ -104,11 +104,13 @@ class Layout:
 
 def contiguous(tokens: int, ranks: int) -> Layout:
     """One run of tokens a rank, as equal as whole blocks allow. Under a causal mask the last rank works most."""
+    check_counts(tokens=tokens, ranks=ranks)
     return _layout(_edges(tokens, ranks), list(range(ranks)), tokens, ranks)
 
 
 def zigzag(tokens: int, ranks: int) -> Layout:
     """Rank r has the r-th run of 2·ranks from the head and the r-th from the tail: even under a causal mask."""
+    check_counts(tokens=tokens, ranks=ranks)
     own = [stop - start for start, stop in pairwise(_edges(tokens, ranks))]  # tokens, of which the head has the half
     heads = [ceil_div(width, 2 * BLOCK) * BLOCK for width in own]
     tails = [width - head for width, head in zip(own, heads, strict=True)]
@@ -121,6 +123,7 @@ def balanced(cost: Float[Tensor, " rows"] | Sequence[float], tokens: int, ranks:
 
     `cost`: of each block row of 128 queries in any unit, such as the blocks that an estimate keeps in it.
     """
+    check_counts(tokens=tokens, ranks=ranks)
     rows = ceil_div(tokens, BLOCK)
     cost = [float(x) for x in cost]
     if len(cost) != rows:
@@ -139,6 +142,15 @@ def balanced(cost: Float[Tensor, " rows"] | Sequence[float], tokens: int, ranks:
         tails.append(tail)
     edges = [edge * BLOCK for edge in heads] + [edge * BLOCK for edge in reversed(tails[:-1])]
     return _layout(edges, [*range(ranks), *reversed(range(ranks))], tokens, ranks)
+
+
+def check_counts(**counts: object) -> None:
+    """TypeError or ValueError unless each is an int of at least 1."""
+    for name, count in counts.items():
+        if type(count) is not int:
+            raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _edges(tokens: int, runs: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Who this process is: its place in a mesh of heads × sequence, and whether all ranks were asked the same."""
 
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from rr_flex.distributed.layout import Layout
+from rr_flex.distributed.layout import Layout, check_counts
 
 HEADS, SEQUENCE = "heads", "sequence"
 TIMEOUT = 300  # seconds that a rank waits for another
@@ -45,6 +46,10 @@ class Shards:
     layout: Layout | None = None  # None where the sequence is not sharded
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mesh, DeviceMesh):
+            raise TypeError(f"mesh must be a DeviceMesh, got {type(self.mesh).__name__}")
+        if not isinstance(self.layout, Layout | None):
+            raise TypeError(f"layout must be a Layout or None, got {type(self.layout).__name__}")
         names = self.mesh.mesh_dim_names or ()
         if not names or not set(names) <= {HEADS, SEQUENCE}:
             raise ValueError(f"mesh must have dimensions named {HEADS!r} and {SEQUENCE!r}, or one of them, got {names}")
@@ -99,7 +104,13 @@ def make_mesh(*, heads: int = 1, sequence: int = 1, device: str = "cuda", timeou
     """A mesh of heads × sequence over all processes, under torchrun; a dimension of 1 is left out unless both are.
 
     Starts torch.distributed where it is not (NCCL for "cuda", gloo for "cpu"), with `timeout` seconds.
+    ValueError or TypeError naming the argument.
     """
+    check_counts(heads=heads, sequence=sequence)
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
+    if isinstance(timeout, bool) or not isinstance(timeout, float | int) or not 0 < timeout < math.inf:
+        raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
     if not dist.is_initialized():
         settings = {"timeout": timedelta(seconds=timeout)}
         if device == "cuda":
