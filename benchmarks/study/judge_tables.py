@@ -207,8 +207,8 @@ def draw(found: dict[str, dict[str, list[dict]]]):
 
     clock = Clock()
     figure = Figure(figsize=(11, 5.6), layout="constrained")
-    others = [rule for rule in TIMED if rule not in PICTURED]
     for axis, (model, rules) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        others = [rule for rule in TIMED if rule not in PICTURED and rule in rules]  # one may have no rows yet
         for rule in (*others, *PICTURED):
             backend = KERNELS[TIMED[rule][0]][0]
             points = [
