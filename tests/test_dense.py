@@ -68,7 +68,8 @@ def test_a_short_context_goes_to_flash_attention_4_as_that_takes_it(monkeypatch,
 def test_rows_for_torch_s_kernels_begin_at_whole_reads():
     x = torch.randn(2, 3, 40, 64, dtype=torch.bfloat16)
     aligned = [x, x[:, :, 7:], x.transpose(1, 2), F.pad(x, (0, 8))[..., :64]]
-    assert all(dense._aligned(y) is y for y in aligned)
+    odd = torch.randn(2, 3, 40, 17, dtype=torch.bfloat16)  # no copy of it would be
+    assert all(dense._aligned(y) is y for y in (*aligned, odd))
     for y in (F.pad(x, (0, 2))[..., :64], F.pad(x, (1, 7))[..., 1:-7], x.repeat_interleave(2, 3)[..., ::2]):
         found = dense._aligned(y)
         assert torch.equal(found, y)

@@ -87,6 +87,8 @@ def _aligned(x: Tensor) -> Tensor:
     torch 2.11 does not look: there cuDNN's kernel gives wrong numbers, and FlashAttention 2 an error of the device.
     """
     size = x.element_size()
+    if x.shape[-1] * size % ROW_BYTES:
+        return x  # no copy of it would be aligned, and the kernels that need it do not take such head dims
     begin = x.storage_offset() * size if traced() else x.data_ptr()  # a graph knows no pointers
     aligned = not any(at % ROW_BYTES for at in (begin, *(step * size for step in x.stride()[:-1])))
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
