@@ -52,7 +52,7 @@ from rr_flex import mass as mass_module
 from rr_flex.runtime import head_slices
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value
+OUTPUT_ERROR = {torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value
 MASS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # of a row, for logits near 1
 HANGS = 600  # seconds for one call, its compilation among them
 captured.LEAST_STEP = 256  # tokens: caches are short here
@@ -115,7 +115,9 @@ def there(x: Any) -> Any:
         return {name: there(one) for name, one in x.items()}
     if not isinstance(x, Tensor) or WHERE.type == "cpu" or x.device.type == "meta":
         return x
-    plain = type(x) is Tensor and x.layout == torch.strided and not (x.is_nested or x.is_conj() or x.is_neg())
+    if x.is_neg():  # which moving it would resolve
+        return torch._neg_view(-x.to(WHERE))
+    plain = type(x) is Tensor and x.layout == torch.strided and not (x.is_nested or x.is_conj())
     if not plain or 0 in x.stride():
         return x.to(WHERE)
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=WHERE).copy_(x)

@@ -215,6 +215,7 @@ def test_ctrl_c_exits_130_and_leaves_nothing(command, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.filterwarnings("ignore")  # of FLASH's own libraries
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_demo_uses_a_gpu(dtype, command, capsys):
     # The last --device counts.
