@@ -140,6 +140,12 @@ DEFECTS = [
         "None",
         "test_compile.py::test_a_padded_index_is_a_number_where_it_stands_at_one",
     ),
+    Defect(
+        "rr_flex/runtime/mends.py",
+        "if len(self.launchers) > 1:",
+        "if True:",
+        "test_compile.py::test_one_thread_chooses_a_kernel_s_form",
+    ),
     Defect("mask_mods/blocks.py", "== q_block\n", "> 0\n", BLOCKS),
     Defect("mask_mods/blocks.py", "torch.where(first <= last, last // k_block, -1)", "last // k_block", BLOCKS),
     Defect("mask_mods/blocks.py", "((row + 1) * q_block).clamp(max=Lq) - 1)", "row * q_block)", BLOCKS),

@@ -1,7 +1,13 @@
 """Compiled or not, the choice is the same; a new value never compiles anew."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 
+import pytest
 import torch
 from cases import EVERY_EXTENSION, FREE, SQUARE, compiled_flex, mask_by_name, no_compile, seeds, tensors
 from hypothesis import Phase, given, settings
@@ -124,3 +130,47 @@ def test_a_padded_index_is_a_number_where_it_stands_at_one():
         assert sympy.Min(end, 1000) == min(1024 - number, 1000)
         assert sympy.Max(end, 1000) == max(1024 - number, 1000)
     assert isinstance(Identity(place), Identity)
+
+
+@pytest.mark.skipif(torch.__version__ >= "2.13", reason="torch has it so itself")
+def test_a_row_of_a_sum_that_programs_share_is_a_scalar():
+    """With few rows of many blocks each program has one row (torch 2.11, runtime/mends.py)."""
+    from torch._inductor.codegen.triton import TritonSymbols
+    from torch._inductor.virtualized import V
+    from torch.utils._sympy.symbol import SymT, make_symbol
+
+    mend_torch()
+    kinds = [("x", None, SymT.XBLOCK), ("r0_", 0, SymT.R0_INDEX)]
+    trees = [SimpleNamespace(prefix=name, tensor_dim=dim, symt=kind) for name, dim, kind in kinds]
+    kernel = SimpleNamespace(active_range_trees=lambda: trees, triton_tensor_ndim=lambda: 1)
+    row, column = make_symbol(SymT.XBLOCK, 0), make_symbol(SymT.R0_INDEX, 1)
+    with V.set_kernel_handler(kernel):
+        assert TritonSymbols.get_block_shape(row) == ()
+        assert TritonSymbols.get_block_shape(row * 7 + column) == ("R0_BLOCK",)
+
+
+def test_one_thread_chooses_a_kernel_s_form():
+    """The others would time forms that the first has unloaded (torch 2.14, runtime/mends.py)."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    class Tuner(CachingAutotuner):
+        def __init__(self):
+            self.launchers, self.times, self.inside = ["one", "other"], 0, threading.Barrier(4)
+
+        def benchmark_all_configs(self):
+            self.times += 1
+            time.sleep(0.1)
+            self.launchers = self.launchers[:1]
+            raise ValueError  # the rest of torch's own asks for real launchers
+
+    tuner = Tuner()
+
+    def launch(_):
+        tuner.inside.wait()
+        with suppress(ValueError):
+            tuner.autotune_to_one_config()
+
+    mend_torch()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(launch, range(4)))
+    assert tuner.times == 1

@@ -710,6 +710,23 @@ def test_a_caller_s_kernel_reads_no_map_of_kept_blocks():
     assert torch.equal(compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=True), exact)
 
 
+@pytest.mark.parametrize("dense_last_rows", [0, 1])
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+def test_few_rows_of_many_blocks(backend, dense_last_rows):
+    """Past 8,192 blocks of keys inductor shares a row's running sum among programs (runtime/mends.py)."""
+    L = 8300 * 128
+    q, k, v = on_gpu(Shape(B=1, Hq=2, Hkv=1, Lq=128, Lk=L, D=64), dtype=torch.bfloat16)
+    q = q * 8  # a mean over a million keys would be 0, whichever they are
+    chosen = {"tau": 0.5, "dense_last_rows": dense_last_rows, "min_length": 0}
+    kept = select_blocks(q, k, **chosen).kept
+    assert bool(kept.all()) == bool(dense_last_rows)
+    out = rr_attention(q, k, v, backend=backend, **chosen)
+    visible = torch.arange(L, device="cuda") <= torch.arange(L - 128, L, device="cuda")[:, None]
+    visible = visible & kept[:, :, 0].repeat_interleave(128, -1)[:, :, None]
+    weight = (q.float() @ k.float().mT / 8).masked_fill(~visible, -torch.inf).softmax(-1)
+    torch.testing.assert_close(out.float(), weight @ v.float(), rtol=0, atol=2e-2)
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40e9, reason="needs 40 GB"
 )

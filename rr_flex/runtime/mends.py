@@ -2,13 +2,14 @@
 too. Each says what it is for; a torch that no longer has the part is left as it is."""
 
 from functools import cache, wraps
-from threading import Lock
+from threading import Lock, RLock
 
 import torch
 
-from rr_flex.runtime.private import cpu_flex_template, wrapped_index
+from rr_flex.runtime.private import autotuner, cpu_flex_template, triton_symbols, wrapped_index
 
 _lock = Lock()
+_tuning = RLock()
 
 
 @torch.compiler.assume_constant_result  # in a caller's graph it runs while that is traced, which is before it compiles
@@ -22,6 +23,8 @@ def _mend_once() -> None:
     with _lock:
         _mend_names_of_sizes()
         _mend_value_of_index()
+        _mend_rows_of_split_scans()
+        _mend_tuning_in_threads()
 
 
 def _mend_names_of_sizes() -> None:
@@ -68,3 +71,48 @@ def _mend_value_of_index() -> None:
     if wrapper is not None and "eval" not in vars(wrapper):
         wrapper.eval = classmethod(lambda cls, inner: inner if inner.is_Number else None)
         clear_cache()  # of wrappers made before
+
+
+def _mend_rows_of_split_scans() -> None:
+    """Have the row's index in a running sum that several programs share be a scalar, as it is there.
+
+    Inductor splits a sum so where rows are few and long: the lists of a few block rows over 16,384 blocks of keys. A
+    program then has one row, whose index has no dimension; whoever asked for it got "list indices must be integers or
+    slices, not NoneType" (torch 2.11; pytorch issue 180221).
+    """
+    found = triton_symbols()
+    original = getattr(found and found.symbols, "get_block_shape", None)
+    if original is None or torch.__version__ >= "2.13":  # which has it so
+        return
+
+    def get_block_shape(cls, expr):
+        trees = found.graph.kernel.active_range_trees()
+        rows = [kind for kind, prefix in found.types.items() if any(_has_no_dim(tree, prefix) for tree in trees)]
+        places = {x: found.scalar for x in expr.free_symbols if any(found.is_type(x, kind) for kind in rows)}
+        return original(expr.xreplace(places))
+
+    found.symbols.get_block_shape = classmethod(get_block_shape)
+
+
+def _has_no_dim(tree, prefix: str) -> bool:
+    return tree.prefix == prefix and tree.tensor_dim is None
+
+
+def _mend_tuning_in_threads() -> None:
+    """Have a kernel's forms timed by one thread, and the others take what it chose.
+
+    Threads that launch a kernel for the first time at once each time its forms. The first to end unloads all but the
+    best (torch 2.14), also those that another is just running: "load_kernel() must be called before run()".
+    """
+    tuner = autotuner()
+    original = getattr(tuner, "autotune_to_one_config", None)
+    if original is None:
+        return
+
+    @wraps(original)
+    def autotune_to_one_config(self, *args, **kwargs):
+        with _tuning:
+            if len(self.launchers) > 1:
+                return original(self, *args, **kwargs)
+
+    tuner.autotune_to_one_config = autotune_to_one_config

@@ -67,6 +67,27 @@ def wrapped_index() -> type | None:
     return Identity
 
 
+def triton_symbols() -> SimpleNamespace | None:
+    """What tells the shape of an index in a Triton kernel, which runtime/mends.py mends for scans."""
+    try:
+        from torch._inductor.codegen.triton import TritonSymbols
+        from torch._inductor.virtualized import V
+        from torch.utils._sympy.symbol import SymT, make_symbol, prefix_str, symbol_is_type
+    except ImportError:
+        return None
+    scalar = make_symbol(SymT.SIZE, 0)
+    return SimpleNamespace(symbols=TritonSymbols, graph=V, types=prefix_str, is_type=symbol_is_type, scalar=scalar)
+
+
+def autotuner() -> type | None:
+    """What times a Triton kernel's forms at its first launch, which runtime/mends.py lets one thread do at a time."""
+    try:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    except ImportError:
+        return None
+    return CachingAutotuner
+
+
 def proxy_mode() -> object | None:
     """The tracer that records this thread's operations, if one does: non-strict export. Without it: see `traced`."""
     return _get_proxy_mode()
