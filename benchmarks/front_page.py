@@ -44,7 +44,7 @@ RULES_SHOWN = {
     "`rr`, as published": "rr",
     "`fast`": "fast",
     "`best`": "best",
-    "`best`, calibrated for the model": "best, own budget",
+    "`best`, calibrated for the model": "best and the block before, own budget",
     "limit: the true mass": "true mass",
 }
 

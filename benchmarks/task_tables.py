@@ -18,12 +18,6 @@ COLUMNS = {
     "dense": DENSE,
     "`best`": describe(RRConfig.from_preset("best", min_length=0)),
     "own budget": "budget=auto local_blocks=2",
-    "own budget, as it was": "budget=auto",
-    "τ = 0.95": describe(RRConfig(tau=0.95, min_length=0)),
-    "τ = 0.90": describe(RRConfig(tau=0.9, min_length=0)),
-    "`best`, blocks of 128×64": describe(
-        RRConfig.from_preset("best", block_size=(128, 64), threshold=0.005, min_length=0)
-    ),
 }
 
 
@@ -73,23 +67,21 @@ def run_of(cells: list[Cell]) -> dict[str, str]:
 
 
 def means(cells: list[Cell]) -> str:
-    """Per length, for two or more tasks that a column was run on, of it and of all columns that have them too."""
+    """Per length, over the tasks that have every column that was run at all; "" where that is one task or none."""
     columns = run_of(cells)
     told = []
     for length in sorted({cell.length for cell in cells}):
         found = {(cell.task, cell.attention): cell for cell in cells if cell.length == length}
-        run = {name: frozenset(task for task, other in found if other == name) for name in columns.values()}
-        for tasks in sorted(set(run.values()), key=len, reverse=True):
-            shown = []
-            for heading, name in columns.items():
-                of_column = [found[task, name] for task in sorted(tasks & run[name])]
-                if len(of_column) < max(2, len(tasks)):
-                    continue
-                densities = [cell.density for cell in of_column if cell.density is not None]
-                kept = f" ({sum(densities) / len(densities):.2f})" if densities else ""
-                shown.append(f"{heading} {100 * sum(cell.score for cell in of_column) / len(tasks):.1f}{kept}")
-            if len(shown) > 1:
-                told.append(f"{length:,} tokens, {len(tasks)} tasks: {', '.join(shown)}.")
+        tasks = sorted({task for task, _ in found if all((task, name) in found for name in columns.values())})
+        if len(tasks) < 2:
+            continue
+        shown = []
+        for heading, name in columns.items():
+            of_column = [found[task, name] for task in tasks]
+            densities = [cell.density for cell in of_column if cell.density is not None]
+            kept = f" ({sum(densities) / len(densities):.2f})" if densities else ""
+            shown.append(f"{heading} {100 * sum(cell.score for cell in of_column) / len(tasks):.1f}{kept}")
+        told.append(f"{length:,} tokens, {len(tasks)} tasks: {', '.join(shown)}.")
     return "Means of the rows that have all of these. " + " ".join(told) if told else ""
 
 

@@ -120,9 +120,9 @@ clock = judge_tables.Clock()
 at = {(model, rule): judge_tables.at(rows) for model, rules in found.items() for rule, rows in rules.items()}
 before = {model: at[model, judge_tables.BEFORE].mean for model in found}
 worse = {rule: max(at[model, rule].mean / before[model] for model in found) for rule in next(iter(found.values()))}
-print(f"{'':42}" + "".join(f"{model + ': KL':>22}{'÷':>6}{'same':>8}" for model in found) + f"{'ms':>12}")
+print(f"{'':46}" + "".join(f"{model + ': KL':>22}{'÷':>6}{'same':>8}" for model in found) + f"{'ms':>12}")
 for rule in sorted(worse, key=worse.get):
-    line = f"{rule:42}"
+    line = f"{rule:46}"
     for model in found:
         own = at[model, rule]
         line += f"{own.mean:>22.4f}{own.mean / before[model]:>6.2f}{own.agreement:>8.1%}"

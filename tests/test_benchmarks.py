@@ -305,14 +305,12 @@ def test_a_length_is_not_measured_only_if_no_run_of_it_has_rr_flex():
 def test_task_cells_tell_what_was_not_run():
     usual = {"suite": "ruler", "task": "vt", "length": 2048, "attention": "dense", "model": "m", "samples": 4}
     usual |= {"score": 0.5, "seconds": 8.0, "density": None, "dense_reasons": {}, "tokens": 9}
-    sparse = {"attention": "tau=0.9 min_length=0", "density": 0.4}
+    sparse = {"attention": task_tables.COLUMNS["own budget"], "density": 0.4}
     cells = [{}, sparse | {"score": 0.25}, {"task": "cwe"}, {"task": "cwe"} | sparse, {"task": "fwe"}]
     cells += [{"device": "CPU", "dtype": "float32", "length": 4096}]
-    cells += [{"task": task, "attention": "tau=0.95 min_length=0", "density": 0.6} for task in ("cwe", "fwe")]
     gpu, cpu = task_tables.markdown([Cell(**(usual | changed)) for changed in cells]).split("**m, CPU, float32, ")
-    assert "device not recorded" in gpu and "| 2,048 | vt | 4 | 50 | – | 25 (0.40) |" in gpu
-    assert "2,048 tokens, 2 tasks: dense 50.0, τ = 0.90 37.5 (0.40)." in gpu  # vt, cwe
-    assert "2,048 tokens, 2 tasks: dense 50.0, τ = 0.95 50.0 (0.60)." in gpu  # cwe, fwe
+    assert "device not recorded" in gpu and "| 2,048 | vt | 4 | 50 | 25 (0.40) |" in gpu
+    assert "2,048 tokens, 2 tasks: dense 50.0, own budget 37.5 (0.40)." in gpu  # vt, cwe
     assert "| 4,096 | vt | 4 | 50 |\n" in cpu and "Means" not in cpu
     missing = [task for task in TASKS if task not in ("vt", "cwe", "fwe")]
     assert f"at 2,048 tokens {', '.join(missing)}; at 4,096 tokens" in cpu

@@ -42,7 +42,7 @@ SAME_TIME |= {"keys 8/16, 128×64, own budget": "keys 8/16, 128×64", "best 128�
 SAME_TIME |= {f"{rule} and the block before{own}": rule for rule in ("best", BEFORE) for own in ("", ", own budget")}
 TIMED |= {rule: TIMED[other] for rule, other in SAME_TIME.items()}
 PICTURED = ("rr", "both, order 1, 8/32, 128×64", BEFORE, "keys 8/16, 128×64", "fast", "best")
-PICTURED += ("best 128×64, own budget", "best, own budget")
+PICTURED += tuple(f"{rule} and the block before, own budget" for rule in (BEFORE, "best"))
 FARTHEST = 0.06  # of density outside of what was measured that a divergence is read off at
 
 
@@ -226,13 +226,14 @@ def draw(found: dict[str, dict[str, list[dict]]]):
         axis.set_xlabel("estimate and attention of one layer at 131,072 tokens (ms, H200)")
         axis.set_ylabel("next-token KL from the dense model (nats)")
         axis.grid(alpha=0.3, which="both")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
 def section(found: dict[str, dict[str, list[dict]]]) -> str:
-    row = next(iter(next(iter(found.values())).values()))[0]
-    where = f"{row['card']}, torch {row['torch']}, Python {row['python']}, {row['date'][:10]}, commit {row['commit']}"
+    rows = [row for rules in found.values() for of_rule in rules.values() for row in of_rule]
+    row, commits = rows[0], " and ".join(dict.fromkeys(row["commit"] for row in rows))
+    where = f"{row['card']}, torch {row['torch']}, Python {row['python']}, {row['date'][:10]}, commits {commits}"
     return f"{where}:\n\n{table(found)}"
 
 
