@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rr_flex.runtime.private import dispatch_mode
+from rr_flex.runtime.private import dispatch_mode, is_inside_functorch
 from rr_flex.runtime.tracing import traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,7 +163,7 @@ def check_plain(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a plain tensor, got {type(x).__name__}{local}")
     if x.is_neg():  # of a complex tensor's conjugate: kernels would read the values without the sign
         raise TypeError(f"{name} must be a plain tensor, got a view that negates another; pass its .resolve_neg()")
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_inside_functorch(x):
         raise TypeError(f"{name} must be a plain tensor, got one inside torch.func or vmap; batch axes go into B")
     if forward_ad.unpack_dual(x).tangent is not None:
         raise TypeError(f"{name} must be a plain tensor, got a dual one: there is no forward-mode derivative here")

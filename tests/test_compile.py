@@ -4,7 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +14,8 @@ from hypothesis import Phase, given, settings
 from torch.nn.attention.flex_attention import flex_attention
 
 from rr_flex import create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.runtime import mends
+from rr_flex.runtime.is_kept import is_kept
 from rr_flex.runtime.mends import mend_torch
 
 few = settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
@@ -147,6 +149,23 @@ def test_a_row_of_a_sum_that_programs_share_is_a_scalar():
     with V.set_kernel_handler(kernel):
         assert TritonSymbols.get_block_shape(row) == ()
         assert TritonSymbols.get_block_shape(row * 7 + column) == ("R0_BLOCK",)
+
+
+def test_a_kernel_looks_no_kept_block_up():
+    """It visits kept blocks alone. So no offset into a map of 2³¹ blocks or more can overflow in it."""
+    kept, index = torch.zeros(1, 1, 2, 2, dtype=torch.bool), torch.zeros(8, dtype=torch.int32)
+    compiled = torch.compile(is_kept, fullgraph=True, options={"fx_graph_cache": False})  # which holds what was lowered
+    assert compiled(kept, index, index, index, index).all() and not is_kept(kept, index, index, index, index).any()
+
+
+def test_threads_mend_torch_once(monkeypatch):
+    made = []
+    for name in ("names_of_sizes", "value_of_index", "rows_of_split_scans", "tuning_in_threads"):
+        monkeypatch.setattr(mends, f"_mend_{name}", lambda: made.append(time.sleep(0.05)))
+    monkeypatch.setattr(mends, "_mend_once", cache(mends._mend_once.__wrapped__))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: mend_torch(), range(4)))
+    assert len(made) == 4
 
 
 def test_one_thread_chooses_a_kernel_s_form():

@@ -1,6 +1,7 @@
 """Imports point one way, and `import rr_flex` stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,28 @@ def test_the_lines_name_modules_that_exist():
 
 def room_text(name: str) -> str:
     return ROOT.joinpath(*name.split("."), "__init__.py").read_text()
+
+
+def parts_of_torch(path: Path) -> set[str]:
+    """Dotted names of torch's that the file imports or reads."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return {name for name in names if name.startswith("torch.")}
+
+
+def is_private(name: str) -> bool:
+    return any(part == "experimental" or re.match("_[^_]", part) for part in name.split("."))
+
+
+def test_private_parts_of_torch_are_in_one_module():
+    found = {name_of(path): set(filter(is_private, parts_of_torch(path))) for path in MODULES}
+    assert found.pop("rr_flex.runtime.private") and not any(found.values()), found
 
 
 def test_mask_mods_stands_alone():

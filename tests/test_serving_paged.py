@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from benchmarks.paged_step import main as measure_paged_steps
 from rr_flex import RRConfig, select_blocks
+from rr_flex.runtime.private import graphs_compiled
 from rr_flex.serving.batches import in_batches, select_batch
 from rr_flex.serving.paged import as_sequence, folds_heads
 from rr_flex.serving.pages import PooledPages, pools_of_cpu, pools_of_flash, read_pages
 from rr_flex.serving.settings import Layer
 from rr_flex.serving.step import SparseStep, attend_sparse, select_rows
 from rr_flex.serving.step_rows import ROW, Piece, pieces_of_step
-from rr_flex.serving.warmup import STEPS, compile_graphs, graphs, synthetic_step
+from rr_flex.serving.warmup import STEPS, compile_graphs, synthetic_step
 
 P, Hq, Hkv, D, PAGES = 128, 4, 2, 16, 24
 LAYOUTS = ("heads outermost", "tokens outermost")
@@ -194,15 +195,15 @@ def test_after_the_warm_up_no_step_compiles():
     told = []
     compile_graphs(Heads, torch.empty(0), P, told.append)
     assert f"step 1 of {len(STEPS)}" in told[0] and "graphs compiled in" in told[-1]
-    before = graphs()
+    before = graphs_compiled()
     generator = torch.Generator().manual_seed(6)
     for chunks in ([(0, 128)], [(128, 256)], [(0, 1152)], [(512, 1024), (0, 256), (128, 384)], [(1024, 1152)]):
         step, _, query = step_of(chunks, generator)
         with torch.inference_mode():
             attend_sparse(step, Heads.layer_settings, query, *pools_of_cpu(random_cache("heads outermost", 7)))
-    assert graphs() == before
+    assert graphs_compiled() == before
     compile_graphs(Heads, torch.empty(0), P, told.append)
-    assert graphs() == before
+    assert graphs_compiled() == before
 
 
 def test_a_step_is_measured_against_the_dense_kernel(tmp_path):

@@ -15,6 +15,7 @@ from model_families import make
 
 from rr_flex import RRConfig
 from rr_flex.cli.tasks import check, import_suite
+from rr_flex.registry import BUDGETS
 from rr_flex.tasks import answers, helmet, recall, results, video_mme
 from rr_flex.tasks.answers import Asked
 from rr_flex.tasks.results import DENSE, Cell, Setting, describe
@@ -83,8 +84,8 @@ def test_a_run_resumes(tmp_path):
     again = list(run(None, None, plan, path))
     assert calls == [("a", 8), ("b", 8), ("a", 16), ("a", 16), ("b", 16)] and len(again) == 2
     assert again[0].score == 0.5 and again[0].attention == DENSE
-    # Another device, dtype or chat template is another run; another batch size is not.
-    for changed, runs in (("device", 4), ("dtype", 4), ("chat", 4), ("batch_size", 0)):
+    # Another device, dtype, chat template or data is another run; another batch size is not.
+    for changed, runs in (("device", 4), ("dtype", 4), ("chat", 4), ("data", 4), ("batch_size", 0)):
         other = replace(plan, same=replace(same, **{changed: 2 if changed == "batch_size" else f"another {changed}"}))
         assert len(list(run(None, None, other, path))) == runs
     # Files from before device, dtype and chat were kept are still read.
@@ -101,7 +102,7 @@ DIFFERENT |= {"budget": "density", "tau": 0.9, "mandatory": "add", "sink_blocks"
 DIFFERENT |= {"dense_last_rows": 0, "min_length": 0}
 
 
-def test_settings_are_named():
+def test_settings_are_named(monkeypatch):
     assert describe(None) == DENSE and describe(RRConfig()) == "tau=0.95"
     assert describe(RRConfig(order=2, block_size=(128, 64))) == "tau=0.95 block_size=(128, 64) order=2"
     assert describe(RRConfig(budget="threshold", threshold=0.02)) == "threshold=0.02"
@@ -109,6 +110,8 @@ def test_settings_are_named():
     # Every field that can differ tells two settings apart.
     names = [describe(RRConfig(**{name: value})) for name, value in DIFFERENT.items()]
     names += [describe(RRConfig.from_preset(preset)) for preset in ("rr", "best", "fast")]
+    monkeypatch.setitem(BUDGETS, "own", BUDGETS["top_tau"])  # that goes by a field of ours
+    names += [describe(RRConfig(budget="own"))]
     assert len(set(names)) == len(names)
 
 
@@ -126,6 +129,16 @@ def test_table_and_heat_map():
     assert chosen[0].endswith("| τ | none |") and chosen[2] == "| 2,048 | t | 4 | 25 (0.40) | – |"
     pytest.importorskip("matplotlib")
     assert [axis.get_title() for axis in results.heat_map(cells).axes[:2]] == [DENSE, "tau=0.9"]
+
+
+@pytest.mark.parametrize("fact", results.FACTS)
+def test_a_table_hides_no_cell_behind_another(fact):
+    """Two cells of one task, length and attention, from runs that differ by one fact, stand beside each other."""
+    other = {"samples": 9, "chat": True}.get(fact, "other")
+    cells = [cell(score=0.25), cell(score=0.75, **{fact: other})]
+    lines = results.table(cells, seconds=False).splitlines()
+    assert f"dense {fact}={other}" in lines[0] and "25" in lines[2] and "75" in lines[2]
+    assert results.table(cells[:1]).splitlines()[0].endswith(" | dense |")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Literal, NamedTuple
 
 import torch
-from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 from rr_flex.attention import rr_attention
@@ -18,6 +17,7 @@ from rr_flex.config import RRConfig
 from rr_flex.kernels.deciding import shortest_sparse
 from rr_flex.kernels.flash import check_flash, flash_is_installed
 from rr_flex.kernels.options import TUNED
+from rr_flex.runtime.private import cxx_names
 from rr_flex.serving.vllm.support import found_here
 
 LEAST_TORCH = (2, 11)
@@ -78,7 +78,7 @@ def on_a_cpu() -> Iterator[Finding]:
     units = torch.backends.cpu.get_cpu_capability()
     vectors = units.startswith("AVX") or platform.machine() in ("arm64", "aarch64")
     yield needed("vector units", units if vectors else None, "a CPU with AVX2: the compiled kernel needs it")
-    compilers = (shutil.which(name) for name in inductor.cpp.cxx if name)
+    compilers = map(shutil.which, cxx_names())
     compiler = next(filter(None, compilers), None)
     yield needed("C++ compiler", compiler, "apt-get install g++   (macOS: xcode-select --install)")
 

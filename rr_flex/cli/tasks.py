@@ -75,11 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             device=loading.device_name(where["device"]),
             dtype=str(where["dtype"]).removeprefix("torch."),
+            data="" if arguments.data is None else str(arguments.data),
         ),
-        data=arguments.data,
     )
-    for cell in run.run(model, tokenizer, plan, arguments.results, progress):
-        progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
+    with told("tasks"):  # a length too short for a sample, data that are not there
+        for cell in run.run(model, tokenizer, plan, arguments.results, progress):
+            progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
     progress.done()
     cells = [cell for cell in results.read(arguments.results) if cell.suite == arguments.suite]
     show(arguments, [asdict(cell) for cell in cells], results.table(cells))

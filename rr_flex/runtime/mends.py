@@ -15,16 +15,17 @@ _tuning = RLock()
 @torch.compiler.assume_constant_result  # in a caller's graph it runs while that is traced, which is before it compiles
 def mend_torch() -> None:
     """All mends, once a process, at the first compilation: what they import, compiling takes anyway."""
-    _mend_once()
+    if not _mend_once.cache_info().currsize:  # later calls take no lock, which a fork might leave taken
+        with _lock:
+            _mend_once()
 
 
 @cache
 def _mend_once() -> None:
-    with _lock:
-        _mend_names_of_sizes()
-        _mend_value_of_index()
-        _mend_rows_of_split_scans()
-        _mend_tuning_in_threads()
+    _mend_names_of_sizes()
+    _mend_value_of_index()
+    _mend_rows_of_split_scans()
+    _mend_tuning_in_threads()
 
 
 def _mend_names_of_sizes() -> None:
@@ -38,7 +39,7 @@ def _mend_names_of_sizes() -> None:
     """
     template = cpu_flex_template()
     original = getattr(template, "modification", None)
-    if original is None or getattr(original, "names_are_mended", False):
+    if original is None:
         return
 
     @wraps(original)
@@ -53,7 +54,6 @@ def _mend_names_of_sizes() -> None:
         finally:
             self.extra_sizevars = names
 
-    modification.names_are_mended = True
     template.modification = modification
 
 
@@ -80,10 +80,10 @@ def _mend_rows_of_split_scans() -> None:
     program then has one row, whose index has no dimension; whoever asked for it got "list indices must be integers or
     slices, not NoneType" (torch 2.11; pytorch issue 180221).
     """
-    found = triton_symbols()
-    original = getattr(found and found.symbols, "get_block_shape", None)
-    if original is None or torch.__version__ >= "2.13":  # which has it so
+    found = None if torch.__version__ >= "2.13" else triton_symbols()  # from then on torch has it so
+    if found is None:
         return
+    original = found.symbols.get_block_shape
 
     def get_block_shape(cls, expr):
         trees = found.graph.kernel.active_range_trees()
@@ -112,7 +112,7 @@ def _mend_tuning_in_threads() -> None:
     @wraps(original)
     def autotune_to_one_config(self, *args, **kwargs):
         with _tuning:
-            if len(self.launchers) > 1:
+            if len(getattr(self, "launchers", ())) != 1:
                 return original(self, *args, **kwargs)
 
     tuner.autotune_to_one_config = autotune_to_one_config

@@ -49,9 +49,8 @@ def cpu_flex_template() -> type | None:
 
     Without it masks that capture tensors may fail to compile on a CPU: tests/test_mask_sequences.py tells.
     """
-    import torch._inductor.lowering  # noqa: F401  before the template, which alone is a circle
-
     try:
+        import torch._inductor.lowering  # noqa: F401  before the template, which alone is a circle
         from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate
     except ImportError:
         return None
@@ -88,6 +87,29 @@ def autotuner() -> type | None:
     return CachingAutotuner
 
 
+def cxx_names() -> tuple[str, ...]:
+    """The C++ compilers that the CPU's kernels are compiled with, the first found; the usual ones without it."""
+    try:
+        from torch._inductor import config
+
+        return tuple(name for name in config.cpp.cxx if name)
+    except (ImportError, AttributeError):
+        return "g++", "clang++"
+
+
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled. Without it a server's warm-up could not tell what it did."""
+    with _named("torch._dynamo.utils.counters"):
+        from torch._dynamo.utils import counters
+    return counters["stats"]["unique_graphs"]
+
+
+def is_inside_functorch(x: torch.Tensor) -> bool:
+    """Whether torch.func or vmap maps x. Without it: their own errors, which name no argument of ours."""
+    asked = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+    return asked is not None and asked(x)
+
+
 def proxy_mode() -> object | None:
     """The tracer that records this thread's operations, if one does: non-strict export. Without it: see `traced`."""
     return _get_proxy_mode()
@@ -96,7 +118,7 @@ def proxy_mode() -> object | None:
 def compiler_disabled() -> bool:
     """Whether TORCH_COMPILE_DISABLE or its setting is on. Without it: fifty thousand characters of dynamo, and every
     later call under torch.compiler.disable fails."""
-    return torch._dynamo.config.disable
+    return getattr(getattr(torch._dynamo, "config", None), "disable", False)
 
 
 def stance() -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from rr_flex.geometry import ceil_div
+from rr_flex.runtime.private import graphs_compiled
 from rr_flex.serving.pages import PooledPages
 from rr_flex.serving.step import SparseStep, attend_sparse
 from rr_flex.serving.step_rows import ROW, pieces_of_step
@@ -24,11 +24,6 @@ STEPS = (
 _compiled: set[tuple] = set()
 
 
-def graphs() -> int:
-    """How many graphs this process has compiled."""
-    return counters["stats"]["unique_graphs"]
-
-
 def compile_graphs(impl: Any, sample: Tensor, page: int, tell: Callable[[str], None]) -> None:
     """Runs sparse attention of random tokens in steps of every kind; once for each shape of heads and settings.
 
@@ -40,7 +35,7 @@ def compile_graphs(impl: Any, sample: Tensor, page: int, tell: Callable[[str], N
     if key in _compiled:
         return
     _compiled.add(key)
-    began, before = time.perf_counter(), graphs()
+    began, before = time.perf_counter(), graphs_compiled()
     # As the server's steps run: a graph of another mode would be compiled again.
     with torch.inference_mode():
         for number, requests in enumerate(STEPS, 1):
@@ -50,7 +45,7 @@ def compile_graphs(impl: Any, sample: Tensor, page: int, tell: Callable[[str], N
             cache = torch.randn(shape, device=sample.device).to(sample.dtype)
             q = torch.randn(queries, impl.num_heads, impl.head_size, device=sample.device).to(sample.dtype)
             attend_sparse(step, settings, q, *impl.pools(cache), pooled_pages(impl, pages, page, sample))
-    tell(f"{graphs() - before} graphs compiled in {time.perf_counter() - began:.0f} s")
+    tell(f"{graphs_compiled() - before} graphs compiled in {time.perf_counter() - began:.0f} s")
 
 
 def pooled_pages(impl: Any, pages: int, page: int, sample: Tensor) -> PooledPages | None:

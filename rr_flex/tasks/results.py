@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from rr_flex.registry import BUDGETS
 from rr_flex.runtime.writing import write_atomically
 
 DENSE = "dense"
-KEY = ("suite", "task", "length", "attention", "model", "samples", "chat", "device", "dtype")
+# What makes two cells the same one: where a table shows it, and what else they may differ by.
+PLACE = ("task", "length", "attention")
+FACTS = ("suite", "model", "samples", "chat", "device", "dtype", "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Setting:
     device: str = ""  # the card's name or CPU
     dtype: str = ""  # of the weights, as "bfloat16"
     chat: bool = False  # prompts through the model's chat template
+    data: str = ""  # folder of the suite's data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +51,23 @@ class Cell(Setting):
 
 def key_of(**facts: Any) -> tuple:
     """What makes two cells the same one, so that the second is not run."""
-    return tuple(facts[name] for name in KEY)
+    return tuple(facts[name] for name in (*PLACE, *FACTS))
 
 
 def describe(config: RRConfig | None) -> str:
-    """The level by the name of its budget's field, and the settings that differ from the defaults; DENSE for None."""
+    """The level by the name of its budget's field, and the settings that differ from the defaults; DENSE for None.
+
+    The budget is told where another that was entered before goes by the same field.
+    """
     if config is None:
         return DENSE
     usual = {field.name: (None, getattr(RRConfig(), field.name), DEFAULTS.get(field.name)) for field in fields(config)}
     untold = ("budget", *(rule.level for rule in BUDGETS.values()))
     said = {name: getattr(config, name) for name in usual if name not in untold}
     shown = [f"{name}={value}" for name, value in said.items() if value not in usual[name]]
-    return " ".join([f"{config.level_field}={config.level}", *shown])
+    first = next(name for name, rule in BUDGETS.items() if rule.level == config.level_field)
+    budget = [] if config.budget == first else [f"budget={config.budget}"]
+    return " ".join([*budget, f"{config.level_field}={config.level}", *shown])
 
 
 def read(path: Path) -> list[Cell]:
@@ -90,7 +98,7 @@ def table(cells: Iterable[Cell], columns: Mapping[str, str] | None = None, *, se
 
     `columns`: heading -> attention, in this order, run or not; all that were run unless given. `seconds`: times too.
     """
-    cells = list(cells)
+    cells = told_apart(cells)
     if columns is None:
         columns = {name: name for name in _attentions(cells)}
     rows: dict[tuple[int, str], dict[str, Cell]] = {}
@@ -104,9 +112,21 @@ def table(cells: Iterable[Cell], columns: Mapping[str, str] | None = None, *, se
     return "\n".join(lines)
 
 
+def told_apart(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, their attention named with the facts by which some differ that would stand in one place."""
+    cells, places = list(cells), {}
+    for cell in cells:
+        places.setdefault(tuple(getattr(cell, name) for name in PLACE), []).append(cell)
+    differing = [
+        name for name in FACTS if any(len({getattr(cell, name) for cell in found}) > 1 for found in places.values())
+    ]
+    names = (" ".join([cell.attention, *(f"{name}={getattr(cell, name)}" for name in differing)]) for cell in cells)
+    return [replace(cell, attention=name) for cell, name in zip(cells, names, strict=True)]
+
+
 def _attentions(cells: list[Cell]) -> list[str]:
     """Dense first."""
-    return sorted({cell.attention for cell in cells}, key=lambda name: (name != DENSE, name))
+    return sorted({cell.attention for cell in cells}, key=lambda name: (not name.startswith(DENSE), name))
 
 
 def _shown(cell: Cell, seconds: bool) -> str:
@@ -119,7 +139,7 @@ def heat_map(cells: Iterable[Cell]):
     """Task × length, a panel an attention, scores 0 to 100; a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    cells = list(cells)
+    cells = told_apart(cells)
     attentions = _attentions(cells)
     tasks, lengths = (sorted({getattr(cell, name) for cell in cells}) for name in ("task", "length"))
     size = (1.6 + len(attentions) * (0.8 + 0.7 * len(lengths)), 1.2 + 0.4 * len(tasks))

@@ -23,8 +23,7 @@ class Plan:
     tasks: Sequence[str]
     lengths: Sequence[int]
     configs: Sequence[RRConfig | None]  # None is dense
-    same: Setting  # for all cells; device and dtype are only recorded
-    data: Path | None = None  # folder of the suite's data
+    same: Setting  # for all cells; device, dtype and the model's name are only recorded
 
 
 def run(
@@ -43,7 +42,8 @@ def run(
         progress(f"{plan.suite} {task}, {length:,} tokens, {facts['attention']}", number, len(wanted))
         if results.key_of(**facts) in done:
             continue
-        asked = Asked(task, length, same.samples, same.chat, same.batch_size, plan.data)
+        data = Path(same.data) if same.data else None
+        asked = Asked(task, length, same.samples, same.chat, same.batch_size, data)
         start = perf_counter()
         with nullcontext() if config is None else enable(model, config=config) as on:
             found, tokens = plan.scores(model, tokenizer, asked)
