@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 LARGEST = 2**30  # of offsets and counts, in tokens: sums of two stay below 2³¹, in which kernels count
+READS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 
 
 def check_mask_mod(mask_mod: Callable, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
@@ -52,7 +54,9 @@ def ask(function: Callable, sizes: tuple[int, ...], device: torch.device | str, 
     An index past the end of what it looks up would stop an accelerator for good, so there only the first is tried.
     """
     with torch.no_grad():
-        check_answer(function(*(torch.zeros((), dtype=torch.int64, device=device) for _ in sizes)))
+        with _NothingRead():
+            answer = function(*torch.zeros(len(sizes), dtype=torch.int64, device=device).unbind())
+        check_answer(answer)
         if torch.device(device).type != "cpu":
             return
         last = [torch.full((), size - 1, dtype=torch.int64, device=device) for size in sizes]
@@ -62,6 +66,16 @@ def ask(function: Callable, sizes: tuple[int, ...], device: torch.device | str, 
             indices = ", ".join(str(size - 1) for size in sizes)
             raise ValueError(f"mask_mod must take every index up to ({indices}), got an IndexError: {error}") from error
         check_answer(answer)
+
+
+class _NothingRead(TorchFunctionMode):
+    """TypeError where a mask asks for a tensor's value: its kernel is compiled before there are any."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in READS:
+            how = "if, and, or, not" if function is Tensor.__bool__ else function.__name__.strip("_")
+            raise TypeError(f"mask_mod must not read a tensor's value (&, |, ~, torch.where do not), got {how}")
+        return function(*args, **(kwargs or {}))
 
 
 def _check_answer(shown: object, device: torch.device | str) -> None:

@@ -133,6 +133,7 @@ DEFECTS = [
         REFUSED,
     ),
     Defect("mask_mods/checks.py", "if shown.dtype != torch.bool:", "if False:", NO_MASK),
+    Defect("mask_mods/checks.py", "if function in READS:", "if False:", NO_MASK),
     Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
     Defect("mask_mods/blocks.py", "buffered(mask_mod.keys(b, h, kv_idx))", "mask_mod.keys(b, h, kv_idx)", SHORT),

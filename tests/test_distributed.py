@@ -152,10 +152,10 @@ def test_layouts_that_cannot_be(pieces, ranks, first_query, said):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: zigzag(640, 0), "ranks must be at least 1, got 0"),
-        (lambda: contiguous(1.5, 1), "tokens must be an int, got float"),
-        (lambda: balanced([1.0], 128, True), "ranks must be an int, got bool"),
-        (lambda: make_mesh(sequence=0), "sequence must be at least 1, got 0"),
+        (lambda: zigzag(640, 0), "ranks must be at least 1 and below 2^31, got 0"),
+        (lambda: contiguous(1.5, 1), "tokens must be an int, got 1.5"),
+        (lambda: balanced([1.0], 128, True), "ranks must be an int, got True"),
+        (lambda: make_mesh(sequence=0), "sequence must be at least 1 and below 2^31, got 0"),
         (lambda: make_mesh(device="x"), "device must be 'cuda' or 'cpu', got 'x'"),
         (lambda: make_mesh(timeout=-1, device="cpu"), "timeout must be a number of seconds above 0, got -1"),
         (lambda: Shards(3, 4), "mesh must be a DeviceMesh, got int"),

@@ -110,6 +110,8 @@ two = torch.ones(2, 8, dtype=torch.bool)
 rows = torch.ones(2, 5, dtype=torch.bool)
 WRONG_FUNCTIONS = [
     (lambda b, h, q, k: None, TypeError, "mask_mod must return a bool tensor of its indices' shape, got NoneType"),
+    (lambda b, h, q, k: k < torch.tensor(3).item(), TypeError, "mask_mod must not read a tensor's value"),
+    (lambda b, h, q, k: q >= k and k > 3, TypeError, "got if, and, or, not"),
     (lambda b, h, q, k: True, TypeError, "got bool; combine comparisons of the indices with &, | and ~"),
     (lambda b, h, q, k: [q >= k], TypeError, "got list"),
     (lambda b, h, q, k: 1, TypeError, "got int"),
@@ -125,11 +127,7 @@ WRONG_FUNCTIONS = [
     (lambda b, h, q, k, more: q >= k, TypeError, r"got one of \(b, h, q, k, more\)"),
     (lambda b, h, q, k: two[b, k] & two[q, k], ValueError, r"mask_mod must take every index up to \(1, 3, 4, 7\)"),
     (lambda b, h, q, k: rows[b][q] & (q >= k), ValueError, r"mask_mod must be elementwise .* not, got a IndexError"),
-    (
-        lambda b, h, q, k: (q >= k) if q > k else (q < k),
-        ValueError,
-        "mask_mod must be elementwise .* got a RuntimeError",
-    ),
+    (lambda b, h, q, k: (q >= k) if q > k else (q < k), TypeError, "mask_mod must not .* got if"),
     (lambda b, h, q, k: (q < k).flatten()[0], ValueError, "mask_mod must be elementwise .* got another answer"),
     (two, TypeError, r"mask_mod must be a function of \(b, h, q_idx, kv_idx\), got a tensor: bool\[2, 8\]"),
     ("causal", TypeError, r"mask_mod must be a function of \(b, h, q_idx, kv_idx\), got str"),

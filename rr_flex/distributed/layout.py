@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rr_flex.fields import check_int
 from rr_flex.geometry import ceil_div
 
 BLOCK = 128  # tokens: the largest block and a multiple of every stride, so a piece's blocks and strides are whole
@@ -104,13 +105,15 @@ class Layout:
 
 def contiguous(tokens: int, ranks: int) -> Layout:
     """One run of tokens a rank, as equal as whole blocks allow. Under a causal mask the last rank works most."""
-    check_counts(tokens=tokens, ranks=ranks)
+    check_int("tokens", tokens, 1)
+    check_int("ranks", ranks, 1)
     return _layout(_edges(tokens, ranks), list(range(ranks)), tokens, ranks)
 
 
 def zigzag(tokens: int, ranks: int) -> Layout:
     """Rank r has the r-th run of 2·ranks from the head and the r-th from the tail: even under a causal mask."""
-    check_counts(tokens=tokens, ranks=ranks)
+    check_int("tokens", tokens, 1)
+    check_int("ranks", ranks, 1)
     own = [stop - start for start, stop in pairwise(_edges(tokens, ranks))]  # tokens, of which the head has the half
     heads = [ceil_div(width, 2 * BLOCK) * BLOCK for width in own]
     tails = [width - head for width, head in zip(own, heads, strict=True)]
@@ -123,7 +126,8 @@ def balanced(cost: Float[Tensor, " rows"] | Sequence[float], tokens: int, ranks:
 
     `cost`: of each block row of 128 queries in any unit, such as the blocks that an estimate keeps in it.
     """
-    check_counts(tokens=tokens, ranks=ranks)
+    check_int("tokens", tokens, 1)
+    check_int("ranks", ranks, 1)
     rows = ceil_div(tokens, BLOCK)
     cost = [float(x) for x in cost]
     if len(cost) != rows:
@@ -142,15 +146,6 @@ def balanced(cost: Float[Tensor, " rows"] | Sequence[float], tokens: int, ranks:
         tails.append(tail)
     edges = [edge * BLOCK for edge in heads] + [edge * BLOCK for edge in reversed(tails[:-1])]
     return _layout(edges, [*range(ranks), *reversed(range(ranks))], tokens, ranks)
-
-
-def check_counts(**counts: object) -> None:
-    """TypeError or ValueError unless each is an int of at least 1."""
-    for name, count in counts.items():
-        if type(count) is not int:
-            raise TypeError(f"{name} must be an int, got {type(count).__name__}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _edges(tokens: int, runs: int) -> list[int]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from rr_flex.distributed.layout import Layout, check_counts
+from rr_flex.distributed.layout import Layout
+from rr_flex.fields import check_int
 
 HEADS, SEQUENCE = "heads", "sequence"
 TIMEOUT = 300  # seconds that a rank waits for another
@@ -106,7 +107,8 @@ def make_mesh(*, heads: int = 1, sequence: int = 1, device: str = "cuda", timeou
     Starts torch.distributed where it is not (NCCL for "cuda", gloo for "cpu"), with `timeout` seconds.
     ValueError or TypeError naming the argument.
     """
-    check_counts(heads=heads, sequence=sequence)
+    check_int("heads", heads, 1)
+    check_int("sequence", sequence, 1)
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
     if isinstance(timeout, bool) or not isinstance(timeout, float | int) or not 0 < timeout < math.inf:
