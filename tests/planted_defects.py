@@ -137,6 +137,9 @@ DEFECTS = [
     Defect("mask_mods/padding.py", "self.total != Lk", "self.total < Lk", REFUSED),
     Defect("mask_mods/document.py", "if returns.any():", "if returns.all():", REFUSED),
     Defect("mask_mods/blocks.py", "buffered(mask_mod.keys(b, h, kv_idx))", "mask_mod.keys(b, h, kv_idx)", SHORT),
+    Defect(
+        "rr_flex/cli/output.py", "except BrokenPipeError", "except EOFError", "test_cli.py::test_a_reader_that_has_gone"
+    ),
     Defect("rr_flex/runtime/private.py", "ImportError | AttributeError", "ImportError", MOVED),
     Defect("rr_flex/runtime/is_kept.py", "constant(True, ", "constant(False, ", LOOKED_UP),
     Defect("rr_flex/level.py", "@lru_cache(maxsize=4096)\n", "", f"{STRANGE}levels_are_the_same"),

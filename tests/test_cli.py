@@ -199,6 +199,17 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("map.png", b"old")]
 
 
+def test_a_reader_that_has_gone_is_no_error(tmp_path, monkeypatch):
+    """As in `rr-flex plan | head`: what comes after the table is still written."""
+    pytest.importorskip("matplotlib")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as gone:
+        patch.setattr(sys, "stdout", gone)
+        assert main(["plan", "--gpus", "2", "--plot", str(tmp_path / "plan.png")]) == 0
+    assert (tmp_path / "plan.png").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent otherwise on Windows")
 def test_ctrl_c_exits_130_and_leaves_nothing(command, tmp_path):
     program = [sys.executable, "-m", "rr_flex", *command, "--tau", "0.9"]

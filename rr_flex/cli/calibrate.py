@@ -3,7 +3,7 @@
 import argparse
 
 from rr_flex.cli import flags
-from rr_flex.cli.output import DONE, Progress, told
+from rr_flex.cli.output import DONE, Progress, say, told
 
 EXAMPLES = """
 examples:
@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     profile.save(arguments.profile)
     progress.done()
     measured = ", ".join(f"{name} {value:.4f}" for name, value in profile.measured.items())
-    print(f"{arguments.profile}: {len(profile.layers)} layers; on the calibration texts {measured}")
+    say(f"{arguments.profile}: {len(profile.layers)} layers; on the calibration texts {measured}")
     (name, value) = next(iter(profile.target.items()))
     if name == "density" and profile.measured["density"] < value - 0.02:
-        print("the density reached is lower than asked for: no threshold of the grid lies between")
+        say("the density reached is lower than asked for: no threshold of the grid lies between")
     return DONE

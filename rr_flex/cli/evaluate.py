@@ -6,7 +6,7 @@ from collections import defaultdict
 from statistics import mean
 
 from rr_flex.cli import flags
-from rr_flex.cli.output import DONE, Progress, need, save_figure, show, told, write_json
+from rr_flex.cli.output import DONE, Progress, need, save_figure, say, show, told, write_json
 
 DEFAULT_RULES = (
     "rr",
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         from rr_flex.evaluation.rules_on_texts import Evaluation
 
         if arguments.list_rules:
-            print("\n".join(RULES))
+            say("\n".join(RULES))
             return DONE
         unknown = [name for name in arguments.rules if name not in RULES]
         if unknown:

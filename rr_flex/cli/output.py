@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,15 @@ def write_json(arguments: argparse.Namespace, document: Any) -> None:
 def show(arguments: argparse.Namespace, document: Any, table: str) -> None:
     """The table on stdout, or with --json alone the document; with --json FILE both."""
     write_json(arguments, document)
-    print(json.dumps(document, indent=2) if arguments.json == "-" else table)
+    say(json.dumps(document, indent=2) if arguments.json == "-" else table)
+
+
+def say(text: str) -> None:
+    """On stdout. A reader that has gone (`| head`) has seen enough; what is still to be written is."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

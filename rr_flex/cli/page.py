@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from rr_flex.cli import flags
-from rr_flex.cli.output import DONE, told
+from rr_flex.cli.output import DONE, say, told
 from rr_flex.runtime.writing import write_atomically
 
 EXAMPLES = """
@@ -31,5 +31,5 @@ def run(arguments: argparse.Namespace) -> int:
         runs = [run for path in arguments.files for run in read_runs(path)]
         page = make_page(runs, title=arguments.title).encode()
     write_atomically(arguments.output, lambda stream: stream.write(page))
-    print(f"{arguments.output}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
+    say(f"{arguments.output}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
     return DONE
