@@ -147,8 +147,8 @@ print(f"{f'τ = {single:.3f} for all':<24}{uniform[0]:>7.3f}  {uniform[1]:>13.4f
 #
 # Time of the compiled kernel against the number of blocks that it visits, on this machine, beside dense attention.
 # Where the lines cross, sparse attention starts to pay; the estimate's own time is added. On a GPU the kernel is
-# near the dense one's speed per block, and the crossing lies at high densities; PyTorch's CPU kernel is slower per
-# block than its dense one, and the crossing lies low or nowhere.
+# near the dense one's speed per block, and the crossing lies at high densities. On a CPU it does from some 2,000 tokens
+# on; in a shorter text it lies low or nowhere.
 
 # %%
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -66,7 +66,7 @@ print(f"order 2 {(second - exact).mean():+.3f} nats")
 #
 # In real models the error of pooled keys does not come from Gaussian spread. In layers that look everywhere a stride
 # holds *one* key that matters among seven that do not, and no two moments tell that (full covariance does not help
-# either, see the table). Scoring every key with one query in 32 or 64 gives such layers almost the oracle's selection:
+# either). Scoring every key with one query in 32 or 64 gives such layers almost the oracle's selection:
 # keys are spiky, queries are smooth. So exchange the sides. For a block $I$ of queries with mean $\bar q$,
 #
 # $$\tfrac1{|I|} \sum_{i \in I} e^{q_i \cdot k_j/\sqrt D} \approx
