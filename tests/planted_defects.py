@@ -140,6 +140,12 @@ DEFECTS = [
     Defect(
         "rr_flex/cli/output.py", "except BrokenPipeError", "except EOFError", "test_cli.py::test_a_reader_that_has_gone"
     ),
+    Defect(
+        "rr_flex/view/page/runs.py",
+        ' or path.suffix == ".jsonl"',
+        "",
+        "test_page.py::test_json_lines_of_records_are_one",
+    ),
     Defect("rr_flex/runtime/private.py", "ImportError | AttributeError", "ImportError", MOVED),
     Defect("rr_flex/runtime/is_kept.py", "constant(True, ", "constant(False, ", LOOKED_UP),
     Defect("rr_flex/level.py", "@lru_cache(maxsize=4096)\n", "", f"{STRANGE}levels_are_the_same"),

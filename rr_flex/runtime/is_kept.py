@@ -4,7 +4,7 @@ FlexAttention's kernel visits the listed blocks. Whatever runs a graph otherwise
 torch.compile, an exported program) ignores the lists and goes by the mask_mod alone. So each mask looks its kept blocks
 up, and the compiler, whose kernel has no need of it, is told that the answer is always yes: there it costs nothing.
 
-Depends on torch._inductor.lowering.register_lowering and .Pointwise; if they move, `import rr_flex` says so.
+Depends on torch._inductor.lowering.register_lowering and .Pointwise; if they move, the first import of a call says so.
 """
 
 import torch

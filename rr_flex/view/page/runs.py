@@ -35,8 +35,9 @@ def read_runs(path: Path) -> list[Run]:
     for document in documents:
         if not isinstance(document, dict):
             raise ValueError(f"RUN must hold JSON objects, got {type(document).__name__} in {str(path)!r}")
-    # Lines that are no runs of a whole model are the rows of one table.
-    if len(documents) > 1 and not any("language_model" in document for document in documents):
+    # Lines that are no runs of a whole model are the rows of one table, be it one line.
+    lines = len(documents) > 1 or path.suffix == ".jsonl"
+    if lines and not any("language_model" in document for document in documents):
         documents = [{"title": path.stem, "results": documents}]
     return [run_of(document, path) for document in documents]
 
