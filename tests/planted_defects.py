@@ -144,7 +144,7 @@ DEFECTS = [
         "rr_flex/view/page/runs.py",
         ' or path.suffix == ".jsonl"',
         "",
-        "test_page.py::test_json_lines_of_records_are_one",
+        "test_page.py::test_json_lines_of_records",
     ),
     Defect("rr_flex/runtime/private.py", "ImportError | AttributeError", "ImportError", MOVED),
     Defect("rr_flex/runtime/is_kept.py", "constant(True, ", "constant(False, ", LOOKED_UP),
