@@ -1,6 +1,5 @@
 """What the fields of RRConfig may hold: defaults, ranges, presets, as plain data, and the checks of single values."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -86,5 +85,5 @@ def check_int(name: str, value: object, minimum: int) -> None:
 def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    if math.isnan(value):
+    if value != value:  # NaN, also where a caller's compiler makes a symbol of the number
         raise ValueError(f"{name} must be a number, got nan")

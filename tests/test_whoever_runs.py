@@ -13,7 +13,7 @@ from cases import FREE, Shape, tensors
 from torch._dynamo.utils import counters
 
 from mask_mods import sliding_window
-from rr_flex import create_rr_block_mask, rr_attention, select_blocks
+from rr_flex import RRConfig, create_rr_block_mask, rr_attention, select_blocks
 from rr_flex.runtime.tracing import traced
 
 pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
@@ -78,6 +78,16 @@ def test_a_caller_s_compiler_at_any_length_and_beside_other_operations():
         assert_exact(out / 2, q, k, v)
         torch.testing.assert_close(density, select_blocks(q, k, **CHOSEN).density)
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize("chosen", [{"preset": "best", "min_length": 0}, {"config": RRConfig.from_preset("best")}])
+def test_a_caller_s_compiler_that_makes_symbols_of_all_numbers(chosen):
+    """`dynamic=True`: of the settings too."""
+    q, k, v = tensors(SHAPE)
+    out = torch.compile(lambda *qkv: rr_attention(*qkv, **chosen), backend="eager", dynamic=True, fullgraph=True)(
+        q, k, v
+    )
+    torch.testing.assert_close(out, rr_attention(q, k, v, **chosen), rtol=0, atol=1e-5)
 
 
 def test_eager_that_is_forced():

@@ -104,7 +104,7 @@ def expected_density(work: Work, keeps: Keeps) -> float:
     if keeps.of_all:
         return max(fixed, keeps.share)
     # In a graph rows are a symbol, of which no expression may be infinite (torch 2.15).
-    share = keeps.share if math.isinf(keeps.most) else min(keeps.share, keeps.most * rows / visible)
+    share = keeps.share if keeps.most == math.inf else min(keeps.share, keeps.most * rows / visible)
     return fixed + (1 - fixed) * share
 
 
