@@ -80,14 +80,17 @@ def test_a_caller_s_compiler_at_any_length_and_beside_other_operations():
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
-@pytest.mark.parametrize("chosen", [{"preset": "best", "min_length": 0}, {"config": RRConfig.from_preset("best")}])
-def test_a_caller_s_compiler_that_makes_symbols_of_all_numbers(chosen):
-    """`dynamic=True`: of the settings too."""
+def test_a_caller_s_compiler_that_makes_symbols_of_all_numbers():
+    """`dynamic=True`: of a preset's and a configuration's too."""
+    config = RRConfig.from_preset("best")
+
+    def called(q, k, v):
+        return select_blocks(q, k, preset="best").kept, rr_attention(q, k, v, config=config)
+
     q, k, v = tensors(SHAPE)
-    out = torch.compile(lambda *qkv: rr_attention(*qkv, **chosen), backend="eager", dynamic=True, fullgraph=True)(
-        q, k, v
-    )
-    torch.testing.assert_close(out, rr_attention(q, k, v, **chosen), rtol=0, atol=1e-5)
+    kept, out = torch.compile(called, backend="eager", dynamic=True, fullgraph=True)(q, k, v)
+    assert torch.equal(kept, select_blocks(q, k, preset="best").kept)
+    torch.testing.assert_close(out, rr_attention(q, k, v, config=config), rtol=0, atol=1e-5)
 
 
 def test_eager_that_is_forced():
