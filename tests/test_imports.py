@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sources import imports_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mask_mods", "rr_flex")
@@ -82,16 +83,9 @@ def line_of(module: str) -> int:
 
 def imported_by(path: Path) -> set[str]:
     """Our own modules that the file imports, wherever in the file."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path} must import by full name"
-            # `from rr_flex import demo` imports a module, `from rr_flex import RRConfig` the facade.
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            known = {name for name in submodules if is_module(name)}
-            names |= known or {node.module}
+    # `from rr_flex import demo` imports a module, `from rr_flex import RRConfig` the facade.
+    whole = [(module, f"{module}.{name}".strip(".")) for module, name in imports_of(path)]
+    names = {name if is_module(name) else module for module, name in whole}
     return {name for name in names if name.split(".")[0] in PACKAGES}
 
 
@@ -133,14 +127,8 @@ def room_text(name: str) -> str:
 
 def parts_of_torch(path: Path) -> set[str]:
     """Dotted names of torch's that the file imports or reads."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Attribute):
-            names.add(ast.unparse(node))
+    read = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    names = read | {f"{module}.{name}" for module, name in imports_of(path)}
     return {name for name in names if name.startswith("torch.")}
 
 

@@ -1,7 +1,6 @@
 """What a stranger tries: odd tensors, modes and contexts. Each is refused by name before anything runs, or changes
 nothing."""
 
-import ast
 import importlib
 import sys
 import warnings
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.fx.experimental._config as fx_config
 from cases import FREE, Shape, tensors
+from sources import imports_of
 from torch._dynamo import config as dynamo_config
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -175,13 +175,7 @@ SETTINGS.append((fx_config, "use_duck_shape"))
 
 def private_parts() -> list[tuple[str, str]]:
     """(module, name) of all that runtime/private.py imports from torch, by its text."""
-    found = []
-    for node in ast.walk(ast.parse(PRIVATE.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            found += [(node.module, alias.name) for alias in node.names]
-        elif isinstance(node, ast.Import):
-            found += [tuple(alias.name.rpartition(".")[::2]) for alias in node.names]
-    return [(module, name) for module, name in found if module.startswith("torch")]
+    return [(module, name) for module, name in imports_of(PRIVATE) if module.startswith("torch")]
 
 
 def call_all_of_private():

@@ -105,15 +105,11 @@ class Layout:
 
 def contiguous(tokens: int, ranks: int) -> Layout:
     """One run of tokens a rank, as equal as whole blocks allow. Under a causal mask the last rank works most."""
-    check_int("tokens", tokens, 1)
-    check_int("ranks", ranks, 1)
     return _layout(_edges(tokens, ranks), list(range(ranks)), tokens, ranks)
 
 
 def zigzag(tokens: int, ranks: int) -> Layout:
     """Rank r has the r-th run of 2·ranks from the head and the r-th from the tail: even under a causal mask."""
-    check_int("tokens", tokens, 1)
-    check_int("ranks", ranks, 1)
     own = [stop - start for start, stop in pairwise(_edges(tokens, ranks))]  # tokens, of which the head has the half
     heads = [ceil_div(width, 2 * BLOCK) * BLOCK for width in own]
     tails = [width - head for width, head in zip(own, heads, strict=True)]
@@ -126,9 +122,7 @@ def balanced(cost: Float[Tensor, " rows"] | Sequence[float], tokens: int, ranks:
 
     `cost`: of each block row of 128 queries in any unit, such as the blocks that an estimate keeps in it.
     """
-    check_int("tokens", tokens, 1)
-    check_int("ranks", ranks, 1)
-    rows = ceil_div(tokens, BLOCK)
+    rows = _block_rows(tokens, ranks)
     cost = [float(x) for x in cost]
     if len(cost) != rows:
         raise ValueError(f"cost must hold one number a block row ({rows}), got {len(cost)}")
@@ -148,9 +142,15 @@ def balanced(cost: Float[Tensor, " rows"] | Sequence[float], tokens: int, ranks:
     return _layout(edges, [*range(ranks), *reversed(range(ranks))], tokens, ranks)
 
 
-def _edges(tokens: int, runs: int) -> list[int]:
-    rows = ceil_div(tokens, BLOCK)
-    return [rows * run // runs * BLOCK for run in range(runs + 1)]
+def _block_rows(tokens: int, ranks: int) -> int:
+    check_int("tokens", tokens, 1)
+    check_int("ranks", ranks, 1)
+    return ceil_div(tokens, BLOCK)
+
+
+def _edges(tokens: int, ranks: int) -> list[int]:
+    rows = _block_rows(tokens, ranks)
+    return [rows * rank // ranks * BLOCK for rank in range(ranks + 1)]
 
 
 def _layout(edges: list[int], owners: list[int], tokens: int, ranks: int) -> Layout:

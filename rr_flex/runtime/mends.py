@@ -86,16 +86,12 @@ def _mend_rows_of_split_scans() -> None:
     original = found.symbols.get_block_shape
 
     def get_block_shape(cls, expr):
-        trees = found.graph.kernel.active_range_trees()
-        rows = [kind for kind, prefix in found.types.items() if any(_has_no_dim(tree, prefix) for tree in trees)]
+        flat = {tree.prefix for tree in found.graph.kernel.active_range_trees() if tree.tensor_dim is None}
+        rows = [kind for kind, prefix in found.types.items() if prefix in flat]
         places = {x: found.scalar for x in expr.free_symbols if any(found.is_type(x, kind) for kind in rows)}
         return original(expr.xreplace(places))
 
     found.symbols.get_block_shape = classmethod(get_block_shape)
-
-
-def _has_no_dim(tree, prefix: str) -> bool:
-    return tree.prefix == prefix and tree.tensor_dim is None
 
 
 def _mend_tuning_in_threads() -> None:
