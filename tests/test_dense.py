@@ -75,6 +75,13 @@ def test_rows_for_torch_s_kernels_begin_at_whole_reads():
         assert torch.equal(found, y)
         assert found.is_contiguous()
         assert found.data_ptr() % 16 == 0
+    for dynamic in (False, True):  # a graph cannot ask where a tensor begins
+        compiled = torch.compile(
+            lambda y: dense._aligned(y[..., 1:65]), backend="eager", fullgraph=True, dynamic=dynamic
+        )
+        found = compiled(F.pad(x, (1, 7)))
+        assert torch.equal(found, x)
+        assert found.data_ptr() % 16 == 0
 
 
 def test_a_long_context_is_sparse_and_counted():

@@ -89,9 +89,12 @@ def _aligned(x: Tensor) -> Tensor:
     size = x.element_size()
     if x.shape[-1] * size % ROW_BYTES:
         return x  # no copy of it would be aligned, and the kernels that need it do not take such head dims
-    begin = x.storage_offset() * size if traced() else x.data_ptr()  # a graph knows no pointers
-    aligned = not any(at % ROW_BYTES for at in (begin, *(step * size for step in x.stride()[:-1])))
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    # A graph knows neither pointers nor offsets. What computes x there may write the copy itself.
+    if not traced() and x.stride(-1) == 1:
+        begins = (x.data_ptr(), *(step * size for step in x.stride()[:-1]))
+        if not any(at % ROW_BYTES for at in begins):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _strips(q: Tensor, Lk: int) -> Iterator[tuple[Tensor, int]]:
