@@ -110,6 +110,18 @@ def json_target(text: str) -> Path | str:
     return text if text == "-" else new_file(text)
 
 
+def files_must_differ(arguments: argparse.Namespace) -> None:
+    """ValueError where two arguments name one file: what is written to it would take the other's place."""
+    named = []
+    for value in vars(arguments).values():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Path) or (isinstance(each, str) and Path(each).is_file()):
+                named.append(Path(each).resolve())
+    for path in named:
+        if named.count(path) > 1:
+            raise ValueError(f"files must differ, got {path} twice")
+
+
 def block_size(text: str) -> int | tuple[int, int]:
     """128, or 128x64: query tokens by key tokens."""
     sizes = text.split("x")

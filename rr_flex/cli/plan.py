@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from rr_flex.cli import flags
-from rr_flex.cli.output import DONE, save_figure, show, told
+from rr_flex.cli.output import DONE, need, save_figure, show, told
 
 EXAMPLES = """
 examples:
@@ -61,7 +61,8 @@ def gpus(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with told():
+    with told("viz"):
+        need("matplotlib", arguments.plot)
         from rr_flex.distributed import cost
 
         rates = cost.Rates.read(arguments.rates or cost.RATES)
@@ -77,10 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(f"rates: {rates.source}", file=sys.stderr)
     if arguments.plot is not None:
-        with told("viz"):
-            from rr_flex.distributed.plot import draw
+        from rr_flex.distributed.plot import draw
 
-            save_figure(arguments.plot, draw(rows))
+        save_figure(arguments.plot, draw(rows))
     return DONE
 
 
