@@ -1,6 +1,7 @@
 """Every command: whatever is wrong with an argument is said before a model is loaded or anything is measured."""
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from test_cli import tiny  # noqa: F401
 
 from rr_flex.models import loading
 
+ROOT = Path(__file__).parents[1]
 # What may be any text; `options` are another program's words.
 ANYTHING = {"--title", "options", "--help"}
-NOWHERE, NUMBERS = "/no/such/place", ("nan", "-1", "1e400")
+NOWHERE, NUMBERS = "/dev/null/place", ("nan", "-1", "1e400")
 # A command that is right but for one argument.
 RIGHT = {
     "calibrate": ["profile.json", "--target-density", "0.9"],
@@ -48,7 +50,7 @@ def nothing_slow(monkeypatch, tmp_path):
     for place in (
         "rr_flex.models.loading.load_causal_lm",
         "transformers.AutoModelForImageTextToText.from_pretrained",
-        "rr_flex.attention.rr_attention",
+        "rr_flex.cli.diagnosis.examine",
         "subprocess.run",
     ):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("begun"))
@@ -135,3 +137,39 @@ def test_layers_without_full_attention_are_told_by_the_config(layers, message, n
     Path("model").mkdir()
     Path("model/config.json").write_text(json.dumps(config))
     assert message in refused(["evaluate", "--model", "./model", "--length", "512", *layers, "--quiet"], capsys)
+
+
+PROGRAMS = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for path in ROOT.glob("benchmarks/**/*.py")
+    if "ArgumentParser(" in (text := path.read_text()) and "__main__" in text
+)
+# Names and places that are looked up at once, before the model or the first timing, and what is only recorded.
+LOOKED_UP = {"--commit", "--name", "--model", "--device", "--world", "--results", "--suites", "--settings", "--config"}
+LOOKED_UP |= {"--only", "--ways", "--texts", "--choosing", "--after", "--help"}
+
+
+class Built(Exception):
+    """A parser that is ready."""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_option_of_the_benchmarks_refuses_nonsense(program, monkeypatch):
+    def built(parser, *_):
+        raise Built(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", built)
+    with pytest.raises(Built) as found:
+        importlib.import_module(program).main()
+    parsers = [*found.value.args]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.nargs != 0 and not LOOKED_UP & {*action.option_strings}:
+                for wrong in (NOWHERE, *(NUMBERS if is_number(action) else ())):
+                    try:
+                        value = (action.type or str)(wrong)
+                    except (ValueError, argparse.ArgumentTypeError):
+                        continue
+                    assert value not in (action.choices or [value]), f"{parser.prog} {action.option_strings} {wrong}"

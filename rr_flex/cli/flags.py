@@ -100,6 +100,20 @@ def new_file(text: str) -> Path:
     return path
 
 
+def new_folder(text: str) -> Path:
+    path = Path(text)
+    above = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must name a folder that can be written to, got {text!r}")
+    return path
+
+
+def old_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must name a file that exists, got {text!r}")
+    return Path(text)
+
+
 def picture(text: str) -> Path:
     if Path(text).suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, got {text!r}")
