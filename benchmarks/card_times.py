@@ -35,14 +35,15 @@ def card_times(rows: list[dict]) -> dict:
 
 
 def preset_of(row: dict) -> str | None:
-    """The preset that a row's settings are, whatever its level; blocks as FLASH needs them count as the preset's."""
+    """The preset that a row's settings are, whatever its level; blocks as FLASH needs them count as the preset's, and
+    one threshold as a scaled one."""
     levels = {"tau", "threshold", "target_density", "block_size"}
-    own = {name: value for name, value in row["settings"].items() if name not in levels}
-    usual = {"stride": 8}
-    for preset, settings in PRESETS.items():
-        if usual | own == usual | {name: value for name, value in settings.items() if name not in levels}:
-            return preset
-    return None
+
+    def timed_as(settings: dict) -> dict:
+        same = {"stride": 8} | {name: value for name, value in settings.items() if name not in levels}
+        return same | ({"budget": "threshold"} if same.get("budget") == "scaled_threshold" else {})
+
+    return next((name for name, settings in PRESETS.items() if timed_as(settings) == timed_as(row["settings"])), None)
 
 
 def rows() -> list[dict]:

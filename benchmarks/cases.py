@@ -85,7 +85,8 @@ COARSE_QUERIES = RRConfig(order=2, query_stride=16, key_stride=8, budget="thresh
 COARSEST_QUERIES = RRConfig(order=2, query_stride=32, key_stride=8, budget="threshold")
 NARROW_BLOCKS = replace(COARSE_QUERIES, block_size=(128, 64))
 COARSE_BOTH = RRConfig(order=2, stride=16, budget="threshold")
-BEST, FAST = RRConfig.from_preset("best"), RRConfig.from_preset("fast")
+# With a threshold that the case sets, one for rows of any length.
+BEST, FAST = (RRConfig.from_preset(preset, budget="threshold") for preset in ("best", "fast"))
 BEST_WIDE = replace(BEST, block_size=(128, 64))  # what `best` was before, on Triton
 
 RIVALS = ("antidiagonal", "block-mean-keys", "pooled-top-k", "oracle", "random")
@@ -160,7 +161,11 @@ SUITES: dict[str, list[Case]] = {
         for config, backend in ((COARSE_QUERIES, "flash"), (COARSE_QUERIES, "triton"), (PUBLISHED, "triton"))
     ],
     # As users call it, with the library's own choice of when to be dense.
-    "short": [Case(length=length * K, config=config) for config in (PUBLISHED, BEST) for length in (8, 16, 4, 2)],
+    "short": [
+        Case(length=length * K, config=RRConfig.from_preset(preset))
+        for preset in ("rr", "best")
+        for length in (8, 16, 4, 2)
+    ],
     "shapes": _shapes(),
     "million": _million(),
     # The cheapest settings that stay under an output error.
@@ -174,6 +179,16 @@ SUITES: dict[str, list[Case]] = {
         for backend in BACKENDS
         # FLASH takes 128 × 128 blocks.
         if not (backend == "flash" and config.block_sizes != (128, 128))
+    ],
+    # The presets as they come.
+    "presets": [
+        Case(length=length * K, config=RRConfig.from_preset(preset, **narrow), backend=backend)
+        for length in (128, 32, 64, 16)
+        for preset, narrow, backend in (
+            ("best", {}, "flash"),
+            ("best", {"block_size": (128, 64)}, "triton"),
+            ("fast", {}, "flash"),
+        )
     ],
     # What narrower blocks cost.
     "blocks": [

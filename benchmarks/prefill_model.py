@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = RRConfig.resolve(None, {"min_length": 0} | options.config)
     if config.budget == "density":
         raise ValueError(
-            "--config must leave the budget 'top_tau' or 'threshold', whose level is sought, got 'density'"
+            "--config must leave the budget 'top_tau' or a threshold, whose level is sought, got 'density'"
         )
     if options.layers and "smollm2" in options.models:
         raise ValueError(f"--layers must come without the model smollm2, which has its own, got {options.layers}")

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "rr_flex" / "tasks" / "README.md"
 # heading -> attention; none of them stays dense for a short context
 COLUMNS = {
     "dense": DENSE,
-    "`best`": describe(RRConfig.from_preset("best", min_length=0)),
+    "`best`": describe(RRConfig.from_preset("best", budget="threshold", min_length=0)),
     "own budget": "budget=auto local_blocks=2",
 }
 

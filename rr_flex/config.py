@@ -50,6 +50,7 @@ class RRConfig:
     budget: str = "top_tau"  # rule that turns mass into kept blocks
     tau: Level | None = None  # * top_tau: share of a row's estimated mass to keep, in (0, 1]; None: .95
     # * threshold: a block is kept when its share of its row's mass exceeds this, in [0, 1); None: .01
+    # * scaled_threshold: this times 64 / n in a row of n > 64 visible blocks
     threshold: Level | None = None
     # * density: kept / visible blocks of a sequence, mean over heads, in (0, 1]; None: .4. More where the mandatory
     # blocks alone are more: Selection.density says what was reached. Where heads are taken a few at a time (long

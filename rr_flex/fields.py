@@ -21,6 +21,9 @@ DEFAULTS: dict[str, Any] = {
     "target_density": 0.4,
     "mandatory": "count",
 }
+# Visible blocks of a row past which budget="scaled_threshold" scales: those of 8,192 tokens, on which the study found
+# the presets' thresholds.
+LONG_ROW = 64
 FIELDS_OF_RULES = (*DEFAULTS, "query_pool", "query_stride", "key_stride")
 
 PER_HEAD = ("tau", "threshold")
@@ -41,14 +44,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "key_stride": 32,
         "order": 2,
         "variance_weight": 0.125,
-        "budget": "threshold",
+        "budget": "scaled_threshold",
         "threshold": 0.01,
     },
     "fast": {
         "key_stride": 16,
         "order": 2,
         "variance_weight": 0.125,
-        "budget": "threshold",
+        "budget": "scaled_threshold",
         "threshold": 0.01,
     },
 }

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from rr_flex.fields import LONG_ROW
 from rr_flex.registry import budget
 
 DENSITY_RANGE = (-40.0, 1.0)  # natural logarithms of the shares between which select_density seeks its threshold
@@ -49,6 +50,15 @@ def select_threshold(
     mass, visible, mandatory, total, told = _prepare(mass, visible, mandatory)
     threshold = torch.as_tensor(threshold, dtype=mass.dtype, device=mass.device)[..., None]
     return torch.where(told, (mass > threshold * total) & visible | mandatory, visible)
+
+
+def long_row_factor(visible: Bool[Tensor, "... nQ nK"]) -> Float[Tensor, "... nQ"]:
+    """What a threshold is multiplied by in a row of n visible blocks: min(1, 64 / n).
+
+    The shares of a row sum to 1, so the mean of n blocks has 1/n. Past 64 blocks a threshold thus stays the same
+    multiple of the mean share, where a fixed one keeps fewer and fewer of a row's blocks.
+    """
+    return LONG_ROW / visible.sum(-1, dtype=torch.float32).clamp(min=LONG_ROW)
 
 
 def select_density(
@@ -98,6 +108,11 @@ def _top_tau(mass, level, visible, mandatory, config):
 @budget("threshold", level="threshold")
 def _threshold(mass, level, visible, mandatory, config):
     return select_threshold(mass, level, visible, mandatory)
+
+
+@budget("scaled_threshold", level="threshold")
+def _scaled_threshold(mass, level, visible, mandatory, config):
+    return select_threshold(mass, level * long_row_factor(visible), visible, mandatory)
 
 
 @budget("density", level="target_density")

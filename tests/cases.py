@@ -71,9 +71,9 @@ def kept_by_rule(draw, Hq):
     """The settings that don't touch the estimate: which blocks are mandatory, and the budget."""
     counts = st.integers(0, 2)
     chosen = {name: draw(counts) for name in ("sink_blocks", "local_blocks", "dense_last_rows")}
-    rule = draw(st.sampled_from(["count", "add", "per head", "threshold"]))
-    if rule == "threshold":
-        return {**chosen, "budget": "threshold", "threshold": draw(st.sampled_from([0.001, 0.03, 0.2, 0.6]))}
+    rule = draw(st.sampled_from(["count", "add", "per head", "threshold", "scaled_threshold"]))
+    if "threshold" in rule:
+        return {**chosen, "budget": rule, "threshold": draw(st.sampled_from([0.001, 0.03, 0.2, 0.6]))}
     if rule == "per head":
         return {**chosen, "tau": draw(st.lists(taus, min_size=Hq, max_size=Hq))}
     return {**chosen, "tau": draw(st.one_of(taus, st.just(1.0))), "mandatory": rule}

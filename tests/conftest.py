@@ -31,6 +31,15 @@ def nothing_compiled_before():
 
 
 @pytest.fixture(scope="module")
+def short_rows_are_long(nothing_compiled_before):
+    """For budget="scaled_threshold": rows of more than two blocks tell what long prompts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("rr_flex.selection", "oracle"):
+            patch.setattr(f"{module}.LONG_ROW", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
 def one_graph_a_shape(nothing_compiled_before):
     """For modules of several shapes: a graph for any shape takes as long as seven for one. test_models.py has such a
     graph, test_mask_mods.py has another."""

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mask_mods import document, padding, sliding_window
 from rr_flex import RRConfig, select_blocks
+from rr_flex import selection as selection_module
 from rr_flex.distributed import (
     Account,
     Shards,
@@ -34,6 +35,7 @@ from rr_flex.distributed.local import prepare
 from rr_flex.distributed.ring import pass_around
 from rr_flex.kernels.options import TUNED
 
+selection_module.LONG_ROW = 2  # blocks: so are rows here
 SHAPE = Shape(2, 4, 2, 1100, 1100, 16)  # 9 block rows, the last short: fewer key heads than ranks
 TOLERANCE = 1e-5
 HEAD_TAUS = tuple(0.15 + 0.12 * head for head in range(SHAPE.Hq))

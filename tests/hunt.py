@@ -49,6 +49,7 @@ from rr_flex import (
 )
 from rr_flex import attention as attention_module
 from rr_flex import mass as mass_module
+from rr_flex import selection as selection_module
 from rr_flex.runtime import head_slices
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,7 @@ OUTPUT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3} 
 MASS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # of a row, for logits near 1
 HANGS = 600  # seconds for one call, its compilation among them
 captured.LEAST_STEP = 256  # tokens: caches are short here
+selection_module.LONG_ROW = LONG_ROW = 3  # blocks, past which a threshold scales: so are rows
 WHERE = torch.device("cpu")  # where the calls run; the oracle is always on the CPU
 
 
@@ -423,12 +425,13 @@ def draw_settings(form: random.Random, r: random.Random, Hq: int) -> dict[str, A
         s |= form.choice([{}, {}, {"order": 2}, {"order": 2, "variance_weight": 0.2}])
         if not s.keys() & {"stride", "query_stride", "key_stride", "order"}:
             s |= form.choice([{}, {"pool": "queries"}, {"pool": "both"}, {"pool": "queries", "query_pool": 32}])
-    budget = form.choice(["top_tau", "top_tau", "threshold", "density"])
+    budget = form.choice(["top_tau", "top_tau", "threshold", "scaled_threshold", "density"])
     s["budget"] = budget
-    name, high = {"top_tau": ("tau", 1.0), "threshold": ("threshold", 0.3), "density": ("target_density", 1.0)}[budget]
+    levels = {"top_tau": ("tau", 1.0), "density": ("target_density", 1.0)}
+    name, high = levels.get(budget, ("threshold", 0.3))
     shape = form.choice(["none", "one", "one", "one", "most", "list", "tensor", "tuple", "half", "numpy"])
     if shape == "most":
-        s[name] = 1.0 if budget != "threshold" else 0.0
+        s[name] = 0.0 if name == "threshold" else 1.0
     elif shape in ("list", "tensor", "tuple", "half") and budget != "density":
         levels = [r.uniform(0.01, 0.99 * high) for _ in range(Hq)]
         as_half = lambda x: torch.tensor(x, dtype=torch.float16)  # noqa: E731
@@ -701,7 +704,10 @@ def check_budget(case: Case, config: RRConfig, found: dict[str, Tensor]) -> None
                 raise Wrong(f"density: {got:.0f} of {int(visible[b].sum())} blocks instead of {want:.2f}")
         return
     level = torch.as_tensor(config.level, dtype=torch.float64).reshape(1, -1, 1, 1)
-    if config.budget == "threshold":
+    if config.level_field == "threshold":
+        if config.budget == "scaled_threshold":
+            n = visible.sum(-1, keepdim=True)
+            level = level * torch.where(n > LONG_ROW, LONG_ROW / n.clamp(min=1), 1)
         if (rest & (share > level + eps)).any() or (free & (share < level - eps)).any():
             raise Wrong("a block is on the wrong side of the threshold")
         return
@@ -727,7 +733,10 @@ def check_output(case: Case, out: Tensor, kept: Tensor, pairs: Tensor, tolerance
     expect = attend(case, pairs & each(kept))[:, :, before:]
     if out.shape != expect.shape or out.requires_grad:
         raise Wrong(f"output of shape {tuple(out.shape)}, requires_grad {out.requires_grad}")
-    allowed = tolerance * (float(case.v.double().abs().max()) + 1e-3)
+    # A weight is off by twice what its logit is, which a sum of rounded products decides.
+    norms = [float(x.double().norm(dim=-1).max()) for x in (case.q, case.k)]
+    logits = 2 * 2**-24 * math.prod(norms) * case.options.get("scale", case.q.shape[3] ** -0.5)
+    allowed = (tolerance + logits) * (float(case.v.double().abs().max()) + 1e-3)
     error = (out.double() - expect).abs().amax(-1)
     if not (error <= allowed).all():
         dense = (out.double() - attend(case, pairs)[:, :, before:]).abs().max()

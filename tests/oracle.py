@@ -135,12 +135,17 @@ def largest_until(mass, goal, candidates, covered=0.0):
     return chosen
 
 
+LONG_ROW = 64  # visible blocks past which budget="scaled_threshold" scales
+
+
 def select_row(mass, visible, must, *, tau=0.95, budget="top_tau", threshold=None, mandatory="count"):
     """The kept blocks of one row, as a set of indices. `mass` is a list of numbers, `visible` and `must` are sets."""
     if not usable(mass):
         return set(visible)
     total = sum(mass)
-    if budget == "threshold":
+    if budget == "scaled_threshold" and len(visible) > LONG_ROW:
+        threshold = threshold * LONG_ROW / len(visible)
+    if budget in ("threshold", "scaled_threshold"):
         return {j for j in visible if mass[j] / total > threshold} | must
     if tau >= 1:
         return set(visible)
@@ -156,7 +161,8 @@ def sure_row(mass, visible, must, margin, *, tau=0.95, budget="top_tau", thresho
     if not usable(mass) or (budget == "top_tau" and tau >= 1):
         return set(visible), everything - visible
     slack = margin * sum(mass)
-    if budget == "threshold":
+    if budget in ("threshold", "scaled_threshold"):
+        margin *= max(1, len(visible) / LONG_ROW) if budget == "scaled_threshold" else 1
         lenient, strict = ({**rule, "threshold": threshold + sign * margin} for sign in (-1, 1))
         return select_row(mass, visible, must, **strict), everything - select_row(mass, visible, must, **lenient)
     if mandatory == "add":

@@ -290,6 +290,13 @@ DEFECTS = [
         "test_selection.py::test_a_row_without_a_finite_total_keeps_what_is_visible",
     ),
     Defect("rr_flex/selection.py", "(mass > threshold * total)", "(mass > threshold)", ANY),
+    Defect("rr_flex/selection.py", "level * long_row_factor(visible)", "level", ANY),
+    Defect(
+        "rr_flex/selection.py",
+        "visible.sum(-1, dtype=torch.float32).clamp(min=LONG_ROW)",
+        "torch.full(visible.shape[:-1], visible.shape[-1]).clamp(min=LONG_ROW)",
+        "test_estimators.py::test_a_scaled_threshold_is_one_on_a_long_row_s_mean_share",
+    ),
     Defect("rr_flex/mandatory.py", "stop - config.dense_last_rows", "stop + 1 - config.dense_last_rows", ANY),
     Defect(
         "rr_flex/mandatory.py",

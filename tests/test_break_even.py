@@ -138,6 +138,12 @@ def test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says():
     assert expected_density(work, keeps(RRConfig(threshold=0.0, **by_threshold))) == KEPT
     # No more than one share of a row exceeds so much.
     assert expected_density(work, keeps(RRConfig(threshold=0.9, **by_threshold))) == pytest.approx(8 / 0.9 / visible)
+    long, scaled = replace(work, queries=128 * 300, keys=128 * 300), {"budget": "scaled_threshold", **no_floor}
+    for threshold, share in ((0.01, KEPT), (0.25, 1 / 16), (0.9, 1 / 57.6)):
+        assert expected_density(long, keeps(RRConfig(threshold=threshold, **scaled))) == pytest.approx(share)
+    for threshold in (0.001, 0.9):  # of rows of up to 64 blocks both are the same
+        same = RRConfig(threshold=threshold, **by_threshold), RRConfig(threshold=threshold, **scaled)
+        assert expected_density(work, keeps(same[0])) == expected_density(work, keeps(same[1]))
     taus = [expected_density(work, keeps(RRConfig(tau=tau, **no_floor))) for tau in (0.01, 0.5, 0.8, 0.93, 0.99)]
     assert taus == sorted(taus)
     nothing_seen = replace(work, first_position=-2000)

@@ -12,6 +12,7 @@ from run_anew import Anew, RunAnew
 
 from rr_flex import CapturedPrefill, captured, rr_attention
 
+pytestmark = pytest.mark.usefixtures("short_rows_are_long")
 RULES = [{"tau": 0.4}, {"preset": "best", "threshold": 0.05, "dense_last_rows": 0}]
 CACHE = Shape(B=2, Hq=4, Hkv=2, Lq=1000, Lk=1000, D=16)
 

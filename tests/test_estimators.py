@@ -15,6 +15,7 @@ from rr_flex import RRConfig, rr_attention, select_blocks
 from rr_flex.fields import PRESETS
 from rr_flex.mass import Samples, block_mass
 from rr_flex.mass_by_attention import block_mass_by_attention
+from rr_flex.registry import BUDGETS
 from rr_flex.sampling import moments, pooled_features, sample_queries, with_square, with_variance
 from rr_flex.selection import select_density, select_threshold
 
@@ -222,6 +223,31 @@ def test_a_threshold_may_be_one_a_head():
         select_blocks(q, k, budget="threshold", threshold=[0.1, 0.2])
     mass, visible, _ = blocks_of_mass(1)
     assert torch.equal(select_threshold(mass, torch.tensor(-1.0), visible), visible.expand_as(mass))
+
+
+@given(seed=seeds, threshold=st.sampled_from([0.0, 0.003, 0.01, 0.1]))
+def test_a_scaled_threshold_is_one_on_a_long_row_s_mean_share(seed, threshold):
+    mass, visible, mandatory = blocks_of_mass(seed, B=1, H=2, nQ=90, nK=90)
+    select = BUDGETS["scaled_threshold"].select
+    kept = select(mass, torch.full((2, 1), threshold), visible, mandatory, RRConfig())
+    assert torch.equal(kept[:, :, :64], select_threshold(mass, threshold, visible, mandatory)[:, :, :64])
+    for row in range(64, 90):
+        over = mass[:, :, row, : row + 1] - 64 * threshold * mass[:, :, row, : row + 1].mean(-1, keepdim=True)
+        sure = (over.abs() > 1e-6) & ~mandatory[:, :, row, : row + 1]
+        assert torch.equal(kept[:, :, row, : row + 1] & sure, (over > 0) & sure)
+    # Blocks that a mask hides count for nothing.
+    hidden = torch.cat([torch.zeros(1, 1, 90, 40, dtype=torch.bool), visible], -1)
+    beside = [torch.cat([torch.rand(1, 2, 90, 40), mass], -1), torch.full((2, 1), threshold)]
+    beside = select(*beside, hidden, torch.zeros_like(hidden), RRConfig())
+    assert torch.equal(beside[..., 40:] | mandatory, kept)
+
+
+def test_a_preset_keeps_its_multiple_of_a_long_prompt_s_mean():
+    q, k, _ = tensors(Shape(Lq=72 * 64, Lk=72 * 64, Hq=2, Hkv=1, B=1))
+    chosen = {"preset": "best", "block_size": 64, "dense_last_rows": 0}
+    scaled, one = (select_blocks(q, k, **chosen, **budget) for budget in ({}, {"budget": "threshold"}))
+    assert torch.equal(scaled.kept[:, :, :64], one.kept[:, :, :64])
+    assert (scaled.kept | ~one.kept).all() and scaled.kept.sum() > one.kept.sum()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -106,7 +106,7 @@ def test_the_true_displacement_is_its_definition():
 
 
 @given(seed=seeds, density=st.sampled_from([0.3, 0.45, 0.7, 1.0]))
-@pytest.mark.parametrize("spending", ["top_tau", "threshold", "raw"])
+@pytest.mark.parametrize("spending", ["top_tau", "threshold", "scaled_threshold", "raw"])
 def test_a_rule_keeps_the_density(spending, seed, density):
     weight = torch.rand(1, 6, 16, 32, generator=torch.Generator().manual_seed(seed)) ** 4
     visible, mandatory = visible_and_mandatory(2048, (128, 64), weight.device)

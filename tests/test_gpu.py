@@ -647,6 +647,19 @@ def test_a_caller_s_compile_over_many_lengths():
             assert_attends(out.cpu(), *own, allowed_pairs(*own[:2], tau=0.3))
 
 
+@pytest.mark.parametrize("chosen", [{}, {"preset": "best"}, {"preset": "best", "min_length": 0}])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_caller_s_compiler_that_makes_symbols_of_all_numbers(monkeypatch, backend, chosen):
+    """`dynamic=True`: of the head dim too, by which a card's table goes."""
+    monkeypatch.undo()
+    q, k, v = on_gpu(Shape(B=1, Hq=2, Hkv=1, Lq=1100, Lk=1100, D=64), dtype=torch.bfloat16)
+    compiled = torch.compile(
+        lambda q, k, v: rr_attention(q, k, v, backend=backend, **chosen), backend="eager", dynamic=True, fullgraph=True
+    )
+    out = compiled(q, k, v)
+    torch.testing.assert_close(out, rr_attention(q, k, v, backend=backend, **chosen), rtol=0, atol=2e-2)
+
+
 def test_a_caller_s_graph_where_the_costs_of_a_card_decide(monkeypatch):
     monkeypatch.undo()
     for length in (600, 20000):  # dense and sparse

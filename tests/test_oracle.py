@@ -119,6 +119,9 @@ def test_second_order_is_a_taylor_series():
         ([1, math.inf, 0, 0], {0, 1}, {0}, {"tau": 0.5}, {0, 1}),
         ([1, 1, 2, 4], {0, 1, 2, 3}, {0}, {"budget": "threshold", "threshold": 0.25}, {0, 3}),
         ([0, 0, 0, 0], {0, 1}, {0}, {"budget": "threshold", "threshold": 0.25}, {0, 1}),
+        ([1] * 64, set(range(64)), set(), {"budget": "scaled_threshold", "threshold": 1 / 64}, set()),
+        ([1] * 127 + [2], set(range(128)), {5}, {"budget": "scaled_threshold", "threshold": 1 / 64}, {5, 127}),
+        ([1] + [0] * 126 + [2], {0, 127}, set(), {"budget": "scaled_threshold", "threshold": 0.6}, {127}),
     ],
 )
 def test_selecting_by_hand(mass, visible, must, rule, kept):

@@ -13,6 +13,7 @@ from mask_mods import both, causal
 from rr_flex import RRConfig, Selection, select_blocks
 from rr_flex.selection import select_top_tau
 
+pytestmark = pytest.mark.usefixtures("short_rows_are_long")
 exact_taus = st.sampled_from([0.125, 0.25, 0.5, 0.75, 0.875, 1.0])
 
 

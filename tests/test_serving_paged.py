@@ -19,6 +19,7 @@ from rr_flex.serving.step import SparseStep, attend_sparse, select_rows
 from rr_flex.serving.step_rows import ROW, Piece, pieces_of_step
 from rr_flex.serving.warmup import STEPS, compile_graphs, synthetic_step
 
+pytestmark = pytest.mark.usefixtures("short_rows_are_long")
 P, Hq, Hkv, D, PAGES = 128, 4, 2, 16, 24
 LAYOUTS = ("heads outermost", "tokens outermost")
 

@@ -55,7 +55,7 @@ BAD = [
     ('{"preset": "best", "profile": "smollm2-135m-instruct"}', ValueError, "must have a preset or a profile"),
     ("smollm3", FileNotFoundError, "profile must be a .json file or one of"),
     ("missing.json", FileNotFoundError, r"missing\.json"),
-    ('{"budget": "density"}', ValueError, 'budget must be "top_tau" or "threshold" in a server'),
+    ('{"budget": "density"}', ValueError, 'budget must be "top_tau" or a threshold in a server'),
     ('{"block_size": 64}', ValueError, "block_size must have 128 queries in a server"),
     ('{"dense_last_rows": 2}', ValueError, "dense_last_rows must be 1 in a server"),
 ]

@@ -14,6 +14,7 @@ from mask_mods import padding
 from rr_flex import PrefillState, rr_attention, select_blocks
 from rr_flex.estimate import ESTIMATORS
 
+pytestmark = pytest.mark.usefixtures("short_rows_are_long")
 RULES = [{"tau": 0.4}, {"preset": "best", "threshold": 0.1}, {"order": 2, "key_stride": 16, "tau": 0.4}]
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from mask_mods import sliding_window
 from rr_flex import RRConfig, create_rr_block_mask, rr_attention, select_blocks
+from rr_flex.kernels.options import tuned_for
 from rr_flex.runtime.tracing import traced
 
 pytestmark = pytest.mark.usefixtures("one_graph_a_shape")
@@ -91,6 +92,14 @@ def test_a_caller_s_compiler_that_makes_symbols_of_all_numbers():
     kept, out = torch.compile(called, backend="eager", dynamic=True, fullgraph=True)(q, k, v)
     assert torch.equal(kept, select_blocks(q, k, preset="best").kept)
     torch.testing.assert_close(out, rr_attention(q, k, v, config=config), rtol=0, atol=1e-5)
+
+
+def test_a_card_s_table_where_the_head_dim_is_a_symbol():
+    def called(x):
+        return x * (2 if tuned_for("9.0", x.shape[-1], torch.bfloat16) else 3)
+
+    compiled = torch.compile(called, backend="eager", dynamic=True, fullgraph=True)
+    assert [compiled(torch.ones(2, D)).mean().item() for D in (128, 64, 48)] == [2, 2, 3]
 
 
 def test_eager_that_is_forced():

@@ -128,7 +128,7 @@ def _keys(query_stride: int, key_stride: int, **settings) -> RRConfig:
 
 def _both(**settings) -> RRConfig:
     """`best`'s estimate, blocks of 128×64 unless said otherwise."""
-    return RRConfig.from_preset("best", **{"block_size": WIDE} | settings)
+    return RRConfig.from_preset("best", **{"block_size": WIDE, "budget": "threshold"} | settings)
 
 
 KEYS = _keys(8, 16)

@@ -110,7 +110,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: dict[str, A
             raise ValueError(f"q and k must hold this rank's {lengths} tokens, got {(q.shape[2], k.shape[2])}")
     if asked.config.budget == "density":
         raise NotImplementedError(
-            "budget must be 'top_tau' or 'threshold' across ranks, got 'density', which weighs all heads and rows"
+            "budget must be 'top_tau' or a threshold across ranks, got 'density', which weighs all heads and rows"
             " against each other; calibrate a threshold for it"
         )
     return asked

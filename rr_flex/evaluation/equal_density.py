@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rr_flex.geometry import ceil_div, diagonal_blocks
+from rr_flex.selection import long_row_factor
 
-Spending = Literal["top_tau", "threshold", "raw"]
+Spending = Literal["top_tau", "threshold", "scaled_threshold", "raw"]
 
 
 def kept_at_densities(
@@ -23,7 +24,8 @@ def kept_at_densities(
     """The blocks kept when the mean density over H is each of `densities` (kept / visible blocks), mandatory ones
     counted; more where those alone are more, or at a tie. B is layers, each at the density.
 
-    `top_tau`: one τ. `threshold`: one threshold on a block's share of its row. `raw`: one on the weight itself.
+    `top_tau`: one τ. `threshold`: one threshold on a block's share of its row. `scaled_threshold`: the same, less for
+    long rows. `raw`: one on the weight itself.
     """
     visible, mandatory = visible.expand_as(weight), mandatory.expand_as(weight)
     value = value_of(weight, visible, mandatory, spending)
@@ -56,8 +58,10 @@ def value_of(weight: Tensor, visible: Tensor, mandatory: Tensor, spending: Spend
         return weight
     total = torch.where(visible, weight, 0).sum(-1, keepdim=True)
     share = weight / torch.where(total > 0, total, 1)
-    if spending != "top_tau":
+    if spending == "threshold":
         return share
+    if spending == "scaled_threshold":
+        return share / long_row_factor(visible)[..., None]
     # A block is kept from the τ on that the mandatory and the larger blocks of its row do not reach.
     ordered, order = torch.where(visible & ~mandatory, share, 0).sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered + torch.where(mandatory, share, 0).sum(-1, keepdim=True)

@@ -18,6 +18,7 @@ from rr_flex.evaluation.sparse_model import SparseAttention, attend_densely, hid
 TRIED = {  # of the language model's curves, by budget
     "top_tau": (0.7, 0.8, 0.9, 0.95, 0.98),
     "threshold": (0.032, 0.016, 0.008, 0.004, 0.002),
+    "scaled_threshold": (0.032, 0.016, 0.008, 0.004, 0.002),
 }
 QUANTIZATIONS = {  # torchao's
     "int8-dynamic": "Int8DynamicActivationInt8WeightConfig",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rr_flex.config import RRConfig
-from rr_flex.fields import Level
+from rr_flex.fields import LONG_ROW, Level
 from rr_flex.kernels.break_even import Costs, Decision, Work, break_even_density, decide
 from rr_flex.kernels.options import costs_of, tuned
 from rr_flex.runtime.tracing import traced
@@ -84,13 +84,16 @@ class Keeps(NamedTuple):
     share: float  # of all visible blocks, or beside the mandatory ones
     of_all: bool
     most: float  # blocks of a row that are no mandatory ones, however many are visible
+    long_row: float  # visible blocks from which on `most` grows with them
 
 
 def keeps(config: RRConfig) -> Keeps:
     by_density = config.budget == "density"
     share = config.target_density if by_density else _kept_at(config.tau) if config.budget == "top_tau" else KEPT
     mandatory = config.sink_blocks + config.local_blocks
-    return Keeps(config.block_sizes, mandatory, config.dense_last_rows, share, by_density, _most_over(config.threshold))
+    long_row = LONG_ROW if config.budget == "scaled_threshold" else math.inf
+    most = _most_over(config.threshold)
+    return Keeps(config.block_sizes, mandatory, config.dense_last_rows, share, by_density, most, long_row)
 
 
 def expected_density(work: Work, keeps: Keeps) -> float:
@@ -104,7 +107,9 @@ def expected_density(work: Work, keeps: Keeps) -> float:
     if keeps.of_all:
         return max(fixed, keeps.share)
     # In a graph rows are a symbol, of which no expression may be infinite (torch 2.15).
-    share = keeps.share if keeps.most == math.inf else min(keeps.share, keeps.most * rows / visible)
+    share = keeps.share
+    if keeps.most < math.inf:
+        share = min(share, keeps.most * max(rows / visible, 1 / keeps.long_row))
     return fixed + (1 - fixed) * share
 
 

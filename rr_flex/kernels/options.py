@@ -89,5 +89,12 @@ def tuned(device: torch.device, head_dim: int, dtype: torch.dtype) -> dict[str, 
     if device.type != "cuda":
         return {}
     card = torch.cuda.get_device_properties(device)
-    entry = TUNED.get(f"{card.major}.{card.minor}", {}).get(str(head_dim), {})
+    return tuned_for(f"{card.major}.{card.minor}", head_dim, dtype)
+
+
+def tuned_for(capability: str, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """`tuned` for cards of a compute capability, as in "9.0"."""
+    # Compared, not looked up: in a caller's graph the head dim may be a symbol, of which torch makes no text.
+    by_head_dim = TUNED.get(capability, {}).items()
+    entry = next((entry for name, entry in by_head_dim if int(name) == head_dim), {})
     return entry.get(str(dtype).removeprefix("torch."), {})

@@ -111,7 +111,7 @@ def _check_servable(config: RRConfig) -> None:
     """Raise for settings by which a block row's choice would depend on how the server cuts the prompt."""
     if config.budget == "density":
         raise ValueError(
-            'budget must be "top_tau" or "threshold" in a server, since with "density" a row\'s blocks depend on the '
+            'budget must be "top_tau" or a threshold in a server, since with "density" a row\'s blocks depend on the '
             f"rows beside it, got {config.budget!r}"
         )
     if config.block_sizes[0] != ROW:
