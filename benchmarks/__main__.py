@@ -14,10 +14,12 @@ from benchmarks import prefill_tables, server_suites, server_tables, tables, tas
 from benchmarks import tuning as tune
 from benchmarks.bench import Bench
 from benchmarks.cases import SUITES, Case
+from benchmarks.dense_kernels import MAKERS
 from benchmarks.environment import describe
 from benchmarks.runner import run, with_length
 from benchmarks.timing import OutOfTime, Progress
 from benchmarks.workloads import captured
+from rr_flex.cli import flags
 from rr_flex.evaluation.texts import KINDS, sample_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,46 +39,61 @@ def parser() -> argparse.ArgumentParser:
     running.set_defaults(command=run_suites)
     running.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["quick"])
     running.add_argument("--only", nargs="+", default=[""], help="run the cases whose name holds one of these texts")
-    running.add_argument("--lengths", type=int, nargs="+", help="tokens; those of the suite, or its cases moved there")
     running.add_argument(
-        "--captured", help="file of q, k, v from a real model (.pt, .safetensors) in place of structured ones"
+        "--lengths", type=flags.whole(1), nargs="+", help="tokens; those of the suite, or its cases moved there"
     )
     running.add_argument(
-        "--dense", nargs="*", help="dense kernels to compare with; all that are installed unless given"
+        "--captured",
+        type=flags.old_file,
+        help="file of q, k, v from a real model (.pt, .safetensors) in place of structured ones",
     )
     running.add_argument(
-        "--jobs", type=int, default=1, help="processes that compile side by side; cases are timed one at a time"
+        "--dense",
+        choices=sorted(MAKERS),
+        nargs="*",
+        help="dense kernels to compare with; all that are installed unless given",
+    )
+    running.add_argument(
+        "--jobs",
+        type=flags.whole(1),
+        default=1,
+        help="processes that compile side by side; cases are timed one at a time",
     )
     running.add_argument(
         "--in-turns", action="store_true", help="time the whole call and the fastest dense kernel in turns"
     )
     running.add_argument(
-        "--rest", type=float, default=0.0, help="with --in-turns, seconds of an idle card before each: at full clock"
+        "--rest",
+        type=flags.positive,
+        default=0.0,
+        help="with --in-turns, seconds of an idle card before each: at full clock",
     )
-    running.add_argument("--seed", type=int, default=0)
+    running.add_argument("--seed", type=flags.whole(0), default=0)
     running.add_argument("--profile", action="store_true", help="add the kernels of one call and their times")
     running.add_argument("--list", action="store_true", help="only print the names of the cases")
     common(running)
 
     tuning = commands.add_parser("tune", help="find kernel options and the break-even with dense attention")
     tuning.set_defaults(command=tune_options)
-    tuning.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
-    tuning.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    tuning.add_argument("--head-dims", type=flags.whole(16, 16), nargs="+", default=[128, 64])
+    tuning.add_argument(
+        "--dtypes", choices=("bfloat16", "float16", "float32"), nargs="+", default=["bfloat16", "float16"]
+    )
     tuning.add_argument("--what", nargs="+", choices=tune.PARTS, default=list(tune.PARTS))
-    tuning.add_argument("--length", type=int, default=32768, help="tokens, for the kernel options")
-    tuning.add_argument("--density", type=float, default=0.3, help="of the blocks, for the kernel options")
+    tuning.add_argument("--length", type=flags.whole(1), default=32768, help="tokens, for the kernel options")
+    tuning.add_argument("--density", type=flags.share, default=0.3, help="of the blocks, for the kernel options")
     tuning.add_argument("--full", action="store_true", help="every option for every dtype; else the best of the first")
-    tuning.add_argument("--table", type=Path, help="table to update; results/tuned.json unless given")
+    tuning.add_argument("--table", type=flags.new_file, help="table to update; results/tuned.json unless given")
     common(tuning)
 
     capturing = commands.add_parser("capture", help="keep a model's q, k and v for run --captured")
     capturing.set_defaults(command=capture_layers)
     capturing.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")
     capturing.add_argument("--kind", choices=KINDS, default="code", help="of text [%(default)s]")
-    capturing.add_argument("--length", type=int, default=8192, help="tokens [%(default)s]")
-    capturing.add_argument("--layers", type=int, nargs="+", required=True, help="one a row of the batch")
+    capturing.add_argument("--length", type=flags.whole(1), default=8192, help="tokens [%(default)s]")
+    capturing.add_argument("--layers", type=flags.whole(0), nargs="+", required=True, help="one a row of the batch")
     capturing.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    capturing.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .pt file")
+    capturing.add_argument("--out", type=flags.new_file, required=True, metavar="FILE", help="a .pt file")
 
     serving = commands.add_parser("chunks", help="as a server prefills: prompts in chunks, cells of work, packed, host")
     serving.set_defaults(command=server_suites.run_suites)
@@ -86,17 +103,17 @@ def parser() -> argparse.ArgumentParser:
     reporting = commands.add_parser("report", help="write the page's tables and draw time against length")
     reporting.set_defaults(command=write_report)
     reporting.add_argument("--results", type=Path, default=RESULTS)
-    reporting.add_argument("--readme", type=Path, default=README)
-    reporting.add_argument("--plot", type=Path, help="results/time-against-length.png unless given")
+    reporting.add_argument("--readme", type=flags.old_file, default=README)
+    reporting.add_argument("--plot", type=flags.picture, help="results/time-against-length.png unless given")
     reporting.add_argument("--suites", nargs="+", help="only rows of these suites")
     return parser
 
 
 def common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--budget-seconds", type=float, help="start no step after this; rows so far are kept")
-    parser.add_argument("--seconds", type=float, default=1.0, help="about how long to repeat each timing")
+    parser.add_argument("--out", type=flags.new_folder, default=RESULTS, help="folder of the results")
+    parser.add_argument("--budget-seconds", type=flags.positive, help="start no step after this; rows so far are kept")
+    parser.add_argument("--seconds", type=flags.positive, default=1.0, help="about how long to repeat each timing")
     parser.add_argument("--commit", help="named in the rows where there is no git history")
 
 
@@ -104,6 +121,8 @@ def run_suites(options: argparse.Namespace) -> int:
     if options.rest and not options.in_turns:
         raise SystemExit(f"--rest needs --in-turns, got {options.rest:g} without it")
     cases = [(suite, case) for suite in options.suite for case in chosen_cases(suite, options)]
+    if not cases:
+        raise SystemExit(f"--only must be part of a case's name (--list), got {', '.join(options.only)}")
     if options.list:
         print("\n".join(f"{suite}: {case.name}" for suite, case in cases))
         return 0
@@ -146,7 +165,7 @@ def chosen_cases(suite: str, options: argparse.Namespace) -> list[Case]:
         cases = with_length(cases, options.lengths)
     changes = {"seed": options.seed}
     if options.captured:
-        changes |= captured_shape(options.captured)
+        changes |= captured_shape(str(options.captured))
     cases = [replace(case, **changes) for case in cases]
     if options.dense is not None:  # a case that asks for none, since they take minutes there, keeps to that
         cases = [case if case.dense == () else replace(case, dense=tuple(options.dense)) for case in cases]
@@ -175,10 +194,16 @@ def capture_layers(options: argparse.Namespace) -> int:
     if options.out.suffix != ".pt":
         raise SystemExit(f"--out must end in .pt, got {options.out}")
     from benchmarks import capture  # with transformers, which nothing else here needs
-    from rr_flex.models.loading import load_causal_lm
+    from rr_flex.cli.inputs import model_config
+    from rr_flex.models.loading import load_causal_lm, load_tokenizer, tokenize
 
-    model = load_causal_lm(options.model, device=options.device)
-    found = capture.capture(*model, sample_text(options.kind), options.length, options.layers)
+    text, config = sample_text(options.kind), model_config(options.model)
+    if config is not None and max(options.layers) >= config.num_hidden_layers:
+        raise SystemExit(f"--layers must lie in [0, {config.num_hidden_layers}), got {options.layers}")
+    tokenizer = load_tokenizer(options.model)
+    tokenize(tokenizer, text, options.length)  # a text that is too short is an error
+    model = load_causal_lm(options.model, device=options.device, tokenizer=tokenizer)
+    found = capture.capture(*model, text, options.length, options.layers)
     capture.write(found, options.out)
     print(f"{options.out}: q {tuple(found.q.shape)}, k and v {tuple(found.k.shape)}")
     return 0

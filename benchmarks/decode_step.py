@@ -9,7 +9,6 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache
@@ -19,6 +18,7 @@ from benchmarks.environment import describe
 from benchmarks.model_shapes import MODELS, load, prompt
 from benchmarks.timing import synchronize
 from rr_flex import enable
+from rr_flex.cli import flags
 from rr_flex.models.forward import rr_flex_attention
 
 WARM_UPS = 5  # steps of each kind that are not counted
@@ -27,12 +27,16 @@ WARM_UPS = 5  # steps of each kind that are not counted
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_step", description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="real weights, or random ones in a shape")
-    parser.add_argument("--length", type=int, default=2048, help="tokens in the cache")
-    parser.add_argument("--steps", type=int, default=200, help="of each kind")
-    parser.add_argument("--calls", type=int, default=2000, help="of each attention function")
+    parser.add_argument("--length", type=flags.whole(1), default=2048, help="tokens in the cache")
+    parser.add_argument("--steps", type=flags.whole(2), default=200, help="of each kind")
+    parser.add_argument("--calls", type=flags.whole(2), default=2000, help="of each attention function")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--out", type=Path, help="file that the JSON line is added to; printed without it")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16" if torch.cuda.is_available() else "float32",
+    )
+    parser.add_argument("--out", type=flags.new_file, help="file that the JSON line is added to; printed without it")
     parser.add_argument("--commit")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)

@@ -14,7 +14,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from benchmarks.dense_kernels import exact_rows, sampled_rows
 from benchmarks.environment import describe
 from benchmarks.timing import measure
 from benchmarks.workloads import Shape, structured
+from rr_flex.cli import flags
 from rr_flex.config import RRConfig
 from rr_flex.serving.pages import PooledPages, pools_of_flash, read_pages
 from rr_flex.serving.settings import Layer
@@ -162,13 +162,13 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step, of each request")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("Hq", "Hkv", "D"))
+    parser.add_argument("--contexts", type=flags.whole(PAGE, PAGE), nargs="+", default=[32768, 131072])
+    parser.add_argument("--chunk", type=flags.whole(1), default=8192, help="tokens of a step, of each request")
+    parser.add_argument("--batch", type=flags.whole(1), nargs="+", default=[1, 8])
+    parser.add_argument("--heads", type=flags.whole(1), nargs=3, default=[32, 8, 128], metavar=("Hq", "Hkv", "D"))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each timing, about")
-    parser.add_argument("--output", type=Path, help="file of JSON lines to add to; else they are printed")
+    parser.add_argument("--seconds", type=flags.positive, default=1.0, help="for each timing, about")
+    parser.add_argument("--output", type=flags.new_file, help="file of JSON lines to add to; else they are printed")
     parser.add_argument("--commit", help="where there is no git history")
     parser.add_argument("--dry-run", action="store_true", help="a small case, on whatever device there is")
     options = parser.parse_args(arguments)
@@ -176,6 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         options.contexts, options.chunk, options.batch, options.heads = [1024], 256, [1, 2], [4, 2, 16]
         options.seconds = 0.01
+    if options.chunk > min(options.contexts):
+        raise SystemExit(f"--chunk must be at most the shortest of --contexts, got {options.chunk}")
+    if options.heads[0] % options.heads[1] or options.heads[2] % 16:
+        raise SystemExit(f"--heads must be Hq, a multiple of Hkv, and D, a multiple of 16, got {options.heads}")
     about = describe(device, options.commit)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for context in options.contexts:

@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.parallel_run import Run
 from benchmarks.parallel_ways import RULES, Prompt, dense_ways, density_of, exact_part, ways
 from rr_flex import RRConfig, rr_attention, select_blocks
+from rr_flex.cli import flags
 from rr_flex.distributed import Account
 from rr_flex.distributed.context import attend_strip, choose_blocks
 from rr_flex.distributed.far_rows import attend_far_rows
@@ -155,23 +156,29 @@ def finish() -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torchrun ... -m benchmarks.parallel", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128 * K, 512 * K, 1024 * K])
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.05, 0.25])
-    parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("Hq", "Hkv"))
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--lengths", type=flags.whole(1), nargs="+", default=[128 * K, 512 * K, 1024 * K])
+    parser.add_argument("--densities", type=flags.share, nargs="+", default=[0.1, 0.05, 0.25])
+    parser.add_argument("--heads", type=flags.whole(1), nargs=2, default=(32, 8), metavar=("Hq", "Hkv"))
+    parser.add_argument("--head-dim", type=flags.whole(16, 16), default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rule", choices=sorted(RULES), default="coarse")
     parser.add_argument("--ways", nargs="*", default=[], help="all unless given")
     parser.add_argument("--no-dense", dest="dense", action="store_false")
-    parser.add_argument("--most-whole", type=int, default=1024 * K, help="tokens up to which one card holds all")
-    parser.add_argument("--most-checked", type=int, default=128 * K, help="tokens up to which outputs are compared")
-    parser.add_argument("--calls", type=int, default=3, help="timed ones at most")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds that a rank waits for another")
+    parser.add_argument(
+        "--most-whole", type=flags.whole(0), default=1024 * K, help="tokens up to which one card holds all"
+    )
+    parser.add_argument(
+        "--most-checked", type=flags.whole(0), default=128 * K, help="tokens up to which outputs are compared"
+    )
+    parser.add_argument("--calls", type=flags.whole(1), default=3, help="timed ones at most")
+    parser.add_argument("--timeout", type=flags.positive, default=60, help="seconds that a rank waits for another")
     parser.add_argument("--no-stages", dest="stages", action="store_false")
-    parser.add_argument("--most-dense", type=int, default=512 * K, help="tokens up to which one card is dense")
-    parser.add_argument("--seconds", type=float, default=500, help="no way begins after so many")
+    parser.add_argument(
+        "--most-dense", type=flags.whole(0), default=512 * K, help="tokens up to which one card is dense"
+    )
+    parser.add_argument("--seconds", type=flags.positive, default=500, help="no way begins after so many")
     parser.add_argument("--eager", action="store_true", help="uncompiled: a dry run, no times to report")
-    parser.add_argument("--output", default="parallel.jsonl")
+    parser.add_argument("--output", type=flags.new_file, default="parallel.jsonl")
     parser.add_argument("--commit", help="where there is no git history")
     parser.add_argument("--world", default=os.environ.get("WORLD_SIZE", "1"), help=argparse.SUPPRESS)
     return parser

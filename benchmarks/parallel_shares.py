@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.workloads import Shape, captured, structured
 from rr_flex import RRConfig, select_blocks
+from rr_flex.cli import flags
 from rr_flex.distributed import Layout, balanced, contiguous, zigzag
 from rr_flex.distributed.fetch import wanted_blocks
 from rr_flex.mass import row_share
@@ -84,10 +85,14 @@ def study(name: str, q: Tensor, k: Tensor, predicted: Tensor | None = None) -> l
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel_shares", description=__doc__)
-    parser.add_argument("--length", type=int, default=131072)
-    parser.add_argument("--heads", type=int, nargs=2, default=(8, 2))
-    parser.add_argument("--captured", nargs="*", default=[], help="files of q, k, v from a real model")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "parallel-shares.json")
+    parser.add_argument("--length", type=flags.whole(0), default=131072)
+    parser.add_argument("--heads", type=flags.whole(1), nargs=2, default=(8, 2))
+    parser.add_argument(
+        "--captured", type=flags.old_file, nargs="*", default=[], help="files of q, k, v from a real model"
+    )
+    parser.add_argument(
+        "--output", type=flags.new_file, default=Path(__file__).parent / "results" / "parallel-shares.json"
+    )
     options = parser.parse_args(arguments)
     Hq, Hkv = options.heads
     shape, made = Shape(options.length, Hq, Hkv, 128), {"dtype": torch.float32, "device": "cpu"}

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from rr_flex.cli import flags
 from rr_flex.distributed import cost
 from rr_flex.distributed.plot import draw
 
@@ -12,10 +13,10 @@ from rr_flex.distributed.plot import draw
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_check", description=__doc__)
     parser.add_argument(
-        "files", type=Path, nargs="+", help="rows of benchmarks.parallel or of `python -m benchmarks run`"
+        "files", type=flags.old_file, nargs="+", help="rows of benchmarks.parallel or of `python -m benchmarks run`"
     )
-    parser.add_argument("--rates", type=Path, default=cost.RATES, help="another machine's")
-    parser.add_argument("--plot", type=Path, help="measured beside predicted, as a picture")
+    parser.add_argument("--rates", type=flags.old_file, default=cost.RATES, help="another machine's")
+    parser.add_argument("--plot", type=flags.picture, help="measured beside predicted, as a picture")
     options = parser.parse_args(arguments)
     rows = check_rows(options.files, cost.Rates.read(options.rates))
     print(table(rows))

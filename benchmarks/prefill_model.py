@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -27,6 +26,7 @@ from benchmarks.first_token import time_first_token
 from benchmarks.model_shapes import MODELS, SHAPES, load, prompt
 from benchmarks.timing import many_calls
 from rr_flex import RRConfig, attention, enable, select_blocks
+from rr_flex.cli import flags
 from rr_flex.kernels.choose import Backend
 from rr_flex.kernels.dense import dense_attention
 from rr_flex.models.attention_by import attention_by
@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(
             "--config must leave the budget 'top_tau' or a threshold, whose level is sought, got 'density'"
         )
+    if options.layers and "smollm2" in options.models:
+        raise ValueError(f"--layers must come without the model smollm2, which has its own, got {options.layers}")
     if options.ahead:
         compile_ahead(options)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -84,25 +86,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill_model", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of prefill-model.jsonl, which grows")
+    parser.add_argument(
+        "--out", type=flags.new_folder, required=True, help="folder of prefill-model.jsonl, which grows"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "llama-8b-shape"])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
-    parser.add_argument("--smollm2-lengths", type=int, nargs="+", default=[8192, 16384, 32768], help="8192 is its most")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.5], help="for random weights")
-    parser.add_argument("--taus", type=float, nargs="+", default=[0.95, 0.9], help="for real weights and top_tau")
+    parser.add_argument("--lengths", type=flags.whole(1), nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument(
+        "--smollm2-lengths", type=flags.whole(1), nargs="+", default=[8192, 16384, 32768], help="8192 is its most"
+    )
+    parser.add_argument("--densities", type=flags.share, nargs="+", default=[0.25, 0.5], help="for random weights")
+    parser.add_argument("--taus", type=flags.share, nargs="+", default=[0.95, 0.9], help="for real weights and top_tau")
     parser.add_argument("--config", type=json.loads, default={}, help='preset and fields of RRConfig: {"order": 2}')
     parser.add_argument("--dense", nargs="*", choices=sorted(DENSE), default=list(DENSE), help="all unless given")
     parser.add_argument("--backend", choices=get_args(Backend), default="auto")
-    parser.add_argument("--layers", type=int, help="layers of a random model; its own number unless given")
-    parser.add_argument("--chunk", type=int, help="tokens of a prompt at a time; all at once unless given")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--row-seconds", type=float, default=20.0, help="no further repeat of a row after this")
+    parser.add_argument("--layers", type=flags.whole(1), help="layers of a random model; its own number unless given")
+    parser.add_argument("--chunk", type=flags.whole(1), help="tokens of a prompt at a time; all at once unless given")
+    parser.add_argument("--repeats", type=flags.whole(1), default=3)
+    parser.add_argument(
+        "--row-seconds", type=flags.positive, default=20.0, help="no further repeat of a row after this"
+    )
     parser.add_argument(
         "--ahead", action="store_true", help="first compile all lengths side by side, in one layer each"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--budget-seconds", type=float, help="start no length after this")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16" if torch.cuda.is_available() else "float32",
+    )
+    parser.add_argument("--budget-seconds", type=flags.positive, help="start no length after this")
     parser.add_argument("--commit", help="named in the rows where there is no git history")
     return parser
 

@@ -11,12 +11,15 @@ import json
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.environment import describe
+from rr_flex.cli import flags
+from rr_flex.serving.settings import parse_settings
+
+LONGEST = 2048  # tokens of a prompt and its completion
 
 
 def engine(settings: str | None, options: argparse.Namespace) -> Any:
@@ -26,7 +29,7 @@ def engine(settings: str | None, options: argparse.Namespace) -> Any:
         os.environ["RR_FLEX"] = settings
     from vllm import LLM
 
-    sizes = {"max_model_len": 2048, "max_num_batched_tokens": 512, "max_num_seqs": options.requests}
+    sizes = {"max_model_len": LONGEST, "max_num_batched_tokens": 512, "max_num_seqs": options.requests}
     return LLM(options.model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=256 << 20, **sizes)
 
 
@@ -51,12 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a model")
     parser.add_argument("--settings", default='{"tau": 0.95}', help="what RR_FLEX says")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--context", type=int, default=300, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of each completion")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--output", type=Path, help="file of JSON lines to add to; else they are printed")
+    parser.add_argument("--requests", type=flags.whole(1), default=8)
+    parser.add_argument("--context", type=flags.whole(1), default=300, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=flags.whole(1), default=32, help="tokens of each completion")
+    parser.add_argument("--rounds", type=flags.whole(1), default=8)
+    parser.add_argument("--output", type=flags.new_file, help="file of JSON lines to add to; else they are printed")
     options = parser.parse_args()
+    parse_settings(options.settings)
+    if options.context + options.tokens > LONGEST:
+        raise SystemExit(f"--context and --tokens must be {LONGEST} together at most, got {options.context} and more")
     engines = {"plain": engine(None, options), "plugin": engine(options.settings, options)}
     prompts = [[100 + (7 * place + 3 * at) % 900 for at in range(options.context)] for place in range(options.requests)]
     times: dict[str, list[float]] = {name: [] for name in engines}

@@ -14,6 +14,7 @@ from benchmarks.dense_kernels import first_line
 from benchmarks.environment import describe
 from benchmarks.server import Row, Server, release
 from benchmarks.timing import OutOfTime, Progress
+from rr_flex.cli import flags
 
 SUITES = {
     "chunks": chunk_suite.rows,
@@ -25,24 +26,32 @@ SUITES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--length", type=int, default=131072, help="tokens of the longest prompt [%(default)s]")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", help="bfloat16 on CUDA, float32 on the CPU unless given")
+    parser.add_argument(
+        "--length", type=flags.whole(1), default=131072, help="tokens of the longest prompt [%(default)s]"
+    )
+    parser.add_argument("--heads", type=flags.whole(1), default=32)
+    parser.add_argument("--kv-heads", type=flags.whole(1), default=8)
+    parser.add_argument("--head-dim", type=flags.whole(16, 16), default=128)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16 on CUDA, float32 on the CPU unless given"
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="on CUDA")
     parser.add_argument("--settings", nargs="+", choices=list(chunk_suite.SETTINGS), help="of the chunks")
-    parser.add_argument("--chunk-sizes", type=int, nargs="+", help="queries, longest first")
-    parser.add_argument("--batches", type=int, nargs="+", help="of the cells")
-    parser.add_argument("--densities", type=float, nargs="+", help="of the cells and of packed prompts")
-    parser.add_argument("--prompts", type=int, help="packed into one call")
-    parser.add_argument("--captured", help="file of q, k, v from a real model in place of structured ones")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chunk-sizes", type=flags.whole(1), nargs="+", help="queries, longest first")
+    parser.add_argument("--batches", type=flags.whole(1), nargs="+", help="of the cells")
+    parser.add_argument("--densities", type=flags.share, nargs="+", help="of the cells and of packed prompts")
+    parser.add_argument("--prompts", type=flags.whole(1), help="packed into one call")
+    parser.add_argument(
+        "--captured", type=flags.old_file, help="file of q, k, v from a real model in place of structured ones"
+    )
+    parser.add_argument("--seed", type=flags.whole(0), default=0)
 
 
 def run_suites(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     cuda = device.type == "cuda"
+    if options.heads % options.kv_heads:
+        raise SystemExit(f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}")
     server = Server(
         device=device,
         dtype=getattr(torch, options.dtype or ("bfloat16" if cuda else "float32")),

@@ -155,6 +155,12 @@ DEFECTS = [
         "rr_flex/tasks/results.py", "if config.budget == first", "if True", "test_tasks.py::test_settings_are_named"
     ),
     Defect(
+        "rr_flex/cli/tasks.py",
+        "        check_samples(suite, plan, tokenizer)\n",
+        "",
+        "test_arguments.py::test_tasks_look_at",
+    ),
+    Defect(
         "rr_flex/tasks/results.py",
         "for name in differing",
         "for name in ()",

@@ -1,6 +1,7 @@
 """Long-context tasks: samples fit their length, scores count what they say, runs resume, files load."""
 
 import json
+import random
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -54,8 +55,13 @@ def test_recall_samples_fit_and_can_be_answered(task):
     size = len(sample.prompt) + sample.new_tokens
     assert 2000 < size <= 3000 and sample.prompt == again.prompt != other.prompt
     assert sample.score(sample.prompt) == 1 and sample.score("no idea") == 0
-    with pytest.raises(ValueError, match="length must hold a sample"):
+    asked = Asked(task, 3000, 2)
+    recall.check(asked, tokenizer)
+    message = f"length must hold a sample of {task}, here .* tokens at least, got 50"
+    with pytest.raises(ValueError, match=message):
         recall.fit(task, 50, 7, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        recall.check(replace(asked, length=50), tokenizer)
 
 
 def test_scores():
@@ -174,6 +180,32 @@ def test_ruler_by_lm_eval(task, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "generate", says_all_of_it)
     scores, tokens = ruler.scores(model, tokenizer, Asked(task, 4096, 2))
     assert scores == [1.0, 1.0] and tokens == found.tokens
+    with pytest.raises(ValueError):
+        ruler.scores(model, tokenizer, Asked(task, 128, 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", ["vt", "cwe", "fwe"])
+def test_ruler_refuses_lengths_for_which_lm_eval_would_look_for_ever(task):
+    pytest.importorskip("lm_eval")
+    from rr_flex.tasks import ruler
+
+    ruler.check(Asked(task, 8192, 1), Letters())
+    with pytest.raises(ValueError, match=f"length must hold a sample of {task}, about .* tokens, got 150"):
+        ruler.check(Asked(task, 150, 1), Letters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ruler_s_words_are_the_same_each_time():
+    pytest.importorskip("lm_eval")
+    from rr_flex.tasks import ruler
+
+    found = []
+    for _ in range(2):
+        random.seed(0)
+        with ruler._offline(1) as modules:
+            found.append(modules["cwe_utils"].generate_input_output(20, 4096))
+    assert found[0] == found[1]
 
 
 def rows(path, *found):
@@ -217,6 +249,7 @@ def helmet_data(tmp_path):
 )
 def test_helmet_rows(helmet_data, task, right, wrong, holds):
     asked = Asked(task, 8192, 10, data=helmet_data)
+    helmet.check(asked, None)
     (question,) = helmet.questions(asked)
     assert holds in question.prompt
     if task in ("kilt_nq", "msmarco_rerank"):
@@ -228,7 +261,7 @@ def test_helmet_rows(helmet_data, task, right, wrong, holds):
 
 
 def test_missing_data_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="HELMET's data"):
+    with pytest.raises(FileNotFoundError, match="folder of the suite's data, which has no"):
         helmet.questions(Asked("json_kv", 8192, 1, data=tmp_path))
 
 

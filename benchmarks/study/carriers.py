@@ -9,7 +9,6 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from benchmarks.study.compensation import attend_by_lists
 from benchmarks.study.judge import Judge, JudgedAttention, told
 from benchmarks.study.judged_rules import JUDGED, JudgedRule
 from rr_flex.calibration.sensitivity import output_gradients
+from rr_flex.cli import flags
 from rr_flex.evaluation.block_outputs import KeptBlocks, output_errors
 from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.language_model import compare_logits
@@ -70,18 +70,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.carriers", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")
     parser.add_argument("--name", required=True, help="of the model, in the rows")
-    parser.add_argument("--ids", type=Path, required=True, help="token ids by text")
-    parser.add_argument("--out", type=Path, required=True, metavar="ROWS.jsonl", help="rows are added to it")
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--density", type=float, default=0.3)
+    parser.add_argument("--ids", type=flags.old_file, required=True, help="token ids by text")
+    parser.add_argument("--out", type=flags.new_file, required=True, metavar="ROWS.jsonl", help="rows are added to it")
+    parser.add_argument("--length", type=flags.whole(1), default=4096)
+    parser.add_argument("--density", type=flags.share, default=0.3)
     parser.add_argument("--rules", nargs=2, choices=JUDGED, default=("best", "fast"), help="of the same blocks")
     parser.add_argument("--choosing", default="code0")
     parser.add_argument("--texts", nargs="+", default=("prose1", "code1"))
-    parser.add_argument("--every", type=int, default=4, help="positions whose logits are compared [%(default)s]")
+    parser.add_argument(
+        "--every", type=flags.whole(1), default=4, help="positions whose logits are compared [%(default)s]"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
-    model, _ = load_causal_lm(arguments.model, device="cpu", tokenizer=object())
     ids = {name: each[:, : arguments.length] for name, each in torch.load(arguments.ids).items()}
+    absent = {arguments.choosing, *arguments.texts} - set(ids)
+    if absent:
+        raise SystemExit(f"--choosing and --texts must be of {', '.join(ids)}, got {', '.join(sorted(absent))}")
+    model, _ = load_causal_lm(arguments.model, device="cpu", tokenizer=object())
     first, second = arguments.rules
     choosing = {arguments.choosing: ids[arguments.choosing]}
     judge = Judge(model, choosing, {}, {name: JUDGED[name] for name in arguments.rules}, (arguments.density,))

@@ -9,7 +9,6 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,10 +16,11 @@ from torch import Tensor
 from benchmarks.environment import describe
 from benchmarks.study.judge import Judge, JudgedAttention, texts_of, told
 from benchmarks.study.judged_rules import JUDGED
+from rr_flex.cli import flags
 from rr_flex.evaluation.block_outputs import KeptBlocks
 from rr_flex.evaluation.language_model import compare_logits
 from rr_flex.evaluation.sparse_model import attend_densely, hidden_states
-from rr_flex.models.loading import load_causal_lm
+from rr_flex.models.loading import load_causal_lm, load_tokenizer
 
 HELD_OUT = ("prose1", "code1", "chat1")
 RULES = ("best", "fast")
@@ -85,20 +85,32 @@ def main() -> None:
     )
     parser.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")
     parser.add_argument("--name", default="SmolLM2-135M", help="of the model, in the rows")
-    parser.add_argument("--out", type=Path, required=True, metavar="ROWS.jsonl", help="rows are added to it")
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--densities", type=float, nargs="+", default=(0.2, 0.3))
-    parser.add_argument("--levels", type=float, nargs="+", help="of one rule at the densities [found on a text]")
-    parser.add_argument("--ids", type=Path, help="token ids by text, made elsewhere with torch.save: no tokenizer")
+    parser.add_argument("--out", type=flags.new_file, required=True, metavar="ROWS.jsonl", help="rows are added to it")
+    parser.add_argument("--length", type=flags.whole(1), default=4096)
+    parser.add_argument("--densities", type=flags.share, nargs="+", default=(0.2, 0.3))
+    parser.add_argument(
+        "--levels", type=flags.positive, nargs="+", help="of one rule at the densities [found on a text]"
+    )
+    parser.add_argument(
+        "--ids", type=flags.old_file, help="token ids by text, made elsewhere with torch.save: no tokenizer"
+    )
     parser.add_argument("--texts", nargs="+", default=HELD_OUT)
     parser.add_argument("--rules", nargs="+", choices=JUDGED, default=RULES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=("none", "shifted"))
-    parser.add_argument("--every", type=int, default=4, help="positions whose logits are compared [%(default)s]")
+    parser.add_argument(
+        "--every", type=flags.whole(1), default=4, help="positions whose logits are compared [%(default)s]"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
-    model, tokenizer = load_causal_lm(arguments.model, device="cpu", tokenizer=object() if arguments.ids else None)
-    texts = torch.load(arguments.ids) if arguments.ids else texts_of(tokenizer, (0, 1, 2), arguments.length)
+    made = torch.load(arguments.ids) if arguments.ids else None
+    texts = made or texts_of(load_tokenizer(arguments.model), (0, 1, 2), arguments.length)
     texts = {name: ids[:, : arguments.length] for name, ids in texts.items()}
+    absent = {"code0", *arguments.texts} - set(texts)
+    if absent:
+        raise SystemExit(f"--texts and code0 must be of {', '.join(texts)}, got {', '.join(sorted(absent))}")
+    if arguments.levels and len(arguments.levels) != len(arguments.densities):
+        raise SystemExit(f"--levels must be as many as --densities, got {arguments.levels}")
+    model, _ = load_causal_lm(arguments.model, device="cpu", tokenizer=object())
     rules = {name: JUDGED[name] for name in arguments.rules}
     judge = Judge(model, {"code0": texts["code0"]}, {}, rules, arguments.densities)
     if arguments.levels:

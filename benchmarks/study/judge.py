@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,13 +19,14 @@ from benchmarks.study.judged_rules import BY_WEIGHT, JUDGED, OWN_BUDGETS, Judged
 from rr_flex.calibration.measured_curves import measure_curves
 from rr_flex.calibration.sensitivity import output_gradients
 from rr_flex.calibration.thresholds import meet, profile_of
+from rr_flex.cli import flags
 from rr_flex.evaluation.block_outputs import KeptBlocks
 from rr_flex.evaluation.language_model import compare_logits
 from rr_flex.evaluation.rules import Case
 from rr_flex.evaluation.rules_on_texts import keeping
 from rr_flex.evaluation.sparse_model import attend_densely, attend_to_blocks, hidden_states
 from rr_flex.evaluation.texts import KINDS, sample_text
-from rr_flex.models.loading import load_causal_lm, tokenize
+from rr_flex.models.loading import load_causal_lm, load_tokenizer, tokenize
 
 CHOOSING, HELD_OUT = (0,), (1, 2)  # parts of every kind of text
 DENSITIES = (0.24, 0.36)  # of the choosing texts; between them a divergence is read off on a logarithmic scale
@@ -156,23 +156,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.judge", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")
     parser.add_argument("--name", required=True, help="of the model, in the rows")
-    parser.add_argument("--out", type=Path, required=True, metavar="ROWS.jsonl")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of each text [%(default)s]")
-    parser.add_argument("--ids", type=Path, help="token ids by text, made elsewhere with torch.save: no tokenizer")
+    parser.add_argument("--out", type=flags.new_file, required=True, metavar="ROWS.jsonl")
+    parser.add_argument("--length", type=flags.whole(1), default=8192, help="tokens of each text [%(default)s]")
+    parser.add_argument(
+        "--ids", type=flags.old_file, help="token ids by text, made elsewhere with torch.save: no tokenizer"
+    )
     parser.add_argument("--rules", nargs="+", choices=JUDGED, default=list(JUDGED), help="[all]")
     own = (*OWN_BUDGETS, BY_WEIGHT)
     parser.add_argument("--own-budgets", nargs="*", choices=own, default=own, metavar="NAME", help="calibrated [all]")
-    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--densities", type=flags.share, nargs="+", default=DENSITIES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="named in the rows where there is no git history")
     arguments = parser.parse_args()
     start = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     made = torch.load(arguments.ids) if arguments.ids else None
-    no_tokenizer = made if made is None else object()
-    model, tokenizer = load_causal_lm(arguments.model, device=arguments.device, tokenizer=no_tokenizer)
     parts = CHOOSING, HELD_OUT
     if made is None:
+        tokenizer = load_tokenizer(arguments.model)
         choosing, held_out = (texts_of(tokenizer, part, arguments.length) for part in parts)
     else:
         choosing, held_out = (
@@ -181,6 +182,7 @@ def main() -> None:
     choosing, held_out = (
         {name: ids.to(arguments.device) for name, ids in texts.items()} for texts in (choosing, held_out)
     )
+    model, _ = load_causal_lm(arguments.model, device=arguments.device, tokenizer=object())
     rules = {name: JUDGED[name] for name in arguments.rules}
     judge = Judge(model, choosing, held_out, rules, arguments.densities, arguments.own_budgets)
     told(start, "loaded")

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,7 @@ from benchmarks.study.judge import Judge, told
 from benchmarks.study.judged_rules import by_head
 from rr_flex.calibration.measured_curves import measure_curves
 from rr_flex.calibration.thresholds import meet, profile_of
+from rr_flex.cli import flags
 from rr_flex.config import RRConfig
 from rr_flex.models.loading import load_causal_lm
 
@@ -30,15 +30,17 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--name", required=True, help="of the model, in the rows")
     parser.add_argument(
-        "--ids", type=Path, required=True, help="token ids by text, the last letter 0 for choosing ones"
+        "--ids", type=flags.old_file, required=True, help="token ids by text, the last letter 0 for choosing ones"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="ROWS.jsonl")
-    parser.add_argument("--target", type=float, default=TARGET)
-    parser.add_argument("--reference", type=int, default=REFERENCE)
+    parser.add_argument("--lengths", type=flags.whole(1), nargs="+", required=True)
+    parser.add_argument("--out", type=flags.new_file, required=True, metavar="ROWS.jsonl")
+    parser.add_argument("--target", type=flags.share, default=TARGET)
+    parser.add_argument("--reference", type=flags.whole(1), default=REFERENCE)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit")
     arguments = parser.parse_args()
+    if arguments.reference not in arguments.lengths:
+        raise SystemExit(f"--reference must be among --lengths, got {arguments.reference}")
     start = time.perf_counter()
     torch.set_float32_matmul_precision("high")
     texts = {name: ids.to(arguments.device) for name, ids in torch.load(arguments.ids).items()}

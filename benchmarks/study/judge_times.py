@@ -18,11 +18,13 @@ from benchmarks.study.judged_rules import JUDGED
 from benchmarks.timing import measure
 from benchmarks.workloads import Inputs, Shape, structured
 from rr_flex import RRConfig, rr_attention
+from rr_flex.cli import flags
 from rr_flex.kernels.dense import dense_attention
 
 DENSITIES = (0.15, 0.3)
 STEPS = 12  # of a bisection for a density; a step of the last is 1/4096 of the range of the level's logarithm
 SEED = 1
+TIMED = [name for name, rule in JUDGED.items() if rule.config]
 
 
 def density_at(inputs: Inputs, config: RRConfig) -> float:
@@ -45,10 +47,10 @@ def level_for(inputs: Inputs, config: RRConfig, density: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.judge_times", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs=3, required=True, metavar=("HQ", "HKV", "D"))
-    parser.add_argument("--length", type=int, default=131072)
-    parser.add_argument("--rules", nargs="+", default=[name for name, rule in JUDGED.items() if rule.config])
-    parser.add_argument("--out", type=Path, required=True, metavar="TIMES.jsonl", help="rows are added to it")
+    parser.add_argument("--shape", type=flags.whole(1), nargs=3, required=True, metavar=("HQ", "HKV", "D"))
+    parser.add_argument("--length", type=flags.whole(1), default=131072)
+    parser.add_argument("--rules", choices=TIMED, nargs="+", default=TIMED)
+    parser.add_argument("--out", type=flags.new_file, required=True, metavar="TIMES.jsonl", help="rows are added to it")
     parser.add_argument("--after", type=Path, help="compile, then wait for this file and time one process at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="named in the rows where there is no git history")

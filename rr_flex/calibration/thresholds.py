@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from rr_flex.calibration.measured_curves import THRESHOLDS, Curves, Progress, measure_curves
 from rr_flex.config import RRConfig
+from rr_flex.evaluation.equal_density import visible_and_mandatory
 from rr_flex.evaluation.sparse_model import attend_densely, compare_selections, hidden_states
+from rr_flex.mandatory import mandatory_blocks
 from rr_flex.profiles import Profile, model_name
 
 TARGETS = {"density": "in (0, 1]", "recall": "in (0, 1]", "error": "above 0", "kl": "above 0"}
@@ -47,6 +49,8 @@ def calibrate(
     if not texts:
         raise ValueError("texts must hold at least one prompt, got none")
     config = config or RRConfig.from_preset("best")
+    if target_density is not None:
+        must_be_reachable(target_density, config, [ids.shape[1] for ids in texts])
     # What a model predicts is what counts: only a target for the outputs is met by their own error.
     curves = measure_curves(model, texts, config, progress, by_prediction=name != "error")
     chosen = meet_kl(model, texts, config, curves, value, progress) if name == "kl" else meet(curves, name, value)
@@ -63,6 +67,18 @@ def one_target(**given: float | None) -> tuple[str, float]:
     if not 0 < value <= (1 if name in ("density", "recall") else math.inf):
         raise ValueError(f"target_{name} must lie {TARGETS[name]}, got {value}")
     return name, value
+
+
+def must_be_reachable(target_density: float, config: RRConfig, lengths: Sequence[int]) -> None:
+    """ValueError for a density that the mandatory blocks of prompts of these lengths exceed alone, in the mean."""
+    shares = []
+    for length in lengths:
+        visible, _ = visible_and_mandatory(length, config.block_sizes, torch.device("cpu"))
+        mandatory = mandatory_blocks(visible, config, Lq=length, q_offset=0)
+        shares.append((mandatory.sum() / visible.sum()).item())
+    least = sum(shares) / len(shares)
+    if target_density < least - 1e-6:
+        raise ValueError(f"target_density must be within reach, {least:.4g} by mandatory blocks, got {target_density}")
 
 
 def profile_of(model, curves: Curves, chosen: Tensor, config: RRConfig, target: dict, names: Sequence[str]) -> Profile:

@@ -5,8 +5,8 @@ import importlib.metadata
 import sys
 
 from rr_flex.cli import calibrate, demo, doctor, evaluate, page, plan, tasks, tune
-from rr_flex.cli.flags import Parser
-from rr_flex.cli.output import INTERRUPTED
+from rr_flex.cli.flags import Parser, files_must_differ
+from rr_flex.cli.output import INTERRUPTED, told
 
 COMMANDS = (demo, evaluate, calibrate, tasks, page, tune, plan, doctor)
 
@@ -21,6 +21,8 @@ exit codes: 0 done, 1 it ran and found something bad, 2 wrong usage, 130 interru
 
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
+    with told():
+        files_must_differ(arguments)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

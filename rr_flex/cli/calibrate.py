@@ -36,17 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
     progress = Progress(arguments)
     progress("importing torch and transformers")
     with told():
-        from rr_flex.calibration.thresholds import calibrate
+        from rr_flex.calibration.thresholds import calibrate, must_be_reachable
         from rr_flex.cli.inputs import load, read_text
         from rr_flex.config import RRConfig
 
+        config = RRConfig.from_preset(arguments.preset)
         texts = {source: read_text(source) for source in arguments.text}
+        if arguments.target_density is not None:
+            must_be_reachable(arguments.target_density, config, [arguments.length])
         prompts = load(arguments, texts, lambda config: None, progress)
         profile = calibrate(
             prompts.model,
             list(prompts.ids.values()),
             **{name: value for name, value in vars(arguments).items() if name.startswith("target_")},
-            config=RRConfig.from_preset(arguments.preset),
+            config=config,
             names=[f"{source}, {arguments.length} tokens" for source in texts],
             progress=progress,
         )

@@ -72,9 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
 
         def check(config) -> None:
             nonlocal layers
-            layers = arguments.layers or spread_layers(config.num_hidden_layers)
-            if max(layers) >= config.num_hidden_layers:
-                raise ValueError(f"--layers must lie in [0, {config.num_hidden_layers}), got {layers}")
+            kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+            full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+            if not full:
+                raise ValueError("--model must have layers of full causal attention, got one without")
+            layers = arguments.layers or tuple(full[place] for place in spread_layers(len(full)))
+            if not set(layers) <= set(full):
+                known = f"[0, {len(kinds)})" if len(full) == len(kinds) else f"{full}, those of full causal attention"
+                raise ValueError(f"--layers must lie in {known}, got {layers}")
 
         prompts = load(arguments, texts, check, progress)
         title = f"{prompts.about['model']}, {arguments.length:,} tokens, layers {', '.join(map(str, layers))}"

@@ -100,6 +100,20 @@ def new_file(text: str) -> Path:
     return path
 
 
+def new_folder(text: str) -> Path:
+    path = Path(text)
+    above = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must name a folder that can be written to, got {text!r}")
+    return path
+
+
+def old_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must name a file that exists, got {text!r}")
+    return Path(text)
+
+
 def picture(text: str) -> Path:
     if Path(text).suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, got {text!r}")
@@ -108,6 +122,18 @@ def picture(text: str) -> Path:
 
 def json_target(text: str) -> Path | str:
     return text if text == "-" else new_file(text)
+
+
+def files_must_differ(arguments: argparse.Namespace) -> None:
+    """ValueError where two arguments name one file: what is written to it would take the other's place."""
+    named = []
+    for value in vars(arguments).values():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Path) or (isinstance(each, str) and Path(each).is_file()):
+                named.append(Path(each).resolve())
+    for path in named:
+        if named.count(path) > 1:
+            raise ValueError(f"files must differ, got {path} twice")
 
 
 def block_size(text: str) -> int | tuple[int, int]:

@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from rr_flex.cli import flags
-from rr_flex.cli.output import DONE, save_figure, show, told
+from rr_flex.cli.output import DONE, need, save_figure, show, told
 
 EXAMPLES = """
 examples:
@@ -25,7 +24,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--gpus", type=gpus, default="1..8", metavar="A..B", help="doubling, or a list 2,4,8 [1..8]")
     parser.add_argument("--density", type=flags.share, default=0.1, help="share of blocks that are kept [%(default)s]")
     parser.add_argument(
-        "--rates", type=Path, metavar="JSON", help="measured rates of another machine [the shipped ones]"
+        "--rates", type=flags.old_file, metavar="JSON", help="measured rates of another machine [the shipped ones]"
     )
     parser.add_argument("--plot", type=flags.picture, metavar="PNG", help="draws times against GPUs")
     flags.add_json(parser)
@@ -61,7 +60,8 @@ def gpus(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with told():
+    with told("viz"):
+        need("matplotlib", arguments.plot)
         from rr_flex.distributed import cost
 
         rates = cost.Rates.read(arguments.rates or cost.RATES)
@@ -77,10 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(f"rates: {rates.source}", file=sys.stderr)
     if arguments.plot is not None:
-        with told("viz"):
-            from rr_flex.distributed.plot import draw
+        from rr_flex.distributed.plot import draw
 
-            save_figure(arguments.plot, draw(rows))
+        save_figure(arguments.plot, draw(rows))
     return DONE
 
 

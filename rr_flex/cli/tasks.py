@@ -51,34 +51,38 @@ def run(arguments: argparse.Namespace) -> int:
         config = flags.config_of(arguments)
         suite, tasks, lengths = import_suite(arguments)
         from rr_flex.cli.inputs import device_and_dtype, model_config
-        from rr_flex.models import loading
+        from rr_flex.models import enable, loading
         from rr_flex.tasks import results, run
 
         results.read(arguments.results)
         where = device_and_dtype(arguments)
-        progress("loading the model")
+        plan = run.Plan(
+            suite=arguments.suite,
+            scores=suite.scores,
+            tasks=tasks,
+            lengths=lengths,
+            configs=[config] if arguments.no_dense else [None, config],
+            same=results.Setting(
+                model=arguments.model or loading.EMBEDDED_MODEL,
+                samples=arguments.samples,
+                chat=arguments.chat_template,
+                batch_size=arguments.batch_size,
+                device=loading.device_name(where["device"]),
+                dtype=str(where["dtype"]).removeprefix("torch."),
+                data="" if arguments.data is None else str(arguments.data),
+            ),
+        )
+        progress("checking data and lengths")
         if arguments.suite == "video-mme":
-            model, tokenizer = suite.load(arguments.model, **where)
+            load_tokenizer, load = suite.load_processor, suite.load
         else:
+            load_tokenizer, load = loading.load_tokenizer, loading.load_causal_lm
             model_config(arguments.model)
-            model, tokenizer = loading.load_causal_lm(arguments.model, **where)
-    plan = run.Plan(
-        suite=arguments.suite,
-        scores=suite.scores,
-        tasks=tasks,
-        lengths=lengths,
-        configs=[config] if arguments.no_dense else [None, config],
-        same=results.Setting(
-            model=arguments.model or loading.EMBEDDED_MODEL,
-            samples=arguments.samples,
-            chat=arguments.chat_template,
-            batch_size=arguments.batch_size,
-            device=loading.device_name(where["device"]),
-            dtype=str(where["dtype"]).removeprefix("torch."),
-            data="" if arguments.data is None else str(arguments.data),
-        ),
-    )
-    with told("tasks"):  # a length too short for a sample, data that are not there
+        tokenizer = load_tokenizer(arguments.model)
+        check_samples(suite, plan, tokenizer)
+        progress("loading the model")
+        model, _ = load(arguments.model, tokenizer=tokenizer, **where)
+        enable(model, config=config).restore()  # a model that it does not take is an error before the dense cells
         for cell in run.run(model, tokenizer, plan, arguments.results, progress):
             progress(f"{cell.task}, {cell.length:,} tokens, {cell.attention}: {100 * cell.score:.1f}")
     progress.done()
@@ -102,8 +106,20 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--model must name a vision-language model for --suite video-mme, got none")
     if suite == "video-mme" and arguments.lengths is not None:
         raise ValueError(f"--lengths must not be given for video-mme, whose videos decide, got {arguments.lengths}")
-    need("lm_eval", suite == "ruler")
+    for package in ("lm_eval", "wonderwords", "nltk"):
+        need(package, suite == "ruler")
     need("matplotlib", arguments.output)
+
+
+def check_samples(suite: ModuleType, plan, tokenizer) -> None:
+    """What can be wrong with data, lengths and the chat template. ValueError or FileNotFoundError."""
+    for asked in plan.asked:
+        try:
+            suite.check(asked, tokenizer)
+        except (KeyError, StopIteration) as error:
+            raise ValueError(f"--data must hold rows of {asked.task} as published, got one without {error}") from error
+    if (plan.same.chat or plan.suite == "video-mme") and tokenizer.chat_template is None:
+        raise ValueError(f"--model must have a chat template for these prompts, got {plan.same.model}, which has none")
 
 
 def import_suite(arguments: argparse.Namespace) -> tuple[ModuleType, tuple[str, ...], tuple[int, ...]]:

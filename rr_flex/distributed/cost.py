@@ -43,7 +43,10 @@ class Rates:
     @classmethod
     def read(cls, path: str | Path = RATES) -> "Rates":
         """From a JSON file of these fields; others in it are remarks. ValueError naming what is missing or wrong."""
-        found = json.loads(Path(path).read_text())
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"rates must be a JSON file in UTF-8, got {str(path)!r}: {error}") from error
         names = cls.__dataclass_fields__
         if missing := sorted(set(names) - set(found)):
             raise ValueError(f"{path} must hold {', '.join(names)}, got none for {', '.join(missing)}")

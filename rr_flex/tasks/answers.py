@@ -1,10 +1,12 @@
 """Greedy answers to prompts, and how answers are scored."""
 
+import json
 import math
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,6 +29,20 @@ class Question:
     prompt: str
     new_tokens: int  # that the answer may take
     score: Callable[[str], float]  # of the answer, 0 to 1
+
+
+def rows_of(path: Path, most: int | None = None) -> list[dict]:
+    """The JSON objects of a data file, one a line, the first `most` or all. FileNotFoundError or ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--data must be the folder of the suite's data, which has no {path}")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            rows = list(islice(map(json.loads, filter(str.strip, lines)), most))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON object a line: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} must hold rows, got none")
+    return rows
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Prompts, sizes and scores follow HELMET's. Two differences: which examples prece
 generator, not by the datasets package's; long QA is scored by word F1, not by a judge model.
 """
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from rr_flex.tasks import answers, helmet_prompts
-from rr_flex.tasks.answers import Asked, Question
+from rr_flex.tasks.answers import Asked, Question, rows_of
 from rr_flex.tasks.helmet_prompts import references
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
@@ -37,15 +36,21 @@ def scores(model, tokenizer, asked: Asked) -> tuple[list[float], int]:
     return answers.answered(model, tokenizer, questions(asked), chat=asked.chat)
 
 
+def check(asked: Asked, tokenizer) -> None:
+    """ValueError or FileNotFoundError unless a task's files are there and begin with rows of it: they can be large."""
+    path, examples = files(asked)
+    questions_of(TASKS[asked.task], rows_of(path, 1), rows_of(examples, 1) if examples else [])
+
+
 def questions(asked: Asked) -> list[Question]:
     """At most `samples` questions of a task. ValueError for a length that HELMET does not have."""
-    task = TASKS[asked.task]
-    if asked.length not in LENGTHS:
-        raise ValueError(f"length must be one of HELMET's, {list(LENGTHS)}, got {asked.length}")
-    size = task.sizes[LENGTHS.index(asked.length)]
-    rows = read_rows(asked.data / task.file.format(size=size, length=asked.length))
-    examples = read_rows(asked.data / task.examples) if task.examples else []
+    path, examples = files(asked)
+    rows = rows_of(path)
     rows = random.Random(42).sample(rows, min(asked.samples, len(rows)))
+    return questions_of(TASKS[asked.task], rows, rows_of(examples) if examples else [])
+
+
+def questions_of(task: Task, rows: list[dict], examples: list[dict]) -> list[Question]:
     return [Question(task.prompt(row, examples), task.new_tokens, partial(_score, task, row)) for row in rows]
 
 
@@ -53,11 +58,14 @@ def _score(task: Task, row: dict, text: str) -> float:
     return task.score(text.split("\n")[0] if task.one_line else text, row)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """A JSON object a line. FileNotFoundError says where HELMET's data comes from."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} was not found; --data must be the folder of HELMET's data archive")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+def files(asked: Asked) -> tuple[Path, Path | None]:
+    """(of a task's rows, of the examples that its prompts show)"""
+    task = TASKS[asked.task]
+    if asked.length not in LENGTHS:
+        raise ValueError(f"length must be one of HELMET's, {list(LENGTHS)}, got {asked.length}")
+    size = task.sizes[LENGTHS.index(asked.length)]
+    path = asked.data / task.file.format(size=size, length=asked.length)
+    return path, asked.data / task.examples if task.examples else None
 
 
 def order_of(text: str) -> list[str]:

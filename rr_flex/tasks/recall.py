@@ -11,6 +11,7 @@ from rr_flex.tasks.answers import Asked, Question
 from rr_flex.tasks.ruler import prose
 
 SEED = 42
+LEAST = 4  # things in a haystack
 
 
 def json_kv(count: int, random_: random.Random) -> dict:
@@ -56,27 +57,44 @@ def scores(model, tokenizer, asked: Asked) -> tuple[list[float], int]:
     return answers.answered(model, tokenizer, samples, chat=asked.chat)
 
 
+def check(asked: Asked, tokenizer) -> None:
+    """ValueError for a length that does not hold the least of each sample."""
+    for index in range(asked.samples):
+        must_hold(asked.length, asked.task, SEED + index, tokenizer)
+
+
+def must_hold(length: int, task: str, seed: int, tokenizer) -> None:
+    if (tokens := tokens_of(task, LEAST, seed, tokenizer)) > length:
+        raise ValueError(f"length must hold a sample of {task}, here {tokens} tokens at least, got {length}")
+
+
+def prompt(task: str, count: int, seed: int) -> str:
+    make, prompt_of, _ = TASKS[task]
+    return prompt_of(make(count, random.Random(seed)), [])
+
+
+def tokens_of(task: str, count: int, seed: int, tokenizer) -> int:
+    """Of a prompt with `count` things, and of its answer."""
+    return len(tokenizer(prompt(task, count, seed), verbose=False).input_ids) + TASKS[task][2]
+
+
 def fit(task: str, length: int, seed: int, tokenizer) -> Question:
     """The largest sample whose prompt and answer fit `length` tokens. ValueError where not even the least does."""
-    make, prompt_of, new_tokens = TASKS[task]
-
-    def prompt(count: int) -> str:
-        return prompt_of(make(count, random.Random(seed)), [])
+    must_hold(length, task, seed, tokenizer)
 
     def fits(count: int) -> bool:
-        return len(tokenizer(prompt(count), verbose=False).input_ids) + new_tokens <= length
+        return tokens_of(task, count, seed, tokenizer) <= length
 
-    low, high = 4, 8
-    if not fits(low):
-        raise ValueError(f"length must hold a sample of {task}, got {length}")
+    low, high = LEAST, 2 * LEAST
     most = len(_words()) if task == "multikey" else 2**20
     while high < most and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    make, _, new_tokens = TASKS[task]
     right = helmet_prompts.references(make(low, random.Random(seed)))
-    return Question(prompt(low), new_tokens, partial(answers.recall, references=right))
+    return Question(prompt(task, low, seed), new_tokens, partial(answers.recall, references=right))
 
 
 def _needle(word: str, value: str) -> str:

@@ -1,5 +1,6 @@
 """RULER's tasks (arXiv 2404.06654) by lm-eval's harness, on a model that is in memory and without a network."""
 
+import copy
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 from rr_flex.tasks.answers import Asked
@@ -23,6 +25,7 @@ MAKERS = {
     "cwe_utils": "sys_word_pair_random",
     "fwe_utils": "sys_kwext",
 }
+LEAST_OF_RULER = 4096  # tokens: every task has a sample of that length
 
 
 def scores(model, tokenizer, asked: Asked) -> tuple[list[float], int]:
@@ -30,9 +33,9 @@ def scores(model, tokenizer, asked: Asked) -> tuple[list[float], int]:
 
     Tasks whose haystack is essays get Python's own documentation in their place, since essays need a network: their
     scores compare dense with sparse here, not with published ones. Prompts of a batch are padded on the left.
+    ValueError as `check`.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    check(asked, tokenizer)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -57,9 +60,39 @@ def scores(model, tokenizer, asked: Asked) -> tuple[list[float], int]:
     return [float(sample[str(asked.length)]) for sample in logged], tokens
 
 
+def check(asked: Asked, tokenizer) -> None:
+    """ValueError for a length that does not hold the least sample, for which most of lm-eval's makers look for ever."""
+
+    def count(*texts: str) -> int:
+        return len(tokenizer("\n".join(texts), verbose=False).input_ids)
+
+    with _offline(1) as modules, tempfile.TemporaryDirectory() as folder:
+        if asked.task.startswith("niah"):  # ends, but slowly at great lengths
+            if asked.length < LEAST_OF_RULER:
+                tokenizer.save_pretrained(folder)
+                getattr(modules["niah_utils"], asked.task)(max_seq_lengths=[asked.length], tokenizer=folder)
+            return
+        module = modules[f"{asked.task}_utils"]
+        if asked.task == "vt":  # behind an example of at most 500 tokens
+            text, answer = module.generate_input_output(10, 1, 4)
+            least = 500 + count(text, *answer) + 30
+        elif asked.task == "cwe":
+            *texts, answer = module.generate_input_output(20, asked.length)
+            least = count(*texts, *answer) + 120
+        else:  # a fiftieth of the tokens is how many words it has, of which three are asked for
+            least = max(200, count(module.TEMPLATE))
+    if asked.length < least:
+        raise ValueError(f"length must hold a sample of {asked.task}, about {least} tokens, got {asked.length}")
+
+
 @contextmanager
-def _offline(samples: int) -> Iterator[None]:
-    """lm-eval's makers of samples with a local haystack for essays, making no more samples than are wanted."""
+def _offline(samples: int) -> Iterator[dict[str, ModuleType]]:
+    """lm-eval's makers of samples with a local haystack for essays, making no more samples than are wanted.
+
+    The same ones each time: the words of cwe are shuffled by a generator that nothing seeds.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     with patch("nltk.download", lambda *args, **kwargs: False):  # asked for at import, for essays only
         modules = {name: import_module(f"lm_eval.tasks.ruler.{name}") for name in (*MAKERS, "prepare_niah")}
     plain = modules["niah_utils"].get_haystack
@@ -67,13 +100,14 @@ def _offline(samples: int) -> Iterator[None]:
     replaced += [
         ("niah_utils", "get_haystack", _local_haystack(plain)),
         ("prepare_niah", "cached_sent_tokenize", sentences),
+        ("cwe_utils", "RNG", copy.deepcopy(modules["cwe_utils"].RNG)),
     ]
     with ExitStack() as stack:
         for name, function, ours in replaced:
             # lm-eval loads a module anew unless it carries the time of its file.
             modules[name].__mtime__ = Path(modules[name].__file__).stat().st_mtime_ns
             stack.enter_context(patch.object(modules[name], function, ours))
-        yield
+        yield modules
 
 
 def _fewer(make: Callable, samples: int) -> Callable:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -25,6 +26,15 @@ class Plan:
     configs: Sequence[RRConfig | None]  # None is dense
     same: Setting  # for all cells; device, dtype and the model's name are only recorded
 
+    @property
+    def asked(self) -> list[Asked]:
+        """What `scores` is asked for, under each config."""
+        same, data = self.same, Path(self.same.data) if self.same.data else None
+        return [
+            Asked(task, length, same.samples, same.chat, same.batch_size, data)
+            for length, task in product(self.lengths, self.tasks)
+        ]
+
 
 def run(
     model,
@@ -35,15 +45,13 @@ def run(
 ) -> Iterator[Cell]:
     """Each cell that `path` does not hold yet, added to it when it is done."""
     done = {cell.key for cell in results.read(path)}
-    same = plan.same
-    wanted = [(length, task, config) for length in plan.lengths for task in plan.tasks for config in plan.configs]
-    for number, (length, task, config) in enumerate(wanted):
-        facts = {"suite": plan.suite, "task": task, "length": length, "attention": describe(config)} | asdict(same)
-        progress(f"{plan.suite} {task}, {length:,} tokens, {facts['attention']}", number, len(wanted))
+    wanted = list(product(plan.asked, plan.configs))
+    for number, (asked, config) in enumerate(wanted):
+        facts = {"suite": plan.suite, "task": asked.task, "length": asked.length, "attention": describe(config)}
+        facts |= asdict(plan.same)
+        progress(f"{plan.suite} {asked.task}, {asked.length:,} tokens, {facts['attention']}", number, len(wanted))
         if results.key_of(**facts) in done:
             continue
-        data = Path(same.data) if same.data else None
-        asked = Asked(task, length, same.samples, same.chat, same.batch_size, data)
         start = perf_counter()
         with nullcontext() if config is None else enable(model, config=config) as on:
             found, tokens = plan.scores(model, tokenizer, asked)

@@ -1,6 +1,5 @@
 """Video-MME (arXiv 2405.21075) from local files: rows of questions with four options, and the videos they ask about."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rr_flex.tasks.answers import Asked
+from rr_flex.tasks.answers import Asked, rows_of
 
 ASK = (
     "Select the best answer to the following multiple-choice question based on the video. "
@@ -19,6 +18,11 @@ LENGTHS = (0,)  # the video decides
 SUFFIXES = (".mp4", ".mkv", ".webm", ".npy")
 FRAMES = 64  # of a video
 NEW_TOKENS = 16
+
+
+def check(asked: Asked, processor) -> None:
+    """ValueError or FileNotFoundError unless the questions and their videos are there."""
+    questions(asked)
 
 
 class VideoQuestion(NamedTuple):
@@ -33,8 +37,10 @@ def questions(asked: Asked) -> list[VideoQuestion]:
     """
     if asked.length:
         raise ValueError(f"--lengths must be 0 for video-mme, whose videos decide, got {asked.length}")
-    lines = (asked.data / "videomme.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, filter(str.strip, lines)) if row["duration"] == asked.task]
+    path = asked.data / "videomme.jsonl"
+    rows = [row for row in rows_of(path) if row["duration"] == asked.task]
+    if not rows:
+        raise ValueError(f"{path} must hold rows of duration {asked.task}, got none")
     found = []
     for row in rows[: asked.samples]:
         prompt = "\n".join([ASK, row["question"], *row["options"], "The best answer is:"])
@@ -49,12 +55,18 @@ def find_video(folder: Path, name: str) -> Path:
     raise FileNotFoundError(f"{folder} must hold the video {name} ({', '.join(SUFFIXES)})")
 
 
-def load(name: str, *, device: str | torch.device, dtype: torch.dtype):
-    """(vision-language model in eval mode, its processor), by Hugging Face name or folder."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def load_processor(name: str):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(name)
+
+
+def load(name: str, *, device: str | torch.device, dtype: torch.dtype, tokenizer=None):
+    """(vision-language model in eval mode, its processor, unless that is there already), by name or folder."""
+    from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+    return model.to(device).eval(), load_processor(name) if tokenizer is None else tokenizer
 
 
 @torch.no_grad()
