@@ -148,7 +148,7 @@ DEFECTS = [
     ),
     Defect("rr_flex/runtime/private.py", "ImportError | AttributeError", "ImportError", MOVED),
     Defect("rr_flex/fields.py", "if value != value:", "if __import__('math').isnan(value):", SYMBOLS),
-    Defect("rr_flex/kernels/deciding.py", "if keeps.most == math.inf else", "if math.isinf(keeps.most) else", SYMBOLS),
+    Defect("rr_flex/kernels/deciding.py", "if keeps.most < math.inf", "if not math.isinf(keeps.most)", SYMBOLS),
     Defect("rr_flex/runtime/is_kept.py", "constant(True, ", "constant(False, ", LOOKED_UP),
     Defect("rr_flex/level.py", "@lru_cache(maxsize=4096)\n", "", f"{STRANGE}levels_are_the_same"),
     Defect(
@@ -325,6 +325,7 @@ DEFECTS = [
     Defect("rr_flex/kernels/deciding.py", "work.keys >= shortest", "work.keys > shortest", DECIDED),
     Defect("rr_flex/kernels/deciding.py", "decide(work, costs if fused", "decide(work, costs if True", UNFUSED),
     Defect("rr_flex/kernels/deciding.py", "max(fixed, keeps.share)", "keeps.share", EXPECTED),
+    Defect("rr_flex/kernels/deciding.py", "keeps.long_row * rows / visible)", "1.0)", EXPECTED),
     Defect("rr_flex/attention.py", "request.placed_at(first - before)", "request.placed_at(first)", OFF_GRID),
     Defect("rr_flex/attention.py", "row - before)", "row)", OFF_GRID),
     Defect(

@@ -20,7 +20,15 @@ from rr_flex.kernels.break_even import (
     sparse_ms,
     visible_pairs,
 )
-from rr_flex.kernels.deciding import KEPT, LONGEST, decide_call, expected_density, keeps, shortest_sparse
+from rr_flex.kernels.deciding import (
+    KEPT,
+    KEPT_OF_LONGEST,
+    LONGEST,
+    decide_call,
+    expected_density,
+    keeps,
+    shortest_sparse,
+)
 from rr_flex.kernels.options import TUNED, costs_of
 
 positive = st.floats(0.001, 20)
@@ -139,7 +147,8 @@ def test_what_is_expected_is_the_mandatory_blocks_and_what_the_budget_says():
     # No more than one share of a row exceeds so much.
     assert expected_density(work, keeps(RRConfig(threshold=0.9, **by_threshold))) == pytest.approx(8 / 0.9 / visible)
     long, scaled = replace(work, queries=128 * 300, keys=128 * 300), {"budget": "scaled_threshold", **no_floor}
-    for threshold, share in ((0.01, KEPT), (0.25, 1 / 16), (0.9, 1 / 57.6)):
+    kept = KEPT_OF_LONGEST + (KEPT - KEPT_OF_LONGEST) * 64 / (38401 / 2 / 128)  # blocks of a row, mean
+    for threshold, share in ((0.01, kept), (0.25, 1 / 16), (0.9, 1 / 57.6)):
         assert expected_density(long, keeps(RRConfig(threshold=threshold, **scaled))) == pytest.approx(share)
     for threshold in (0.001, 0.9):  # of rows of up to 64 blocks both are the same
         same = RRConfig(threshold=threshold, **by_threshold), RRConfig(threshold=threshold, **scaled)
