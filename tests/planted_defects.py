@@ -45,6 +45,7 @@ SEQUENCES = "test_mask_sequences.py::test_masks_one_after_another_attend_as_alon
 SHORT = "test_mask_sequences.py::test_padded_sequences_shorter"
 ORACLE = "test_selection.py::test_keeps_exactly_the_oracle_s_blocks"
 ANY = "test_selection.py::test_any_setting_selects_as_the_oracle"
+LONG_ROWS = "test_estimators.py::test_a_scaled_threshold_is_one_on_a_long_row_s_mean_share"
 SEARCHES = "test_searches.py::test_both_searches_agree"
 STRIPS = "test_head_slices.py::test_a_selection_in_strips_is_the_selection"
 DENSE = "test_dense.py::test_a_long_context_is_sparse_and_counted"
@@ -290,12 +291,12 @@ DEFECTS = [
         "test_selection.py::test_a_row_without_a_finite_total_keeps_what_is_visible",
     ),
     Defect("rr_flex/selection.py", "(mass > threshold * total)", "(mass > threshold)", ANY),
-    Defect("rr_flex/selection.py", "level * long_row_factor(visible)", "level", ANY),
+    Defect("rr_flex/selection.py", "level * long_row_factor(visible)", "level", LONG_ROWS),
     Defect(
         "rr_flex/selection.py",
         "visible.sum(-1, dtype=torch.float32).clamp(min=LONG_ROW)",
         "torch.full(visible.shape[:-1], visible.shape[-1]).clamp(min=LONG_ROW)",
-        "test_estimators.py::test_a_scaled_threshold_is_one_on_a_long_row_s_mean_share",
+        LONG_ROWS,
     ),
     Defect("rr_flex/mandatory.py", "stop - config.dense_last_rows", "stop + 1 - config.dense_last_rows", ANY),
     Defect(
