@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ OUTPUT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3} 
 MASS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # of a row, for logits near 1
 HANGS = 600  # seconds for one call, its compilation among them
 captured.LEAST_STEP = 256  # tokens: caches are short here
-selection_module.LONG_ROW = LONG_ROW = 3  # blocks, past which a threshold scales: so are rows
+LONG_ROW = 3  # blocks, past which a threshold scales while a hunt goes on: so are rows
 WHERE = torch.device("cpu")  # where the calls run; the oracle is always on the CPU
 
 
@@ -1172,6 +1173,7 @@ def hunt(calls: range, seed: int, calls_each: int = 1, until: float = math.inf, 
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        stack.enter_context(patch.object(selection_module, "LONG_ROW", LONG_ROW))
         if calls_each == 1:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for n in calls:

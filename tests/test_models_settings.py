@@ -106,7 +106,7 @@ def test_a_plan_names_settings_by_layer():
     ("choices", "says"),
     [
         ({"config": RRConfig(), "settings": {"preset": "best"}}, "preset must not be given beside a config"),
-        ({"tau": 0.1, "settings": {"preset": "best"}}, "tau must not be given beside budget='threshold'"),
+        ({"tau": 0.1, "settings": {"preset": "best"}}, "tau must not be given beside budget='scaled_threshold'"),
         ({"tau": [0.1, 0.2], "settings": {"budget": "threshold"}}, "tau must not be given beside budget='threshold'"),
         ({"tau": 0.1, "config": RRConfig(budget="threshold")}, "tau must not be given beside budget='threshold'"),
         ({"settings": {"threshold": 0.1}}, "threshold must not be given beside budget='top_tau'"),

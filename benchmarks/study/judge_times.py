@@ -35,7 +35,7 @@ def level_for(inputs: Inputs, config: RRConfig, density: float) -> float:
     """The threshold or τ that keeps so much, by bisection: a threshold on its logarithm, τ on that of 1 − τ."""
 
     def at(x: float) -> float:
-        return math.exp(x) if config.budget == "threshold" else 1 - math.exp(x)
+        return math.exp(x) if config.level_field == "threshold" else 1 - math.exp(x)
 
     low, high = -14.0, -0.1  # the density falls with x
     for _ in range(STEPS):
