@@ -76,9 +76,7 @@ def parser() -> argparse.ArgumentParser:
     tuning = commands.add_parser("tune", help="find kernel options and the break-even with dense attention")
     tuning.set_defaults(command=tune_options)
     tuning.add_argument("--head-dims", type=flags.whole(16, 16), nargs="+", default=[128, 64])
-    tuning.add_argument(
-        "--dtypes", choices=("bfloat16", "float16", "float32"), nargs="+", default=["bfloat16", "float16"]
-    )
+    tuning.add_argument("--dtypes", choices=flags.DTYPES, nargs="+", default=["bfloat16", "float16"])
     tuning.add_argument("--what", nargs="+", choices=tune.PARTS, default=list(tune.PARTS))
     tuning.add_argument("--length", type=flags.whole(1), default=32768, help="tokens, for the kernel options")
     tuning.add_argument("--density", type=flags.share, default=0.3, help="of the blocks, for the kernel options")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from benchmarks.tables import timed
+from rr_flex import RRConfig
 from rr_flex.fields import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -36,12 +37,12 @@ def card_times(rows: list[dict]) -> dict:
 
 def preset_of(row: dict) -> str | None:
     """The preset that a row's settings are, whatever its level; blocks as FLASH needs them count as the preset's, and
-    one threshold as a scaled one."""
+    budgets that go by one field as the same."""
     levels = {"tau", "threshold", "target_density", "block_size"}
 
     def timed_as(settings: dict) -> dict:
         same = {"stride": 8} | {name: value for name, value in settings.items() if name not in levels}
-        return same | ({"budget": "threshold"} if same.get("budget") == "scaled_threshold" else {})
+        return same | {"budget": RRConfig(budget=settings.get("budget", "top_tau")).level_field}
 
     return next((name for name, settings in PRESETS.items() if timed_as(settings) == timed_as(row["settings"])), None)
 

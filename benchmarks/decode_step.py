@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
+        choices=flags.DTYPES,
         default="bfloat16" if torch.cuda.is_available() else "float32",
     )
     parser.add_argument("--out", type=flags.new_file, help="file that the JSON line is added to; printed without it")

@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--densities", type=flags.share, nargs="+", default=[0.1, 0.05, 0.25])
     parser.add_argument("--heads", type=flags.whole(1), nargs=2, default=(32, 8), metavar=("Hq", "Hkv"))
     parser.add_argument("--head-dim", type=flags.whole(16, 16), default=128)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="bfloat16")
     parser.add_argument("--rule", choices=sorted(RULES), default="coarse")
     parser.add_argument("--ways", nargs="*", default=[], help="all unless given")
     parser.add_argument("--no-dense", dest="dense", action="store_false")

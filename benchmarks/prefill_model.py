@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
+        choices=flags.DTYPES,
         default="bfloat16" if torch.cuda.is_available() else "float32",
     )
     parser.add_argument("--budget-seconds", type=flags.positive, help="start no length after this")

@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=flags.whole(1), default=32)
     parser.add_argument("--kv-heads", type=flags.whole(1), default=8)
     parser.add_argument("--head-dim", type=flags.whole(16, 16), default=128)
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16 on CUDA, float32 on the CPU unless given"
-    )
+    parser.add_argument("--dtype", choices=flags.DTYPES, help="bfloat16 on CUDA, float32 on the CPU unless given")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="on CUDA")
     parser.add_argument("--settings", nargs="+", choices=list(chunk_suite.SETTINGS), help="of the chunks")
     parser.add_argument("--chunk-sizes", type=flags.whole(1), nargs="+", help="queries, longest first")

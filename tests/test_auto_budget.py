@@ -85,6 +85,14 @@ def test_the_block_before_the_diagonal_is_kept_where_the_density_leaves_room(mod
         assert profile.measured["density"] == pytest.approx(density, abs=0.03)
 
 
+def test_a_density_below_the_mandatory_blocks_is_told_before_anything_is_measured(model, texts, cache, monkeypatch):
+    monkeypatch.setattr(auto, "measure_curves", lambda *_, **__: pytest.fail("begun"))
+    with pytest.raises(
+        ValueError, match=r"target_density must be within reach, 0\.33\d* by mandatory blocks, got 0\.2"
+    ):
+        auto.own_profile(model, 0.2, calibrate_on=texts, cache=cache)
+
+
 def test_a_shorter_length_has_what_a_profile_of_it_has(model, texts, cache, tmp_path):
     one = auto.own_profile(model, 0.8, calibrate_on=texts, cache=cache)
     own = auto.own_profile(model, 0.8, calibrate_on=[ids[:, :1024] for ids in texts], cache=tmp_path)

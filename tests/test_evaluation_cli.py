@@ -113,6 +113,7 @@ def test_calibrate_checks_before_it_loads(source, target, message, tmp_path, mon
         main(["calibrate", "profile.json", *source, "--length", "384", *target])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and "usage:" not in err
+    assert not (tmp_path / "profile.json").exists()
 
 
 def test_what_was_measured_before_an_error_is_kept(source, tmp_path, monkeypatch):

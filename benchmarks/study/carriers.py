@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.environment import describe
 from benchmarks.study.compensation import attend_by_lists
-from benchmarks.study.judge import Judge, JudgedAttention, told
+from benchmarks.study.judge import Judge, JudgedAttention, must_hold, told
 from benchmarks.study.judged_rules import JUDGED, JudgedRule
 from rr_flex.calibration.sensitivity import output_gradients
 from rr_flex.cli import flags
@@ -83,9 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     ids = {name: each[:, : arguments.length] for name, each in torch.load(arguments.ids).items()}
-    absent = {arguments.choosing, *arguments.texts} - set(ids)
-    if absent:
-        raise SystemExit(f"--choosing and --texts must be of {', '.join(ids)}, got {', '.join(sorted(absent))}")
+    must_hold(ids, [arguments.choosing, *arguments.texts])
     model, _ = load_causal_lm(arguments.model, device="cpu", tokenizer=object())
     first, second = arguments.rules
     choosing = {arguments.choosing: ids[arguments.choosing]}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import describe
-from benchmarks.study.judge import Judge, JudgedAttention, texts_of, told
+from benchmarks.study.judge import Judge, JudgedAttention, must_hold, texts_of, told
 from benchmarks.study.judged_rules import JUDGED
 from rr_flex.cli import flags
 from rr_flex.evaluation.block_outputs import KeptBlocks
@@ -105,9 +105,7 @@ def main() -> None:
     made = torch.load(arguments.ids) if arguments.ids else None
     texts = made or texts_of(load_tokenizer(arguments.model), (0, 1, 2), arguments.length)
     texts = {name: ids[:, : arguments.length] for name, ids in texts.items()}
-    absent = {"code0", *arguments.texts} - set(texts)
-    if absent:
-        raise SystemExit(f"--texts and code0 must be of {', '.join(texts)}, got {', '.join(sorted(absent))}")
+    must_hold(texts, ["code0", *arguments.texts])
     if arguments.levels and len(arguments.levels) != len(arguments.densities):
         raise SystemExit(f"--levels must be as many as --densities, got {arguments.levels}")
     model, _ = load_causal_lm(arguments.model, device="cpu", tokenizer=object())

@@ -152,6 +152,11 @@ def texts_of(tokenizer, parts: Sequence[int], length: int) -> dict[str, Tensor]:
     return {f"{kind}{part}": tokenize(tokenizer, sample_text(kind, part), length) for part in parts for kind in KINDS}
 
 
+def must_hold(texts: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    if absent := sorted({*names} - {*texts}):
+        raise SystemExit(f"--texts and the choosing one must be of {', '.join(texts)}, got {', '.join(absent)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.judge", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a Hugging Face name, a folder or a .gguf file [SmolLM2-135M-Instruct]")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rr_flex.calibration.lengths import leaves_room, length_factors, own_factor
 from rr_flex.calibration.measured_curves import Curves, measure_curves
-from rr_flex.calibration.thresholds import meet, meet_kl, one_target, profile_of, thresholds
+from rr_flex.calibration.thresholds import meet, meet_kl, must_be_reachable, one_target, profile_of, thresholds
 from rr_flex.config import RRConfig
 from rr_flex.evaluation.texts import sample_text
 from rr_flex.profiles import Profile, load_profile
@@ -83,6 +83,8 @@ def calibrated(
     config = RRConfig.from_preset("best", local_blocks=2)
     if not (by_kl or leaves_room(longest, config, value)):
         config = RRConfig.from_preset("best")
+    if not by_kl:
+        must_be_reachable(value, config, [longest])
     texts = [ids.to(model.device) for ids in texts]
 
     def quiet(*_: object) -> None: ...

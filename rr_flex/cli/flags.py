@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".pdf", ".svg")
 PRESETS = ("rr", "best", "fast")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,8 +54,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     text = "Hugging Face name, folder or .gguf file [SmolLM2-135M-Instruct]"
     parser.add_argument("--model", metavar="NAME", help=text)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="auto", help="[bfloat16 on a GPU, float32 on a CPU]")
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="[bfloat16 on a GPU, float32 on a CPU]"
+    )
 
 
 def add_texts(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:

@@ -94,7 +94,6 @@ def tuned(device: torch.device, head_dim: int, dtype: torch.dtype) -> dict[str, 
 
 def tuned_for(capability: str, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """`tuned` for cards of a compute capability, as in "9.0"."""
-    # Compared, not looked up: in a caller's graph the head dim may be a symbol, of which torch makes no text.
-    by_head_dim = TUNED.get(capability, {}).items()
-    entry = next((entry for name, entry in by_head_dim if int(name) == head_dim), {})
+    # In a caller's graph the head dim may be a symbol, of which an f-string makes a text and str() does not.
+    entry = TUNED.get(capability, {}).get(f"{head_dim}", {})
     return entry.get(str(dtype).removeprefix("torch."), {})
